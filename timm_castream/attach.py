@@ -1,0 +1,239 @@
+"""Gives a timm model a CA-Stream, takes it off again, and switches between the two poolings.
+
+How a stream runs beside its backbone is in `mixin.py`. Letters: B images, C classes, D channels, H x W locations, l a
+stage from 0 to L.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from .backbone import find_stages, head_pools, hook_target, is_nhwc, load_gap_weights
+from .mixin import (
+    KEY_PREFIX,
+    Attachment,
+    CAStreamMixin,
+    StageHook,
+    castream_class,
+    castream_model,
+    check_class_specific,
+    detach,
+    norm_layers,
+    travelling_query,
+)
+from .stream import CAStream
+
+__all__ = [
+    'POOLINGS',
+    'attach',
+    'attention_maps',
+    'class_labels',
+    'detach',
+    'forward_both',
+    'freeze_backbone',
+    'pooling',
+]
+
+POOLINGS = ('gap', 'ca')
+
+ModelT = TypeVar('ModelT', bound=nn.Module)
+
+
+def attach(
+        model: ModelT,
+        *,
+        stream_start: int = 0,
+        stream_stages: Sequence[str] | None = None,
+        stream_block: str = 'ca',
+        stream_class_specific: bool = False,
+        stream_heads: int = 1,
+        stream_drop: float = 0.,
+        stream_bias: bool = True,
+        freeze_backbone: bool = False,
+        backbone_pretrained: bool | str = False,
+        backbone_checkpoint: str | None = None,
+) -> ModelT:
+    """Gives a timm model a CA-Stream that takes the place of its global average pooling. In place.
+
+    Args:
+        model: A timm model that pools a spatial feature map, registered or not.
+        stream_start: l of the placement S_l - S_L, 0 to L.
+        stream_stages: Names of the modules whose outputs are the stages, in the order in which they run. None: the
+            paper's for ResNet (`maxpool`, `layer1` to `layer4`) and ConvNeXt (`stem`, `stages.0` to `stages.3`), timm's
+            `feature_info` for others. The last stage is always the map that the model pools: the last name stands for
+            it, or it is added where another module was named last.
+        stream_block: `'ca'`, eq. (6), or `'proj_ca'`, supplementary eq. (1).
+        stream_class_specific: One q_0 a class.
+        stream_heads: Attention heads, must divide the channels of each stage.
+        stream_drop: Dropout rate inside the stream.
+        stream_bias: Whether the stream's linear layers have biases.
+        freeze_backbone: Train the stream alone, see `freeze_backbone`.
+        backbone_pretrained: Load timm's weights of the backbone first: True for those of its cfg, or a tag.
+        backbone_checkpoint: Load this checkpoint of the plain backbone first, classifier included.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the model pools no spatial feature map, has a stream already, or an argument does not fit. The
+            model is then as it was.
+    """
+    if isinstance(model, CAStreamMixin):
+        raise ValueError(
+            f'This {type(model).__name__} has a CA-Stream already; call timm_castream.detach(model) first.')
+    backbone: Any = model  # torch types the attributes of a module as tensors or modules
+    stages = find_stages(backbone, stream_stages)
+    if not isinstance(stream_start, int) or not 0 <= stream_start < len(stages.names):
+        raise ValueError(
+            f'stream_start {stream_start!r} is out of range: {type(model).__name__} has the stages 0 to '
+            f'{len(stages.names) - 1} ({", ".join(stages.names)}).')
+    pools = head_pools(backbone, backbone.forward_head)
+    if stream_class_specific:
+        check_class_specific(backbone.num_classes, None if pools else '')
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    stream = CAStream(
+        stages.dims[stream_start:],
+        num_classes=backbone.num_classes if stream_class_specific else None,
+        num_heads=stream_heads,
+        block=stream_block,
+        drop=stream_drop,
+        bias=stream_bias,
+        device=parameter.device,
+        dtype=parameter.dtype,
+    ).train(model.training)
+    if backbone_pretrained or backbone_checkpoint:
+        load_gap_weights(model, backbone_pretrained, backbone_checkpoint)
+
+    for name in stages.names[stream_start:-1]:
+        hook_target(model.get_submodule(name)).register_forward_hook(StageHook(is_nhwc(model)))
+    backbone._castream = Attachment(
+        config={
+            'stream_start': stream_start,
+            'stream_stages': None if stream_stages is None else list(stream_stages),
+            'stream_block': stream_block,
+            'stream_class_specific': stream_class_specific,
+            'stream_heads': stream_heads,
+            'stream_drop': stream_drop,
+            'stream_bias': stream_bias,
+        },
+        stages=stages.names[stream_start:],
+        pools=pools,
+    )
+    backbone.castream = stream
+    backbone.__class__ = castream_class(backbone.__class__)
+    if freeze_backbone:
+        _freeze(backbone)
+    return model
+
+
+@contextmanager
+def pooling(model: nn.Module, mode: str) -> Iterator[None]:
+    """Pools the other way for a while, with the same weights. For the model, not for a thread, as `model.eval()` is.
+
+    Args:
+        model: A model with a stream.
+        mode: `'gap'`, the network's own pooling, or `'ca'`, the stream.
+
+    Raises:
+        ValueError: If the mode is unknown or the model has no stream.
+    """
+    if mode not in POOLINGS:
+        raise ValueError(f'pooling {mode!r} is unknown, valid ones: {", ".join(map(repr, POOLINGS))}.')
+    state = castream_model(model)._castream
+    outer, state.pooling = state.pooling, mode
+    try:
+        yield
+    finally:
+        state.pooling = outer
+
+
+def forward_both(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Logits of both poolings from one pass over the backbone.
+
+    Args:
+        model: A model with a stream.
+        x: (B, 3, H, W).
+
+    Returns:
+        `{'gap': (B, C), 'ca': (B, C)}`.
+    """
+    model = castream_model(model)
+    features = model.stream_features(x)
+    return {
+        'gap': model.forward_gap_head(features),
+        'ca': model.forward_ca_head(features, travelling_query(features)),
+    }
+
+
+def attention_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The stream's attention in every stage that it visits, eq. (6): class agnostic saliency.
+
+    Args:
+        model: A model with a stream.
+        x: (B, 3, H, W).
+
+    Returns:
+        One (B, heads, H_l, W_l) a stage, in order; each head of each image sums to 1.
+    """
+    model = castream_model(model)
+    maps: list[Tensor] = []
+    features = model.stream_features(x, attention=maps)
+    last, block = model.to_nchw(features), model.castream.blocks[-1]
+    maps.append(block.attention(travelling_query(features), last).unflatten(2, last.shape[2:]))  # type: ignore[operator]
+    return maps
+
+
+def freeze_backbone(model: ModelT) -> ModelT:
+    """Leaves `castream.*` alone to train. In place; `detach` undoes it.
+
+    Backbone and classifier get no gradients, normalisation layers stay in eval mode under `model.train()`. A classifier
+    that `reset_classifier` makes later trains.
+    """
+    _freeze(castream_model(model))
+    return model
+
+
+@contextmanager
+def class_labels(model: nn.Module, target: Tensor) -> Iterator[None]:
+    """Gives a class specific stream the labels of the batch, so that each image takes its label's q_0: for training.
+
+    Does nothing to a class agnostic stream. Finds the model inside DistributedDataParallel and torch.compile's wrapper.
+
+    Args:
+        model: A model with a stream, wrapped or not.
+        target: (B,) class indices.
+
+    Raises:
+        ValueError: If the target holds no class indices, as mixup's does, or one out of range.
+    """
+    model = castream_model(model)
+    if not model.castream.class_specific:
+        yield
+        return
+    if target.ndim != 1 or target.is_floating_point():
+        raise ValueError('A class specific stream takes its q_0 from (B,) class indices, not from soft targets of '
+                         f'shape {tuple(target.shape)} and type {target.dtype}: switch mixup and cutmix off.')
+    classes = model.castream.cls_token.shape[0]
+    if not target.is_cuda and target.numel() and not 0 <= int(target.min()) <= int(target.max()) < classes:
+        raise ValueError(f'class_labels got labels from {int(target.min())} to {int(target.max())}, the stream has '
+                         f'{classes} classes.')
+    state = model._castream
+    outer, state.labels = state.labels, target.long()
+    try:
+        yield
+    finally:
+        state.labels = outer
+
+
+def _freeze(model: CAStreamMixin) -> None:
+    state = model._castream
+    backbone = [(n, p) for n, p in model.named_parameters() if not n.startswith(KEY_PREFIX) and p.requires_grad]
+    state.trained = (*state.trained, *(name for name, _ in backbone))
+    state.frozen = True
+    for _, parameter in backbone:
+        parameter.requires_grad_(False)
+    for module in norm_layers(model):
+        module.training = False

@@ -1,0 +1,384 @@
+"""Meets timm: runs a CA-Stream beside a backbone and feeds its last query to the backbone's own head in GAP's place.
+
+A network that carries a stream is still of its backbone's class, through a mixin and a subclass cached per class, as
+PyTorch's own parametrizations do it. `forward_features` opens a frame, the forward hook of each stage runs its block
+while a frame is open, and the query travels on the returned feature map to `forward_head`. That runs the last block
+and hands the untouched head a map of one location, the query: the average over one location is that location, so
+whatever the head does before or after its pooling stays as it was.
+
+Letters: B images, C classes, D channels, H x W locations, l a stage from 0 to L.
+"""
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .backbone import head_pools, hook_target, is_nhwc, is_norm, one_location
+from .stream import CAStream
+
+KEY_PREFIX = 'castream.'  # of the stream's entries in a state dict
+
+
+class _Frame:
+    """What one call of `forward_features` knows of its stream; gone when the call returns.
+
+    Args:
+        stream: The stream to run.
+        query: q_0 of the batch, or None where the stages wait for `start`.
+        attention: A list that collects the attention of each stage, or None.
+    """
+
+    def __init__(
+            self,
+            stream: CAStream,
+            query: Tensor | None,
+            attention: list[Tensor] | None = None,
+    ) -> None:
+        self.stream = stream
+        self.query = query
+        self.attention = attention
+        self.visited = 0
+        self.waiting: list[Tensor] = []
+
+    def visit(self, features: Tensor) -> None:
+        """Takes the query through the block of the stage that has just made `features`, (B, D, H, W)."""
+        if self.query is None:
+            self.waiting.append(features)
+            return
+        self.query = self.step(self.query, features)
+        self.visited += 1
+
+    def step(self, query: Tensor, features: Tensor) -> Tensor:
+        """The next query, (B, D_{l+1}); keeps the attention on the way where it is asked for."""
+        block: Any = self.stream.blocks[self.visited]
+        if self.attention is None:
+            return block(query, features)
+        attention = block.attention(query, features)
+        self.attention.append(attention.unflatten(2, features.shape[2:]))
+        return block(query, features, attention)
+
+    def start(self, query: Tensor) -> None:
+        """Runs the stages that have waited for q_0."""
+        self.query = query
+        waiting, self.waiting = self.waiting, []
+        for features in waiting:
+            self.visit(features)
+
+
+class _OpenFrame(threading.local):
+    """The frame of this thread. At module level: a module that holds it could be neither copied nor pickled."""
+
+    def __init__(self) -> None:
+        # Set here and not as a class default, which torch.compile's guards fail on.
+        self.frame: _Frame | None = None
+
+
+_open = _OpenFrame()
+
+
+class StageHook:
+    """Forward hook of a stage. Holds no tensor and no model: copies, replicas and pickles share it safely."""
+
+    def __init__(self, nhwc: bool) -> None:
+        self.nhwc = nhwc
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        frame = _open.frame
+        if frame is not None:
+            frame.visit(output.permute(0, 3, 1, 2) if self.nhwc else output)
+
+
+@dataclass
+class Attachment:
+    """What `attach` knows of a model, apart from its stream."""
+
+    config: dict[str, Any]
+    stages: tuple[str, ...]  # from stream_start on; the last one is pooled and has no hook
+    pooling: str = 'ca'
+    pools: bool = True  # False while the head hands the map on unpooled
+    frozen: bool = False
+    trained: tuple[str, ...] = ()  # parameters that froze
+    labels: Tensor | None = None
+    restore: dict[str, Any] = field(default_factory=dict)  # attributes that detach gives back
+
+
+if TYPE_CHECKING:
+    class _Backbone(nn.Module):
+        num_classes: int
+        num_features: int
+
+        def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
+        def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
+        def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any: ...
+        def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None: ...
+        def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]: ...
+else:
+    _Backbone = nn.Module
+
+
+class CAStreamMixin(_Backbone):
+    """What a timm model gains from `attach`: leftmost base of its class, beside the backbone's own.
+
+    Attributes:
+        castream: The `CAStream`.
+    """
+
+    castream: CAStream
+    _castream: Attachment
+
+    @property
+    def castream_config(self) -> dict[str, Any]:
+        """The stream's keyword arguments, `stream_*`, as plain data: `attach` with them makes an equal stream."""
+        return dict(self._castream.config)
+
+    @property
+    def castream_stages(self) -> tuple[str, ...]:
+        """Names of the stages that the stream visits, in order; the output of the last one is what is pooled."""
+        return self._castream.stages
+
+    # timm's model contract
+
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._castream.pooling == 'gap' or not self._castream.pools:
+            return super().forward_features(x, *args, **kwargs)
+        return self._run_stream(super().forward_features, x, *args, **kwargs)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._castream.pooling == 'gap' or not self._castream.pools:
+            return super().forward_intermediates(x, *args, **kwargs)
+        return self._run_stream(super().forward_intermediates, x, *args, **kwargs)
+
+    def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._castream.pooling == 'gap' or not self._castream.pools:
+            return super().forward_head(x, *args, **kwargs)
+        return self.forward_ca_head(x, travelling_query(x), *args, **kwargs)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, *args: Any, **kwargs: Any) -> None:
+        if self.castream.class_specific:
+            check_class_specific(num_classes, global_pool)
+        # Before 1.0.29 some of timm's models take a missing global_pool and not None.
+        pool = () if global_pool is None and not args else (global_pool,)
+        super().reset_classifier(num_classes, *pool, *args, **kwargs)
+        self._castream.pools = head_pools(self, super().forward_head)
+        if self.castream.class_specific:
+            self.castream.reset_cls_token(num_classes)
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
+        kept = super().prune_intermediate_layers(*args, **kwargs)
+        if not self._castream.pools:  # without stages and head there is nothing left for a stream to meet
+            detach(self)
+        return kept
+
+    # torch's module contract
+
+    def train(self, mode: bool = True) -> CAStreamMixin:
+        super().train(mode)
+        if self._castream.frozen:
+            for module in norm_layers(self):
+                module.training = False
+        return self
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, and strict loading takes the state dict of the plain backbone: the stream then stays as it is."""
+        if strict and not any(key.startswith(KEY_PREFIX) for key in state_dict):
+            warnings.warn(
+                f'The state dict has no {KEY_PREFIX}* keys: the backbone takes its weights, the stream stays as it '
+                'is.', stacklevel=2)
+            own = super().state_dict()
+            state_dict = {**state_dict, **{k: v for k, v in own.items() if k.startswith(KEY_PREFIX)}}
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # the class is made at run time, so copies and pickles make it anew
+        return _rebuild, (_backbone_class(self),), self.__dict__.copy()
+
+    def __prepare_scriptable__(self) -> None:  # torch.jit.script calls it
+        raise RuntimeError(
+            'TorchScript cannot script a CA-Stream: it does not see forward hooks. Use torch.compile, torch.export or '
+            'torch.jit.trace.')
+
+    # both poolings
+
+    def stream_features(self, x: Tensor, attention: list[Tensor] | None = None) -> Tensor:
+        """`forward_features` with the stream, whatever `pooling` says.
+
+        Args:
+            x: (B, 3, H, W).
+            attention: A list to which the attention of each stage but the last is added, (B, heads, H_l, W_l).
+
+        Returns:
+            The feature map that is pooled, in the backbone's own layout; `travelling_query` takes q_L from it.
+        """
+        return self._run_stream(super().forward_features, x, attention=attention)
+
+    def forward_gap_head(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The backbone's own head on a feature map, whatever `pooling` says: (B, C) logits."""
+        return super().forward_head(features, *args, **kwargs)
+
+    def forward_ca_head(self, features: Tensor, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The last block and the backbone's own head, whatever `pooling` says.
+
+        Args:
+            features: F_L in the backbone's own layout.
+            query: q_L, (B, D_L).
+
+        Returns:
+            (B, C) logits.
+        """
+        pooled = self.castream.blocks[-1](query, self.to_nchw(features))
+        return super().forward_head(one_location(self, pooled), *args, **kwargs)
+
+    def to_nchw(self, features: Tensor) -> Tensor:
+        """A feature map in the backbone's own layout as a (B, D, H, W) view."""
+        return features.permute(0, 3, 1, 2) if is_nhwc(self) else features
+
+    def _run_stream(
+            self,
+            forward: Callable[..., Any],
+            x: Tensor,
+            *args: Any,
+            attention: list[Tensor] | None = None,
+            **kwargs: Any,
+    ) -> Any:
+        """Calls `forward` with a frame open and leaves q_L on the feature map that it returns."""
+        if isinstance(x, torch.fx.Proxy):
+            raise RuntimeError(
+                'FX symbolic tracing cannot follow a CA-Stream: it does not see forward hooks. Use torch.export.')
+        query = self._initial_query(x)
+        frame = _Frame(self.castream, None if self._is_checkpointed() else query, attention)
+        outer, _open.frame = _open.frame, frame
+        try:
+            output = forward(x, *args, **kwargs)
+        finally:
+            _open.frame = outer
+        features = output[0] if isinstance(output, tuple) else output
+        if isinstance(features, list):  # forward_intermediates(intermediates_only=True): no map that a head could take
+            return output
+        hooked, ran = len(self.castream.blocks) - 1, frame.visited + len(frame.waiting)
+        if ran != hooked and isinstance(output, Tensor):
+            raise RuntimeError(
+                f'{ran} stages ran and {hooked} are hooked: a module among {", ".join(self.castream_stages[:-1])} was '
+                'replaced after attach(). Call detach() and attach() again.')
+        partial = ran != hooked  # forward_intermediates(stop_early=True)
+        if query is None and not partial:
+            # The width tells where no stage is hooked, since then none can be missing.
+            partial = self.to_nchw(features).shape[1] != self.castream.dims[-1]
+        if partial:
+            return output
+        if frame.query is None:
+            frame.start(self.castream.initial_query(x.shape[0], self._predict(features)) if query is None else query)
+        features._castream_query = frame.query
+        return output
+
+    def _initial_query(self, x: Tensor) -> Tensor | None:
+        """q_0 of the batch, (B, D_0), or None where GAP has to predict first."""
+        if not self.castream.class_specific:
+            return self.castream.initial_query(x.shape[0])
+        labels = self._castream.labels
+        if labels is None:
+            if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                warnings.warn(
+                    'A class specific stream trains without labels and takes those that GAP predicts; put the forward '
+                    'inside timm_castream.class_labels(model, target).', stacklevel=4)
+            return None
+        if labels.shape[0] != x.shape[0]:
+            raise ValueError(
+                f'class_labels holds {labels.shape[0]} labels and the model got {x.shape[0]} images (DataParallel '
+                'splits a batch: use DistributedDataParallel).')
+        return self.castream.initial_query(x.shape[0], labels)
+
+    def _predict(self, features: Tensor) -> Tensor:
+        """(B,) classes that the GAP network predicts."""
+        return super().forward_head(features.detach()).detach().argmax(1)
+
+    def _is_checkpointed(self) -> bool:
+        """Whether stages may run inside a checkpointed region, which records no graph or records it again in backward.
+
+        The stream then runs after them; checkpointing keeps the stages' outputs anyway.
+        """
+        return bool(getattr(self, 'grad_checkpointing', False)) and torch.is_grad_enabled()
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Takes the stream off again: class, hooks, `requires_grad` flags and cfg are those of the model before `attach`.
+
+    Raises:
+        ValueError: If the model has no stream.
+    """
+    backbone: Any = castream_model(model)
+    state = backbone._castream
+    for name in state.stages[:-1]:
+        try:
+            hooks = hook_target(backbone.get_submodule(name))._forward_hooks
+        except AttributeError:  # the stage was pruned away
+            continue
+        for key in [key for key, hook in hooks.items() if isinstance(hook, StageHook)]:
+            del hooks[key]
+    if state.frozen:
+        for name, parameter in backbone.named_parameters():
+            if name in state.trained:
+                parameter.requires_grad_(True)
+        for module in norm_layers(backbone):
+            module.training = backbone.training
+    for name, value in state.restore.items():
+        setattr(backbone, name, value)
+    backbone.__class__ = _backbone_class(backbone)
+    del backbone.castream, backbone._castream
+    return backbone
+
+
+def castream_model(model: nn.Module) -> CAStreamMixin:
+    """The model with a stream, itself or inside a wrapper (DistributedDataParallel, torch.compile's).
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, CAStreamMixin):
+            return module
+    raise ValueError(f'This {type(model).__name__} has no CA-Stream; call timm_castream.attach(model) first.')
+
+
+def travelling_query(features: Tensor) -> Tensor:
+    """q_L, (B, D_L), which travels on the feature map that `forward_features` returned.
+
+    Raises:
+        RuntimeError: If this tensor carries none.
+    """
+    query = getattr(features, '_castream_query', None)
+    if query is None:
+        raise RuntimeError(
+            'This feature map carries no query of a CA-Stream: pass forward_head the very tensor that forward_features '
+            "returned under pooling 'ca', not a copy, or call model(x).")
+    return query
+
+
+def check_class_specific(num_classes: int, global_pool: str | None) -> None:
+    if num_classes < 1 or global_pool == '':
+        raise ValueError("A class specific stream needs the GAP network's prediction, which "
+                         f'num_classes={num_classes} and global_pool={global_pool!r} do not give.')
+
+
+def norm_layers(model: CAStreamMixin) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if is_norm(module))
+
+
+@functools.cache
+def castream_class(base: Any) -> Any:
+    return type(base.__name__, (CAStreamMixin, base), {'__module__': base.__module__, '__doc__': base.__doc__})
+
+
+def _backbone_class(model: nn.Module) -> type[nn.Module]:
+    mro = type(model).__mro__
+    return mro[mro.index(CAStreamMixin) + 1]
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    cls = castream_class(base)  # type: ignore[arg-type]
+    return cls.__new__(cls)

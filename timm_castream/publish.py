@@ -1,0 +1,254 @@
+"""A trained model as the folder of a Hub repository: config.json, model.safetensors and the model card."""
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import clean_state_dict, save_for_hf
+from torch import Tensor, nn
+
+from .download import WEIGHTS_NAME
+from .mixin import CAStreamMixin, castream_model
+from .weights import (
+    StreamHeader,
+    backbone_name,
+    check_fit,
+    fingerprint,
+    read_safetensors,
+    read_timm_weights,
+    stream_state_dict,
+    write_safetensors,
+)
+
+# How a model was trained; whoever loads it decides for themselves.
+_NOT_SAVED = ('freeze_backbone', 'backbone_pretrained', 'backbone_checkpoint')
+_METRICS = {
+    'average_drop': 'Average Drop', 'average_gain': 'Average Gain', 'average_increase': 'Average Increase',
+    'insertion': 'Insertion', 'deletion': 'Deletion',
+}
+_METHODS = {'attention': 'raw attention', 'grad_cam': 'Grad-CAM', 'grad_cam_pp': 'Grad-CAM++', 'score_cam': 'Score-CAM'}
+
+
+def load_checkpoint(
+        path: str | Path,
+        model_name: str,
+        use_ema: bool = False,
+        **model_args: Any,
+) -> CAStreamMixin:
+    """The model of a checkpoint that timm's train.py wrote, or of a safetensors file.
+
+    Nothing but tensors and plain data is unpickled.
+
+    Args:
+        path: `model_best.pth.tar`, `last.pth.tar`, `*.safetensors`.
+        model_name: Registered name, `resnet50_castream`.
+        use_ema: Take the averaged weights.
+        model_args: Arguments of `create_model`, before those that the checkpoint remembers (classes, image channels,
+            `--model-kwargs`); None leaves the choice to the checkpoint.
+
+    Raises:
+        ValueError: If the file is no such checkpoint, has no averaged weights where they were asked for, or is of
+            another model.
+        OSError: If there is no such file.
+    """
+    if Path(path).suffix == '.safetensors':
+        state_dict, metadata = read_safetensors(path, str(path))
+        remembered = StreamHeader.parse(metadata, str(path)).stream_args if 'castream_format' in metadata else {}
+        if use_ema:
+            raise ValueError(f'{path} holds one set of weights, so there are no EMA weights to take.')
+    else:
+        state_dict, remembered = _read_train_checkpoint(path, use_ema)
+    model_args = {**remembered, **{name: value for name, value in model_args.items() if value is not None}}
+    model: Any = timm.create_model(model_name, **model_args)
+    if not hasattr(model, '_model_args'):  # timm before 1.0.31
+        model._model_args = model_args
+    check_fit(state_dict, model.state_dict(), str(path))
+    model.load_state_dict(state_dict)
+    return castream_model(model)
+
+
+def _read_train_checkpoint(path: str | Path, use_ema: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged, or no checkpoint of timm's train.py: more than tensors and plain data is "
+                         'not unpickled.') from error
+    key = 'state_dict_ema' if use_ema else 'state_dict'
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict):
+        raise ValueError(f'{path} has no {"EMA weights, train with --model-ema" if use_ema else "state_dict"}.')
+    args = vars(checkpoint.get('args') or argparse.Namespace())
+    remembered = {
+        'num_classes': args.get('num_classes'),
+        'in_chans': args.get('in_chans'),
+        'global_pool': args.get('gp'),
+        **(args.get('model_kwargs') or {}),
+    }
+    remembered = {k: v for k, v in remembered.items() if v is not None and k not in _NOT_SAVED}
+    return clean_state_dict(checkpoint[key]), remembered
+
+
+def write_repository(
+        model: nn.Module,
+        folder: str | Path,
+        repo_id: str,
+        stream_only: bool = False,
+        backbone_pretrained: bool | str = True,
+        metrics: dict[str, Any] | None = None,
+        dataset: str | None = None,
+) -> Path:
+    """Writes the folder of a Hub repository, which `local-dir:` loads too.
+
+    Args:
+        model: A model with a stream.
+        folder: Where to write config.json, model.safetensors and README.md; made if need be.
+        repo_id: The repository's name, `org/name`, for the card.
+        stream_only: Leave the backbone out; `timm.create_model('hf-hub:org/name', pretrained=True)` takes it from timm.
+        backbone_pretrained: With `stream_only`, the weights of timm that the stream was trained beside: True for those
+            that the model's own cfg names, or a tag. They are compared. False: they are not timm's, but the users' own.
+        metrics: What `castream evaluate` measured, as its JSON holds it.
+        dataset: Name of the training data on the Hub. None: `imagenet-1k` where there are 1000 classes.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the model has no stream, has no name to be created by (whole models), its frozen weights are not
+            timm's (streams alone), or the metrics are none.
+    """
+    model = castream_model(model)
+    backbone = backbone_name(model)
+    architecture = f'{backbone}_castream'
+    registered = timm.is_model(architecture)
+    if not registered and not stream_only:
+        raise ValueError(f'No model is registered as {architecture}, so nobody could create it by name: publish the '
+                         'stream alone, stream_only=True.')
+    if not getattr(model, 'pretrained_cfg', None):
+        raise ValueError(f'This {type(model).__name__} has no pretrained_cfg to publish: use save_stream.')
+    figures = _figures(metrics or {})
+    if metrics is not None and not figures:
+        raise ValueError('The metrics hold no figures of `castream evaluate`, which writes them to evaluation.json.')
+    tag = _timm_tag(model, backbone, backbone_pretrained) if stream_only else None
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    args = {**model.castream_config, **dict.fromkeys(_NOT_SAVED)}
+    config_alone: Any = None  # neither safetensors nor pickle: the weights below have a header
+    save_for_hf(model, str(folder), model_args=args, safe_serialization=config_alone)
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    config['architecture'] = architecture
+    config['model_args'] = {**_remembered(model), **config['model_args'], 'num_classes': model.num_classes}
+    for name in _NOT_SAVED:
+        config['model_args'].pop(name, None)
+    if tag:
+        config['model_args']['backbone_pretrained'] = tag
+    config['pretrained_cfg']['hf_hub_filename'] = WEIGHTS_NAME  # named, so that no client goes on to a pickle
+    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+
+    header = StreamHeader.of(model)
+    state_dict = model.state_dict()
+    write_safetensors(
+        folder / WEIGHTS_NAME, stream_state_dict(state_dict) if stream_only else state_dict, header.to_metadata())
+    if dataset is None and model.num_classes == 1000:
+        dataset = 'imagenet-1k'
+    card = _card(
+        repo_id=repo_id,
+        header=header,
+        config=config,
+        dataset=dataset,
+        figures=figures,
+        base_model=f'timm/{backbone}.{tag}' if tag else None,
+        # By its name a repository gives a whole model, or a stream and the timm weights to put it on.
+        by_name=registered and (bool(tag) or not stream_only),
+        stream_only=stream_only,
+        parameters={name: sum(p.numel() for p in part.parameters()) / 1e6
+                    for name, part in (('stream', model.castream), ('total', model))},
+    )
+    (folder / 'README.md').write_text(card, encoding='utf-8')
+    return folder
+
+
+def _remembered(model: nn.Module) -> dict[str, Any]:
+    """Arguments of `create_model`, as timm keeps them from 1.0.31 on and writes them itself."""
+    return {k: v for k, v in getattr(model, '_model_args', {}).items() if not k.endswith('drop_rate')}
+
+
+def _timm_tag(model: CAStreamMixin, backbone: str, backbone_pretrained: bool | str) -> str | None:
+    """The tag of timm's weights of the backbone, compared with the model's own; None where they are not timm's."""
+    if backbone_pretrained is False:
+        return None
+    # A registered variant's own cfg names the stream's weights, so attach keeps the backbone's.
+    own_cfg: Any = model._castream.restore.get('pretrained_cfg') or model.pretrained_cfg
+    tag = own_cfg.get('tag') if backbone_pretrained is True else backbone_pretrained
+    name = f'{backbone}.{tag}'
+    if name not in timm.list_models(f'{backbone}.*', pretrained=True):
+        raise ValueError(f'{name} are no weights of timm: name a tag with backbone_pretrained, or pass False if the '
+                         'stream was trained beside other weights.')
+    overlay = {'state_dict': read_timm_weights(name)}
+    reference: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    own: Any = model
+    same_head = _same_weights(reference.get_classifier(), own.get_classifier())
+    if not same_head or fingerprint(reference) != fingerprint(model):
+        raise ValueError(f'Backbone and classifier of this model are not those of {name}, so the stream alone is not '
+                         'enough: publish the whole model, name another tag with backbone_pretrained, or pass False.')
+    return tag
+
+
+def _same_weights(one: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        v.shape == theirs[k].shape and torch.equal(v.cpu().bfloat16(), theirs[k].cpu().bfloat16())
+        for k, v in ours.items())
+
+
+def _card(
+        *,
+        repo_id: str,
+        header: StreamHeader,
+        config: dict[str, Any],
+        dataset: str | None,
+        figures: list[tuple[str, str, float]],
+        **facts: Any,
+) -> str:
+    """The model card: the metadata of the Hub in front of `hf_configs/model_card.md`."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData  # YAML and templates: not at import
+
+    dataset_name = dataset or 'unknown'
+    results = [
+        EvalResult(task_type='image-classification', dataset_type=dataset_name, dataset_name=dataset_name,
+                   metric_type=metric, metric_name=name, metric_value=value)
+        for metric, name, value in figures
+    ]
+    data = ModelCardData(
+        license=config['pretrained_cfg'].get('license') or 'other',
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'castream', 'interpretability'],
+        datasets=[dataset] if dataset else None,
+        base_model=facts['base_model'],
+        model_name=repo_id.split('/')[-1] if results else None,
+        eval_results=results or None,
+    )
+    template = (files('hf_configs') / 'model_card.md').read_text(encoding='utf-8')
+    return str(ModelCard.from_template(
+        data, template_str=template, repo_id=repo_id, header=header, config=config, dataset=dataset, figures=figures,
+        **facts))
+
+
+def _figures(metrics: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """What was measured, as (metric, name, value in percent): accuracies, then every metric of every row."""
+    figures = [
+        (key, f'{name}, {pooling.upper()}', value)
+        for key, name in (('accuracy', 'Top-1 accuracy'), ('mAP', 'Mean average precision'))
+        for pooling, value in metrics.get(key, {}).items()
+    ]
+    for row in metrics.get('rows', ()):
+        where = f'{_METHODS.get(row["method"], row["method"])}, {row["pooling"].upper()}'
+        figures += [(key, f'{name}, {where}', row[key]) for key, name in _METRICS.items() if key in row]
+    return figures
