@@ -1,0 +1,239 @@
+"""Runs of the protocol: interrupted and resumed, over several processes, over subsets and every kind of loader."""
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from timm.data import create_loader, create_transform, resolve_model_data_config
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from timm_castream import datasets
+from timm_castream.evaluate import evaluate
+from timm_castream.report import Report
+
+METHODS = ('grad_cam', 'score_cam')
+
+
+@pytest.fixture
+def model(make_model) -> nn.Module:
+    return make_model('test_resnet')
+
+
+class Scenes(Dataset):
+    """Random images that notes which of them were read, and stops at one as Ctrl-C would."""
+
+    def __init__(self, num_images: int = 7, stop_at: int | None = None, multilabel: bool = False) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.images = torch.randn(num_images, 3, 64, 64, generator=generator)
+        self.labels = torch.randint(10, (num_images,), generator=generator)
+        if multilabel:
+            self.labels = (torch.rand(num_images, 10, generator=generator) < 0.2).float()
+            self.labels[0] = 0
+        self.stop_at = stop_at
+        self.read: list[int] = []
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == self.stop_at:
+            raise KeyboardInterrupt
+        self.read.append(index)
+        return self.images[index], self.labels[index]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def interrupt(model: nn.Module, folder: Path, **kwargs: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, DataLoader(Scenes(stop_at=5), 2), METHODS, output_dir=folder, **kwargs)
+
+
+def assert_equal(one: Report, other: Report) -> None:
+    assert one.figures == other.figures
+    assert one.accuracy == other.accuracy
+    for name in ('rows', 'images'):
+        np.testing.assert_array_equal(getattr(one.values, name), getattr(other.values, name))
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_figures(model, tmp_path) -> None:
+    expected = evaluate(model, DataLoader(Scenes(), 2), METHODS)
+    interrupt(model, tmp_path)
+    assert not (tmp_path / 'evaluation.json').exists()
+    rest = Scenes()
+    report = evaluate(model, DataLoader(rest, 2), METHODS, output_dir=tmp_path)
+    assert set(rest.read) - {0} == {4, 5, 6}  # image 0 says what targets look like
+    assert_equal(report, expected)
+    assert json.loads((tmp_path / 'evaluation.json').read_text())['num_images'] == 7
+
+
+def test_a_batch_that_a_kill_cut_off_in_the_middle_of_writing_is_evaluated_again(model, tmp_path) -> None:
+    expected = evaluate(model, DataLoader(Scenes(), 2), METHODS)
+    interrupt(model, tmp_path)
+    journal = tmp_path / 'finished.0.jsonl'
+    journal.write_bytes(journal.read_bytes()[:-40])
+    for _ in range(2):  # what was written after the torn line must be found too
+        assert_equal(evaluate(model, DataLoader(Scenes(), 2), METHODS, output_dir=tmp_path), expected)
+
+
+def test_a_finished_evaluation_is_read_from_its_folder(model, tmp_path) -> None:
+    expected = evaluate(model, DataLoader(Scenes(multilabel=True), 3), METHODS, output_dir=tmp_path)
+    again = Scenes(multilabel=True)
+    assert_equal(evaluate(model, DataLoader(again, 3), METHODS, output_dir=tmp_path), expected)
+    assert set(again.read) == {0}
+
+
+def test_an_evaluation_may_go_on_with_another_batch_size(model, tmp_path) -> None:
+    expected = evaluate(model, DataLoader(Scenes(), 2), METHODS)
+    interrupt(model, tmp_path)
+    report = evaluate(model, DataLoader(Scenes(), 3), METHODS, output_dir=tmp_path)
+    np.testing.assert_array_equal(report.values.images, expected.values.images)
+    np.testing.assert_allclose(report.values.rows, expected.values.rows, atol=1e-3)
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    ({'seed': 1}, 'seed=0, this one has seed=1'),
+    ({'target': 'predicted'}, "target='truth', this one has target='predicted'"),
+    ({'arguments': {'data_dir': 'b'}}, "data_dir='a', this one has data_dir='b'"),
+])
+def test_a_folder_with_another_evaluation_is_refused(model, tmp_path, change, message) -> None:
+    settings = {'arguments': {'data_dir': 'a'}}
+    interrupt(model, tmp_path, **settings)
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, DataLoader(Scenes(), 2), METHODS, output_dir=tmp_path, **{**settings, **change})
+
+
+def test_settings_that_never_finished_a_batch_bind_nobody(model, tmp_path) -> None:
+    with pytest.raises(ValueError, match='layer9'):
+        evaluate(model, DataLoader(Scenes(), 2), METHODS, layer='layer9', output_dir=tmp_path)
+    evaluate(model, DataLoader(Scenes(2), 2), METHODS, layer='layer4', output_dir=tmp_path)
+
+
+def test_a_folder_of_another_network_is_refused(model, make_model, tmp_path) -> None:
+    interrupt(model, tmp_path)
+    two_heads = make_model('test_resnet', stream_heads=2)
+    two_heads.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match='holds an evaluation with stream='):
+        evaluate(two_heads, DataLoader(Scenes(), 2), METHODS, output_dir=tmp_path)
+    with torch.no_grad():
+        model.castream.cls_token[0, 0] += 1
+    with pytest.raises(ValueError, match='holds an evaluation with weights='):
+        evaluate(model, DataLoader(Scenes(), 2), METHODS, output_dir=tmp_path)
+
+
+def _run_process(rank: int, model: nn.Module, folder: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group('gloo', f'file://{folder}/store', rank=rank, world_size=2)
+    try:
+        resumed = evaluate(model, DataLoader(Scenes(), 2), METHODS, output_dir=folder / 'out')
+        one_batch = evaluate(model, DataLoader(Scenes(), 7), METHODS)  # for one of the processes
+        with pytest.raises(ValueError, match='this one has seed=1'):
+            evaluate(model, DataLoader(Scenes(), 2), METHODS, output_dir=folder / 'out', seed=1)
+        other = copy.deepcopy(model)  # the processes share the memory of the model they were given
+        with torch.no_grad():
+            other.fc.weight[0, 0] += rank
+        with pytest.raises(ValueError, match='models of different weights'):
+            evaluate(other, DataLoader(Scenes(), 2), METHODS)
+    finally:
+        distributed.destroy_process_group()
+    torch.save((resumed, one_batch), folder / f'process.{rank}')
+
+
+def test_two_processes_go_on_from_where_one_stopped_and_both_get_the_table_of_one(model, tmp_path) -> None:
+    expected = evaluate(model, DataLoader(Scenes(), 2), METHODS)
+    interrupt(model, tmp_path / 'out')
+    multiprocessing.spawn(_run_process, (model, tmp_path), nprocs=2)
+    for rank in range(2):
+        for report in torch.load(tmp_path / f'process.{rank}', weights_only=False):
+            np.testing.assert_array_equal(report.values.images, expected.values.images)
+            np.testing.assert_allclose(report.values.rows, expected.values.rows, atol=1e-3)
+            for key, estimate in expected.figures.items():
+                assert report[key] == pytest.approx(estimate, abs=1e-3)
+    by_process = [
+        {int(image[0]) for line in (tmp_path / 'out' / f'finished.{rank}.jsonl').read_text().split('\n') if line
+         for image in json.loads(line)['images']}
+        for rank in range(2)
+    ]
+    assert by_process == [{0, 1, 2, 3, 4, 5}, {6}]
+    assert json.loads((tmp_path / 'out' / 'evaluation.json').read_text())['num_images'] == 7
+
+
+def test_a_subset_is_drawn_by_its_seed(model) -> None:
+    scenes = Scenes(30)
+
+    def chosen(seed: int) -> list[int]:
+        report = evaluate(model, DataLoader(scenes, 4), ('grad_cam',), ('ca',), num_samples=6, seed=seed)
+        return report.values.images[:, 0].astype(int).tolist()
+
+    first = chosen(0)
+    assert len(set(first)) == 6
+    assert chosen(0) == first != chosen(1)
+    subset = evaluate(model, DataLoader(Subset(scenes, first), 4), ('grad_cam',), ('ca',))
+    assert evaluate(model, DataLoader(scenes, 4), ('grad_cam',), ('ca',), num_samples=6).figures == subset.figures
+
+
+def test_loaders_of_timm_and_of_torch_give_the_same_figures(model) -> None:
+    config = resolve_model_data_config(model)
+    config['input_size'] = (3, 64, 64)
+    plain = datasets.create_dataset('digits', split='validation', num_samples=5)
+    plain.transform = create_transform(**config)
+    expected = evaluate(model, DataLoader(plain, 2), ('grad_cam',))
+    prefetched = create_loader(
+        datasets.create_dataset('digits', split='validation', num_samples=5), batch_size=2, device=torch.device('cpu'),
+        num_workers=1, persistent_workers=False, **config)
+    shuffled = DataLoader(plain, 2, shuffle=True)
+    for loader in (prefetched, shuffled):
+        report = evaluate(model, loader, ('grad_cam',))
+        np.testing.assert_allclose(report.values.rows, expected.values.rows, atol=1e-2)
+        np.testing.assert_array_equal(report.values.images, expected.values.images)
+
+
+def test_the_model_is_as_before_afterwards(model) -> None:
+    model.train()
+    model.bn1.eval()
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    evaluate(model, DataLoader(Scenes(3), 2), METHODS)
+    assert model.training and model.layer1.training and not model.bn1.training
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        yield torch.zeros(3, 64, 64), 0
+
+
+@pytest.mark.parametrize(('loader', 'message'), [
+    (DataLoader(Stream(), 2), 'no DataLoader over a data set with a length'),
+    ([(torch.zeros(2, 3, 64, 64), torch.zeros(2))], 'list is no DataLoader'),
+    (DataLoader(Scenes(), batch_sampler=[[0, 1]]), 'no batch_size'),
+    (DataLoader(TensorDataset(torch.zeros(0, 3, 64, 64), torch.zeros(0)), 2), 'no images'),
+])
+def test_loaders_that_cannot_be_read_by_index_are_refused(model, loader, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, loader)
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    ({'methods': ('lime',)}, "'lime' is unknown"),
+    ({'poolings': ('max',)}, "'max' is unknown"),
+    ({'target': 'best'}, "'best' is unknown"),
+    ({'setting': 'mine'}, "'mine' is unknown"),
+    ({'num_samples': 8}, 'num_samples 8 is out of range, the data set has 7 images'),
+])
+def test_unknown_arguments_are_refused_before_an_image_is_evaluated(model, tmp_path, arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, DataLoader(Scenes(), 2), output_dir=tmp_path / 'out', **arguments)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_labels_none_of_which_is_positive_leave_nothing_to_explain(model) -> None:
+    scenes = Scenes(3, multilabel=True)
+    scenes.labels.zero_()
+    with pytest.raises(ValueError, match='No image has a positive label'):
+        evaluate(model, DataLoader(scenes, 2), METHODS)

@@ -1,0 +1,120 @@
+"""Averages, intervals and files of a report, from values made up here."""
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from references import devkit_average_precision
+
+from timm_castream.report import METRICS, Estimate, ImageValues, Report, average_precision
+
+NAMES = ('image', 'ca/class', 'ca/prob', *(f'ca/grad_cam/{k}' for k in METRICS))
+
+
+def make_report(
+        metrics: np.ndarray, accuracy: np.ndarray, image_of_row: np.ndarray | None = None, seed: int = 0) -> Report:
+    """Of (R, 5) metrics and (N,) accuracies; row i is of image i where nothing else is said."""
+    numbers = np.arange(len(accuracy)) * 10.
+    rows = numbers if image_of_row is None else numbers[image_of_row]
+    values = ImageValues(
+        row_names=NAMES,
+        rows=np.column_stack([rows, np.full(len(rows), 7), np.full(len(rows), 0.5), metrics]),
+        image_names=('image', 'ca/accuracy'),
+        images=np.column_stack([numbers, accuracy]),
+    )
+    return Report.from_values('tiny', ('ca',), ('grad_cam',), values, seed, {'target': 'truth', 'seed': seed})
+
+
+def test_figures_are_means_over_rows() -> None:
+    rng = np.random.default_rng(0)
+    metrics, accuracy = rng.uniform(0, 100, (12, 5)), rng.choice([0., 100.], 12)
+    report = make_report(metrics, accuracy)
+    assert report.num_images == 12
+    assert [report['ca', 'grad_cam', k].value for k in METRICS] == pytest.approx(metrics.mean(0))
+    assert report.accuracy['ca'].value == pytest.approx(accuracy.mean())
+
+
+def test_intervals_are_those_of_scipys_percentile_bootstrap() -> None:
+    stats = pytest.importorskip('scipy.stats')
+    rng = np.random.default_rng(1)
+    metrics = rng.exponential(10, (150, 5)).clip(max=100)
+    report = make_report(metrics, rng.choice([0., 100.], 150))
+    for column, k in zip(metrics.T, METRICS, strict=True):
+        expected = stats.bootstrap((column,), np.mean, n_resamples=20000, method='percentile', rng=rng)
+        low, high = expected.confidence_interval
+        assert report['ca', 'grad_cam', k][1:] == pytest.approx((low, high), abs=0.15 * (high - low))
+
+
+def test_intervals_repeat_with_their_seed() -> None:
+    metrics, accuracy = np.random.default_rng(2).uniform(0, 100, (30, 5)), np.zeros(30)
+    assert make_report(metrics, accuracy).figures == make_report(metrics, accuracy).figures
+    assert make_report(metrics, accuracy).figures != make_report(metrics, accuracy, seed=1).figures
+
+
+def test_the_labels_of_an_image_are_resampled_together() -> None:
+    metrics = np.random.default_rng(3).uniform(0, 100, (40, 5))
+    once = make_report(metrics, np.zeros(40))
+    each_four_times = make_report(metrics.repeat(4, axis=0), np.zeros(40), np.arange(40).repeat(4))
+    for key, estimate in once.figures.items():
+        assert each_four_times[key] == pytest.approx(estimate)
+
+
+def test_an_image_without_a_label_weighs_nothing_in_the_metrics() -> None:
+    metrics = np.random.default_rng(4).uniform(0, 100, (4, 5))
+    report = make_report(metrics, np.array([0, 100, 100., 100]), np.array([0, 0, 2, 3]))
+    assert [report['ca', 'grad_cam', k].value for k in METRICS] == pytest.approx(metrics.mean(0))
+    assert report.accuracy['ca'].value == 75
+
+
+def test_average_precision_is_the_devkits_with_ties_and_weights() -> None:
+    rng = np.random.default_rng(5)
+    labels, scores = rng.integers(0, 2, 60), rng.integers(0, 20, 60) / 20
+    weights = rng.integers(0, 4, (5, 60)).astype(float)
+    repeats = weights.astype(int)
+    expected = [devkit_average_precision(labels.repeat(n), scores.repeat(n)) for n in repeats]
+    assert average_precision(labels, scores, weights) == pytest.approx(expected)
+
+
+def test_average_precision_leaves_out_negative_labels_and_is_undefined_without_positives() -> None:
+    labels, scores = np.array([1, -1, 0, 1, -1]), np.array([0.3, 0.9, 0.6, 0.8, 0.1])
+    assert average_precision(labels, scores, np.ones((1, 5)))[0] == pytest.approx((1 + 2 / 3) / 2)
+    assert np.isnan(average_precision(np.zeros(3), np.arange(3.), np.ones((1, 3)))).all()
+    assert np.isnan(average_precision(-np.ones(3), np.arange(3.), np.ones((2, 3)))).all()
+
+
+def test_the_printed_table_is_laid_out_as_the_papers() -> None:
+    report = make_report(np.tile([[12.544, 22.668, 48.561, 75.529, 13.496]], (3, 1)), np.full(3, 74.7))
+    lines = str(report).splitlines()
+    assert lines[0].split() == ['NETWORK', 'POOLING', 'accuracy', '↑']
+    assert lines[1].split() == ['tiny', 'CA', '74.70', '[74.70,', '74.70]']
+    assert lines[3].split() == ['NETWORK', 'METHOD', 'POOLING', 'AD', '↓', 'AG', '↑', 'AI', '↑', 'I', '↑', 'D', '↓']
+    assert lines[4].startswith('tiny     Grad-CAM  CA       12.54 [12.54, 12.54]  22.67 [22.67, 22.67]  48.56')
+    assert '3 images' in lines[-1]
+
+
+def test_saved_files_hold_the_figures_the_settings_and_the_values_of_every_image(tmp_path) -> None:
+    metrics = np.random.default_rng(6).uniform(0, 100, (3, 5))
+    report = make_report(metrics, np.array([0., 100, 0, 100]), np.array([0, 0, 3]))
+    report.save(tmp_path / 'new')
+    assert sorted(path.name for path in (tmp_path / 'new').iterdir()) == ['evaluation.json', 'images.csv', 'table.csv']
+
+    saved = json.loads((tmp_path / 'new' / 'evaluation.json').read_text())
+    with open(tmp_path / 'new' / 'table.csv', newline='') as file:
+        table = list(csv.DictReader(file))
+    assert saved['settings'] == {'target': 'truth', 'seed': 0}
+    assert saved['num_images'] == 4
+    assert saved['accuracy'] == {'ca': 50}
+    for row in (saved['rows'][0], table[0]):
+        assert (row['network'], row['method'], row['pooling']) == ('tiny', 'grad_cam', 'ca')
+        for k in METRICS:
+            estimate = Estimate(*(float(row[f'{k}{end}']) for end in ('', '_low', '_high')))
+            assert estimate == report['ca', 'grad_cam', k]
+
+    lines = list(csv.reader(io.StringIO((tmp_path / 'new' / 'images.csv').read_text())))
+    assert lines[0] == ['image', 'ca/accuracy', *NAMES[1:]]
+    assert [line[0] for line in lines[1:]] == ['0', '0', '10', '20', '30']
+    assert [len(line) for line in lines[1:]] == [9, 9, 2, 2, 9]
+    assert [float(value) for value in lines[5][4:]] == pytest.approx(metrics[2])
