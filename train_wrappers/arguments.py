@@ -1,0 +1,124 @@
+"""What the wrappers do to the command line before timm's script reads it.
+
+timm lets `--model-kwargs` on the command line replace the mapping of the config file, so `freeze_backbone` of a recipe
+would vanish without a word; here the two are merged. Recipes are found by name, options that would quietly skip the
+stream are refused, and the statistics of a frozen backbone are left alone.
+"""
+from __future__ import annotations
+
+import ast
+from argparse import Action, ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RECIPES = Path(__file__).parent / 'recipes'
+
+
+class ParseKwargs(Action):
+    """Reads `key=value` words: Python literals, or else strings. timm's own, before 1.0.30, breaks on a path."""
+
+    def __call__(
+            self,
+            parser: ArgumentParser,
+            namespace: Namespace,
+            values: Any,
+            option_string: str | None = None,
+    ) -> None:
+        kwargs = {}
+        for word in filter(None, values):
+            key, equals, value = word.partition('=')
+            if not equals:
+                parser.error(f'{option_string} takes key=value, not {word}')
+            try:
+                kwargs[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                kwargs[key] = value
+        setattr(namespace, self.dest, kwargs)
+
+
+def prepare(script: Mapping[str, Any], argv: Sequence[str]) -> list[str]:
+    """The command line for timm's script.
+
+    Args:
+        script: The globals of the script: its `parser`, and `config_parser` where it takes a config file.
+        argv: What the user typed, less the wrapper's own options.
+
+    Returns:
+        `argv`, followed by the path of a recipe given by name, by the merged `--model-kwargs` and by `--dist-bn ''`
+        for a frozen backbone: the last one counts.
+
+    Raises:
+        ValueError: The recipe is not there, or an option does not go with a stream.
+    """
+    recipe: dict[str, Any] = {}
+    added: list[str] = []
+    options = list(argv)
+    if 'config_parser' in script:
+        config, options = script['config_parser'].parse_known_args(argv)
+        if config.config:
+            path = find_recipe(config.config)
+            recipe = read_recipe(path)
+            added += ['--config', str(path)]
+    typed = script['parser'].parse_args(options).model_kwargs
+    merged = {**(recipe.get('model_kwargs') or {}), **typed}
+    if merged != typed:
+        added += ['--model-kwargs', *(f'{key}={value!r}' for key, value in merged.items())]
+    # Values that a namespace already holds take the place of the parser's defaults, as timm's set_defaults does.
+    args = script['parser'].parse_args(options, Namespace(**{**recipe, 'model_kwargs': {}}))
+    _check(args, merged)
+    if merged.get('freeze_backbone') and getattr(args, 'dist_bn', ''):
+        # Averaging frozen statistics over processes, timm's default, changes their last bits.
+        added += ['--dist-bn', '']
+    return [*argv, *added]
+
+
+def find_recipe(name: str) -> Path:
+    """The config file `name`, or the packaged recipe of that name, with or without its `.yaml`."""
+    for path in (Path(name), RECIPES / name, RECIPES / f'{name}.yaml'):
+        if path.is_file():
+            return path
+    packaged = ', '.join(sorted(path.name for path in RECIPES.glob('*.yaml')))
+    raise ValueError(f'There is no config file {name}; the packaged recipes are {packaged}.')
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The options of a timm config file."""
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f'{path} is not a YAML file: {" ".join(str(error).split())}') from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f'{path} holds no options: a config file is a YAML mapping of option names to values.')
+    return recipe
+
+
+def _check(args: Namespace, model_kwargs: Mapping[str, Any]) -> None:
+    def value(name: str) -> Any:
+        return getattr(args, name, None)  # validate.py has other options than train.py
+
+    folder = value('data_dir') or value('data')
+    if not args.dataset and (not folder or not Path(folder).exists()):
+        raise ValueError(
+            f'There is no image folder {folder}.' if folder else
+            'There is nothing to read: name an image folder with --data-dir, or a data set with --dataset.')
+    if 'castream' not in args.model:
+        return
+    if value('test_pool'):
+        raise ValueError('--test-pool pools by itself and would skip the stream without a word; leave it out.')
+    if value('torchscript'):
+        raise ValueError('--torchscript cannot see the hooks that a stream runs in; use --torchcompile or nothing.')
+    if value('clip_grad') is not None and 'agc' in value('clip_mode'):
+        raise ValueError(
+            '--clip-mode agc spares the last two parameters, taking them for the classifier; here they are the '
+            'last ones of the stream. Use --clip-mode norm.')
+    if model_kwargs.get('stream_class_specific'):
+        if value('mixup') or value('cutmix') or value('cutmix_minmax'):
+            raise ValueError(
+                "A class specific stream starts from the query of an image's one target class, and --mixup and "
+                '--cutmix give an image several; leave them out.')
+        if value('kd_model_name'):
+            raise ValueError(
+                'A class specific stream needs the labels, which the distillation of --kd-model-name does not hand on.')

@@ -1,0 +1,120 @@
+"""Runs a script of timm in this process with the plugin loaded."""
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.data.loader
+import timm.task
+import timm.utils
+
+from timm_castream.datasets import create_dataset
+
+from . import multilabel
+from .arguments import ParseKwargs, prepare
+from .finder import ScriptNotFoundError, find_script, script_release
+from .task import CAStreamTask
+
+_EXAMPLES = {
+    'train.py': 'castream train -c imagenet_sgd90.yaml --data-dir /data/imagenet',
+    'validate.py': 'castream validate --model resnet50_castream --checkpoint last.pth.tar --data-dir /data/imagenet',
+}
+
+
+def run_script(name: str, argv: Sequence[str] | None = None) -> int:
+    """Runs timm's script `name`, handing it every option that is not the wrapper's own.
+
+    Args:
+        name: `train.py` or `validate.py`.
+        argv: The command line after the program's name; `sys.argv[1:]` by default.
+
+    Returns:
+        The exit code: 0; 2 for a mistake that one line on the standard error explains; 1 when the script crashed, after
+        its traceback; 130 when interrupted.
+    """
+    parser = _parser(name)
+    own, options = parser.parse_known_args(argv)
+    if own.help:
+        parser.print_help()
+        options.append('--help')
+    script = ''
+    try:
+        path = find_script(name, own.timm_script)
+        script = f' ({path} of {script_release(path)}, timm {timm.__version__})'
+        _run(path, options)
+    except SystemExit as stop:  # argparse's way out
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except KeyboardInterrupt:
+        print(f'{parser.prog}: interrupted', file=sys.stderr)
+        return 130
+    except Exception as error:
+        if own.help and isinstance(error, ScriptNotFoundError):
+            print(error)
+            return 0
+        mistake = isinstance(error, (ScriptNotFoundError, ValueError, ImportError, OSError))
+        if own.debug or not mistake:
+            traceback.print_exc()
+        message = ' '.join(str(error).split()) or type(error).__name__
+        print(f'{parser.prog}: {message}{script}', file=sys.stderr)
+        return 2 if mistake else 1
+    return 0
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    command = Path(name).stem
+    parser = argparse.ArgumentParser(
+        prog=f'castream {command}',
+        usage=f"castream {command} [--timm-script PATH] [--debug] [options of timm's {name}]",
+        description=f"Runs timm's {name} unchanged with timm_castream loaded. Works with timm 1.0.27 to 1.0.31.",
+        epilog=f"example: {_EXAMPLES[name]}\n\nThe options of timm's {name}:\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument('-h', '--help', action='store_true', help="show these options and those of timm's script")
+    parser.add_argument(
+        '--timm-script', metavar='PATH',
+        help=f'the {name} to run (default: TIMM_{command.upper()}_SCRIPT, beside an editable timm, the cache, GitHub)')
+    parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
+    return parser
+
+
+def _run(path: Path, options: list[str]) -> None:
+    score = multilabel.MultiLabelScore()
+    with _replaced(
+            (sys, 'argv', [str(path)]),
+            (timm.data, 'create_dataset', create_dataset),
+            (timm.data.loader, 'fast_collate', multilabel.collate),
+            (timm.task, 'ClassificationTask', CAStreamTask),
+            (timm.utils, 'ParseKwargs', ParseKwargs),
+            (timm.utils, 'accuracy', score.accuracy),
+    ):
+        # Not as __main__, which would start it at once: its parser and its `validate` are needed first.
+        defined = runpy.run_path(str(path), run_name=f'timm_{path.stem}')
+        missing = [name for name in ('parser', 'main', 'validate') if name not in defined]
+        if missing:
+            raise ValueError(f'{path} is not a training or validation script of timm: it has no {missing[0]}')
+        script = defined['main'].__globals__
+        script['validate'] = score.scored(script['validate'])
+        sys.argv += prepare(script, options)
+        script['main']()
+
+
+@contextmanager
+def _replaced(*replacements: tuple[Any, str, Any]) -> Iterator[None]:
+    """Sets attributes, given as (owner, name, value), and puts the old values back."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+    try:
+        for owner, name, value in replacements:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
