@@ -1,0 +1,147 @@
+"""The command line as its users type it: what it prints, writes and returns."""
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_castream
+from timm_castream import cli, demo
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as timm's train.py writes it, of an untrained model."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet_castream', num_classes=10)
+    path = tmp_path_factory.mktemp('checkpoint') / 'last.pth.tar'
+    torch.save({'state_dict': model.state_dict(), 'arch': 'test_resnet_castream', 'epoch': 1}, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def model_options(checkpoint: Path) -> list[str]:
+    return ['--model', 'test_resnet_castream', '--num-classes', '10', '--checkpoint', str(checkpoint)]
+
+
+def test_list_prints_the_parameters_of_the_papers_table(capsys):
+    assert cli.main(['list', 'resnet50*']) == 0
+    heading, row = capsys.readouterr().out.splitlines()
+    assert heading.split() == ['variant', 'stages', 'stream', 'total']
+    assert row.split() == [
+        'resnet50_castream', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4', '6,969,152', '32,526,184']
+
+
+def test_list_shows_every_registered_variant(capsys):
+    assert cli.main(['list', 'test_*']) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert names == timm.list_models('test_*_castream')
+
+
+@pytest.mark.parametrize('command', ['list', 'evaluate', 'explain', 'push', 'demo'])
+def test_every_command_explains_itself_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, '--help'])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert f'usage: castream {command}' in out and f'example:\n  castream {command}' in out
+
+
+@pytest.mark.parametrize('command', ['train', 'validate'])
+def test_the_training_commands_show_their_own_half_even_without_a_script(command, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv(f'TIMM_{command.upper()}_SCRIPT', str(tmp_path / 'none.py'))
+    assert cli.main([command, '--help']) == 0
+    captured = capsys.readouterr()
+    assert f'usage: castream {command}' in captured.out and f'example: castream {command}' in captured.out
+    assert 'none.py' in captured.out + captured.err
+
+
+@pytest.mark.parametrize(('argv', 'words'), [
+    (['list', 'nothing*'], 'nothing*'),
+    (['evaluate', '--model', 'resnet50', '--dataset', 'digits'], 'has no CA-Stream'),
+    (['evaluate', '--model', 'test_resnet_castream', '--checkpoint', 'missing.pth'], 'missing.pth'),
+    (['evaluate', '--model', 'no_such_castream', '--dataset', 'digits'], 'no_such_castream'),
+    (['explain', '--model', 'test_resnet_castream'], '--images'),
+    (['explain', '--model', 'test_resnet_castream', '--images', 'no_folder'], 'no_folder'),
+    (['push', 'missing.pth', '--model', 'test_resnet_castream', '--repo', 'a/b'], 'missing.pth'),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(argv, words, capsys):
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and words in error and error.startswith(f'castream {argv[0]}: ')
+
+
+def test_an_unknown_option_is_one_line_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(['demo', '--speed', 'fast'])
+    assert stop.value.code == 2 and capsys.readouterr().err.count('\n') == 1
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match='nothing'):
+        cli.main(['list', 'nothing*', '--debug'])
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, 'run', interrupted)
+    assert cli.main(['demo']) == 130
+    assert capsys.readouterr().err == 'castream: interrupted\n'
+
+
+def test_evaluate_writes_the_table_and_a_row_an_image(model_options, tmp_path, capsys):
+    argv = ['evaluate', *model_options, '--dataset', 'digits', '--img-size', '64', '--num-samples', '5', '-j', '0',
+            '--device', 'cpu', '--methods', 'grad_cam', '--output', str(tmp_path)]
+    assert cli.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert 'Grad-CAM' in printed and 'AD' in printed and '5 images' in printed
+    with open(tmp_path / 'table.csv', encoding='utf-8') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['pooling'] for row in rows] == ['gap', 'ca']
+    with open(tmp_path / 'images.csv', encoding='utf-8') as file:
+        values = list(csv.DictReader(file))
+    assert len(values) == 5
+    drops = [float(row['ca/grad_cam/average_drop']) for row in values]
+    assert float(rows[1]['average_drop']) == pytest.approx(np.mean(drops))
+    evaluation = json.loads((tmp_path / 'evaluation.json').read_text())
+    assert evaluation['num_images'] == 5 and evaluation['settings']['model'] == 'test_resnet_castream'
+    # Started again, it finds everything finished and prints the same table.
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_explain_skips_what_it_cannot_read_and_says_so(model_options, tmp_path, capsys, caplog):
+    Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(tmp_path / 'good.png')
+    (tmp_path / 'bad.png').write_bytes(b'no image')
+    out = tmp_path / 'out'
+    argv = ['explain', *model_options, '--device', 'cpu', '--images', str(tmp_path), '--output', str(out), '--identity']
+    assert cli.main(argv) == 1
+    assert {path.name for path in out.iterdir()} == {'good.png', 'good_identity.png', 'grid.png'}
+    assert 'bad.png' in caplog.text
+    assert str(out / 'good.png') in capsys.readouterr().out
+
+
+def test_push_writes_a_folder_that_loads_by_its_name(checkpoint, tmp_path):
+    folder = tmp_path / 'repository'
+    argv = ['push', str(checkpoint), '--model', 'test_resnet_castream', '--model-kwargs', 'num_classes=10',
+            '--repo', 'me/test', '--dry-run', str(folder)]
+    assert cli.main(argv) == 0
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
+    saved = torch.load(checkpoint, weights_only=True)['state_dict']
+    assert loaded.keys() == saved.keys() and all(torch.equal(value, saved[key]) for key, value in loaded.items())
+
+
+def test_the_installed_command_is_this_one():
+    from importlib.metadata import entry_points
+
+    command, = entry_points(group='console_scripts', name='castream')
+    assert command.load() is cli.main
+    assert timm_castream.__version__ == '0.1.0'

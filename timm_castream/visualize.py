@@ -1,0 +1,320 @@
+"""Pictures of saliency: overlays, rows and grids of them, and the two sides of the paper's eq. (5).
+
+Figures are matplotlib's, made without pyplot: they share no state and need no closing. Letters: C channels of an image
+and H x W pixels, h x w the size of a saliency map.
+"""
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from itertools import chain, count
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from .attach import POOLINGS, attention_maps, forward_both
+from .attribution import METHOD_NAMES, METHODS, attention_identity, attribute_all
+from .backbone import eval_mode
+from .cam import probabilities, scale_maps
+from .images import normalisation
+from .mixin import castream_model
+
+POOLING_NAMES = {'gap': 'GAP', 'ca': 'CA'}
+ROWS_PER_GRID = 50
+
+_PANEL_INCHES, _TITLE_INCHES, _GAP_INCHES = 1.8, 0.5, 0.08
+_LEAST_DPI = 80  # for the titles: smaller images are enlarged
+_LABEL_LETTERS, _NAME_LETTERS = 22, 30
+
+_logger = logging.getLogger(__name__)
+
+
+class Panel(NamedTuple):
+    """One picture of a row: a title of one or more lines, and (H, W, 3) pixels of 8 bits."""
+
+    title: str
+    pixels: np.ndarray
+
+
+class Explained(NamedTuple):
+    """What `explain` did.
+
+    Attributes:
+        pictures: Files written, one an image, then the one of eq. (5) where asked for.
+        grids: Files of all rows together, one for every `ROWS_PER_GRID` images.
+        unreadable: Image files skipped, and why.
+    """
+
+    pictures: list[Path]
+    grids: list[Path]
+    unreadable: dict[Path, str]
+
+
+def explain(
+        model: nn.Module,
+        paths: Sequence[str | Path],
+        methods: Sequence[str],
+        output_dir: str | Path,
+        poolings: Sequence[str] = POOLINGS,
+        layer: str | None = None,
+        batch_size: int | None = None,
+        *,
+        activation: str = 'softmax',
+        identity: bool = False,
+) -> Explained:
+    """Writes a row of overlays for each image as a PNG, and a grid of all rows, with a progress bar on a terminal.
+
+    An image stands upright by its EXIF data and goes through the model's own eval transform. One that cannot be read
+    is named in a warning and skipped.
+
+    Args:
+        model: A model with a stream.
+        paths: Image files, in any format that PIL opens.
+        methods: Of `attribution.METHODS`; `'attention'` gives a picture for every stage.
+        output_dir: Made where it is missing. No file among `paths` is overwritten.
+        poolings: Of `'gap'` and `'ca'`.
+        layer: As for `attribution.attribute`.
+        batch_size: As for `attribution.attribute`.
+        activation: `'softmax'`, or `'sigmoid'` for multi-label models.
+        identity: Write the figure of eq. (5) for each image too.
+
+    Raises:
+        ValueError: If there are no paths, an argument does not fit or the model has no stream.
+    """
+    if not paths:
+        raise ValueError('There are no images to explain.')
+    network = castream_model(model)
+    config = resolve_model_data_config(network)
+    transform = create_transform(**config, is_training=False)
+    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+    parameter = next(network.parameters())
+
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    images = [Path(path) for path in paths]
+    taken = {_path_key(path) for path in images}
+    grid_paths = [_free_path(folder, 'grid', taken) for _ in range(0, len(images), ROWS_PER_GRID)]
+    done = Explained([], [], {})
+    rows: list[list[Panel]] = []
+    for path in tqdm(images, desc='explain', unit='image', disable=None):
+        try:
+            image = read_image(path, mode)
+        except Exception as error:  # PIL's decoders raise about anything on a broken file
+            done.unreadable[path] = f'{type(error).__name__}: {error}'
+            _logger.warning('%s cannot be read and is skipped: %s', path, error)
+            continue
+        x = transform(image)[None].to(parameter)
+        rows.append(saliency_row(
+            network, x, methods, poolings, layer, batch_size, activation=activation, name=path.name))
+        done.pictures.append(save(draw_grid(rows[-1:]), _free_path(folder, path.stem, taken)))
+        if identity:
+            done.pictures.append(save(draw_identity(network, x), _free_path(folder, f'{path.stem}_identity', taken)))
+        if len(rows) == ROWS_PER_GRID:
+            done.grids.append(save(draw_grid(rows), grid_paths[len(done.grids)]))
+            rows.clear()
+    if rows:
+        done.grids.append(save(draw_grid(rows), grid_paths[len(done.grids)]))
+    return done
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """Files below a folder whose names end as those of formats that PIL opens, in order of their paths.
+
+    Raises:
+        ValueError: If there is no such folder, or no such file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f'{str(folder)!r} is no folder.')
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in endings and path.is_file())
+    if not paths:
+        raise ValueError(f'{str(folder)!r} has no images.')
+    return paths
+
+
+def read_image(path: str | Path, mode: str = 'RGB') -> Image.Image:
+    """An image file, upright by its EXIF data, of 8 bits a channel: wider ones are scaled by their own range.
+
+    Args:
+        path: Any file that PIL opens; of several frames the first is read.
+        mode: `'RGB'` or `'L'`.
+    """
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode[0] in 'IF':  # 16 or 32 bits, which convert() would cut off at 255
+            values = torch.from_numpy(np.asarray(image, dtype=np.float64))
+            image = Image.fromarray((255 * scale_maps(values)).round().byte().numpy())
+        return image.convert(mode)
+
+
+def saliency_row(
+        model: nn.Module,
+        x: Tensor,
+        methods: Sequence[str] = METHODS,
+        poolings: Sequence[str] = POOLINGS,
+        layer: str | None = None,
+        batch_size: int | None = None,
+        *,
+        activation: str = 'softmax',
+        name: str = '',
+) -> list[Panel]:
+    """One image's row: the image, its attention in every stage, and each method under each pooling.
+
+    A class activation map explains the class predicted under its pooling, which its title names with the probability.
+
+    Args:
+        model: A model with a stream.
+        x: (1, C, H, W), normalised as the model's `pretrained_cfg` says.
+        name: Of the image, for its title.
+
+    The other arguments, and what is raised, are those of `explain`.
+    """
+    network = castream_model(model)
+    maps = attribute_all(network, x, methods, None, poolings, layer, batch_size, activation=activation)
+    with eval_mode(network):
+        logits = forward_both(network, x)
+        stages = attention_maps(network, x) if 'attention' in methods else []
+    predictions = {}
+    for pooling in poolings:
+        probability, index = probabilities(logits[pooling], activation)[0].max(0)
+        label = _cut(class_name(network, int(index)), _LABEL_LETTERS)
+        predictions[pooling] = f'{POOLING_NAMES[pooling]}: {label} {probability:.2f}'
+    image = denormalised(network, x)[0]
+    row = [Panel('\n'.join([_cut(name, _NAME_LETTERS), *predictions.values()]), image)]
+    for stage, attention in zip(network.castream_stages, stages, strict=False):
+        row.append(Panel(f'{METHOD_NAMES["attention"]}\n{stage}', overlay(image, scale_maps(attention.mean(1)[0]))))
+    row += [
+        Panel(f'{METHOD_NAMES[method]}\n{predictions[pooling]}', overlay(image, maps[pooling, method][0]))
+        for method in methods if method != 'attention' for pooling in poolings
+    ]
+    return row
+
+
+def overlay(image: np.ndarray, saliency: Tensor) -> np.ndarray:
+    """An image under a colour map of its saliency, from blue (0) to red (1).
+
+    Args:
+        image: (H, W, 3) of 8 bits.
+        saliency: (h, w) in [0, 1]; it is resized as the metrics do it, bilinearly with align_corners=False.
+
+    Returns:
+        (H, W, 3) of 8 bits.
+    """
+    resized = F.interpolate(saliency[None, None].float(), image.shape[:2], mode='bilinear', align_corners=False)
+    colours = colormaps['jet'](resized[0, 0].cpu().numpy(), bytes=True)[..., :3]
+    return ((image.astype(np.uint16) + colours) // 2).astype(np.uint8)
+
+
+def denormalised(model: nn.Module, x: Tensor) -> np.ndarray:
+    """Pixels, (B, H, W, 3) of 8 bits, of (B, C, H, W) images normalised as the model's `pretrained_cfg` says."""
+    mean, std = normalisation(model, x)
+    pixels = (255 * (x * std + mean)).round().clamp(0, 255).expand(-1, 3, -1, -1)
+    return pixels.movedim(1, -1).byte().cpu().numpy()
+
+
+def draw_grid(rows: Sequence[Sequence[Panel]]) -> Figure:
+    """A figure with a line of pictures, of equal sizes, for each row."""
+    height, width = rows[0][0].pixels.shape[:2]
+    enlarged = math.ceil(_LEAST_DPI * _PANEL_INCHES / width)
+    height, width = height * enlarged, width * enlarged
+    dpi = width / _PANEL_INCHES
+    gap, title_height = round(_GAP_INCHES * dpi), round(_TITLE_INCHES * dpi)
+    step_y, step_x = height + gap + title_height, width + gap
+    # One picture of all panels, pixel by pixel: an axes for each of hundreds would take minutes.
+    canvas = np.full((len(rows) * step_y + gap, max(map(len, rows)) * step_x + gap, 3), 255, dtype=np.uint8)
+    figure = Figure(figsize=(canvas.shape[1] / dpi, canvas.shape[0] / dpi), dpi=dpi)
+    for line, row in enumerate(rows):
+        for column, (title, pixels) in enumerate(row):
+            top, left = line * step_y + title_height + gap, column * step_x + gap
+            canvas[top:top + height, left:left + width] = pixels.repeat(enlarged, 0).repeat(enlarged, 1)
+            figure.text(
+                (left + width / 2) / canvas.shape[1], 1 - (top - gap / 2) / canvas.shape[0], title, fontsize=7,
+                horizontalalignment='center', verticalalignment='bottom', parse_math=False)
+    figure.figimage(canvas)
+    return figure
+
+
+def draw_identity(model: nn.Module, x: Tensor) -> Figure:
+    """Eq. (5) for one image: attention logits F a, the class agnostic CAM sum_k a_k F^k, and their difference.
+
+    Args:
+        model: A model with a stream.
+        x: (1, C, H, W), normalised as the model's `pretrained_cfg` says.
+    """
+    logits, cam = (side[0].double().cpu().numpy() for side in attention_identity(model, x))
+    difference = logits - cam
+    furthest = np.abs(difference).max()
+    figure = Figure(figsize=(10, 2.8), dpi=2 * _LEAST_DPI, layout='constrained')
+    panels = figure.subplots(1, 4)
+    panels[0].imshow(denormalised(castream_model(model), x)[0])
+    panels[0].set_title('input')
+    bounds = {'vmin': min(logits.min(), cam.min()), 'vmax': max(logits.max(), cam.max())}
+    for axes, values, title, colours in (
+            (panels[1], logits, r'attention logits $F\,\alpha$', {'cmap': 'jet', **bounds}),
+            (panels[2], cam, r'CAM $\sum_k \alpha_k F^k$', {'cmap': 'jet', **bounds}),
+            (panels[3], difference, f'difference, at most {furthest:.1e}',
+             {'cmap': 'coolwarm', 'vmin': -furthest, 'vmax': furthest}),
+    ):
+        figure.colorbar(axes.imshow(values, **colours), ax=axes, shrink=0.8)
+        axes.set_title(title)
+    for axes in panels:
+        axes.set_axis_off()
+        axes.title.set_fontsize(9)
+    return figure
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Writes a figure as a PNG that takes its name once it is complete.
+
+    Returns:
+        The path.
+    """
+    path = Path(path)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        figure.savefig(temporary, format='png')
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def class_name(model: nn.Module, index: int) -> str:
+    """A class by name: of the model's `pretrained_cfg`, or of the ImageNet with as many classes, as timm guesses."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    names = cfg.get('label_names')
+    if names:
+        # Keys of a mapping that went through JSON are strings.
+        by_index = {str(i): name for i, name in (names.items() if isinstance(names, dict) else enumerate(names))}
+        name = by_index.get(str(index), f'class {index}')
+        return (cfg.get('label_descriptions') or {}).get(name, name)
+    subset = infer_imagenet_subset(model)
+    return ImageNetInfo(subset).index_to_description(index) if subset else f'class {index}'
+
+
+def _cut(text: str, letters: int) -> str:
+    return text if len(text) <= letters else f'{text[:letters - 1]}…'
+
+
+def _path_key(path: Path) -> str:
+    return str(path.resolve()).casefold()  # some file systems take A.png for a.png
+
+
+def _free_path(folder: Path, stem: str, taken: set[str]) -> Path:
+    """A PNG file's path that is not taken, and now is."""
+    candidates = (folder / f'{name}.png' for name in chain([stem], (f'{stem}_{n}' for n in count(2))))
+    path = next(path for path in candidates if _path_key(path) not in taken)
+    taken.add(_path_key(path))
+    return path
