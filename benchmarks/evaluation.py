@@ -1,0 +1,251 @@
+"""What attributions, metrics and the whole protocol cost over the bare forwards they need, and over pytorch-grad-cam.
+
+    python benchmarks/evaluation.py
+    python benchmarks/evaluation.py --device cuda --models resnet50 --masks 2048 --images 8 --dtype bfloat16 --compile
+
+Bare are forwards of the plain backbone on NCHW images, in --dtype, in the fastest of several batch sizes. Weights and
+Score-CAM's maps are drawn at random, so that no channel is constant on an image: what skipping saves is not shown.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import timm
+import torch
+from timing import heading, interleave, ratio
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+
+from timm_castream import forward_both
+from timm_castream.attribution import attribute_all
+from timm_castream.cam import score_cam_weights
+from timm_castream.evaluate import METHODS, evaluate
+from timm_castream.images import normalisation
+from timm_castream.metrics import deletion_curve, insertion_curve
+
+try:
+    from pytorch_grad_cam import ScoreCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+except ImportError:
+    ScoreCAM = None
+
+POOLINGS = ('gap', 'ca')
+BATCH_SIZES = (16, 32, 64, 128)
+
+
+@dataclass
+class Case:
+    """Sizes of a comparison.
+
+    Attributes:
+        size: Pixels of a side.
+        masks: Masked images of Score-CAM that are timed for each image, at most one a channel.
+        images: Images of Score-CAM, the curves and the protocol; Grad-CAM takes 8.
+        options: More arguments of the model.
+    """
+
+    size: int
+    masks: int
+    images: int
+    options: dict[str, int]
+
+
+CASES = {
+    'test_resnet': Case(64, 96, 4, {'output_stride': 8}),
+    'resnet18': Case(224, 128, 1, {}),
+    'resnet50': Case(224, 64, 1, {}),
+}
+
+
+class Comparison:
+    """One backbone: its times, side by side."""
+
+    def __init__(self, name: str, case: Case, args: argparse.Namespace) -> None:
+        torch.manual_seed(args.seed)
+        self.case, self.rounds, self.device = case, args.rounds, torch.device(args.device)
+        self.compile, self.amp_dtype = args.compile, None if args.dtype == 'float32' else getattr(torch, args.dtype)
+        self.plain = timm.create_model(name, **case.options).eval()
+        for module in self.plain.modules():
+            if isinstance(module, nn.BatchNorm2d):  # timm's start at zero in residual branches
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.uniform_(module.bias, 0, 0.5)
+        self.plain.to(self.device)
+        self.model = timm.create_model(f'{name}_castream', **case.options).to(self.device).eval()
+        self.model.load_state_dict(self.plain.state_dict(), strict=False)
+        self.x = torch.rand(max(8, case.images), 3, case.size, case.size, device=self.device) * 4 - 2
+        self.network = torch.compile(self.plain) if self.compile else self.plain
+        self.both = torch.compile(forward_both) if self.compile else forward_both
+        self.channels = self.plain.num_features
+        self.bare_batch = self._fastest_batch()
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def bare(self, forwards: int, batch_size: int | None = None) -> None:
+        """So many forwards of the plain backbone."""
+        batch_size = min(batch_size or self.bare_batch, forwards)
+        images = torch.randn(batch_size, *self.x.shape[1:], device=self.device)
+        with torch.no_grad(), self.autocast():
+            for start in range(0, forwards, batch_size):
+                self.network(images[:forwards - start])
+
+    def _fastest_batch(self) -> int:
+        calls = {str(size): lambda size=size: self.bare(128, size) for size in BATCH_SIZES}
+        seconds = interleave(calls, 1, self.device, warmup=1)
+        return int(min(seconds, key=lambda size: seconds[size][0]))
+
+    def measure(self, calls: dict[str, Callable[[], object]], rounds: int | None = None) -> dict[str, list[float]]:
+        with self.autocast():
+            return interleave(calls, rounds or self.rounds, self.device, warmup=1)
+
+    def score_cam(self) -> dict[str, float]:
+        """Score-CAM's weights: for one pooling, for both, and by the peer for one after the other."""
+        case = self.case
+        x = self.x[:case.images]
+        maps = torch.rand(len(x), min(case.masks, self.channels), 7, 7, device=self.device)
+        targets = {p: torch.zeros(len(x), 1, dtype=torch.long, device=self.device) for p in POOLINGS}
+        mean, std = normalisation(self.model, x)
+
+        def ours(poolings: tuple[str, ...], forward: Callable[[Tensor], dict[str, Tensor]]) -> None:
+            chosen = {p: targets[p] for p in poolings}
+            with torch.no_grad():
+                score_cam_weights(forward, x, maps, chosen, mean, std)
+
+        calls: dict[str, Callable[[], object]] = {
+            'bare': lambda: self.bare(len(x) * maps.shape[1]),
+            'one': lambda: ours(('gap',), lambda images: {'gap': self.network(images)}),
+            'both': lambda: ours(POOLINGS, lambda images: self.both(self.model, images)),
+        }
+        if ScoreCAM is not None:
+            peer = ScoreCAM(self.plain, [self.plain.layer4])
+            activations = maps.float().cpu().numpy()
+            chosen = [ClassifierOutputTarget(0)] * len(x)
+
+            def run_peer() -> None:
+                with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+                    for _ in POOLINGS:
+                        peer.get_cam_weights(x, None, chosen, activations, None)
+
+            calls['peer'] = run_peer
+        seconds = self.measure(calls)
+        result = {
+            'Score-CAM, one pooling / bare forwards of all channels': ratio(seconds, 'one', 'bare'),
+            'Score-CAM, GAP and CA / one pooling': ratio(seconds, 'both', 'one'),
+        }
+        if ScoreCAM is not None:
+            result["pytorch-grad-cam's Score-CAM twice / GAP and CA"] = ratio(seconds, 'peer', 'both')
+        return result
+
+    def curves(self) -> dict[str, float]:
+        """Insertion and Deletion of one map an image."""
+        x = self.x[:self.case.images]
+        saliency, target = torch.rand(len(x), 7, 7, device=self.device), torch.zeros(len(x), dtype=torch.long)
+        points = -(-self.case.size // 8) + 1
+
+        def ours() -> None:
+            insertion_curve(self.network, x, saliency, target)
+            deletion_curve(self.network, x, saliency, target)
+
+        seconds = self.measure({'bare': lambda: self.bare(2 * points * len(x)), 'ours': ours})
+        return {'Insertion and Deletion / bare forwards': ratio(seconds, 'ours', 'bare')}
+
+    def gradients(self) -> dict[str, float]:
+        """Grad-CAM and Grad-CAM++ of a batch of 8."""
+        x, methods = self.x[:8], ('grad_cam', 'grad_cam_pp')
+
+        def bare() -> None:
+            with torch.no_grad():
+                self.plain(x)
+
+        seconds = self.measure({
+            'bare': bare,
+            'one': lambda: attribute_all(self.model, x, methods, poolings=('gap',)),
+            'both': lambda: attribute_all(self.model, x, methods),
+        }, rounds=3 * self.rounds)
+        return {
+            'Grad-CAM and Grad-CAM++, GAP / one bare forward': ratio(seconds, 'one', 'bare'),
+            'Grad-CAM and Grad-CAM++, GAP and CA / one bare forward': ratio(seconds, 'both', 'bare'),
+        }
+
+    def protocol(self) -> dict[str, float]:
+        """Everything that `castream evaluate` does, with all masks."""
+        x = self.x[:self.case.images]
+        loader = DataLoader(TensorDataset(x, torch.zeros(len(x), dtype=torch.long)), len(x))
+
+        def run(*poolings: str) -> None:
+            evaluate(self.model, loader, METHODS, poolings, amp_dtype=self.amp_dtype, torchcompile=self.compile)
+
+        seconds = self.measure({'one': lambda: run('ca'), 'both': lambda: run(*POOLINGS)})
+        per_second = len(x) / statistics.median(seconds['both'])
+        return {
+            'Whole protocol, GAP and CA / twice one pooling': ratio(seconds, 'both', 'one') / 2,
+            'Whole protocol, GAP and CA: images/s': per_second,
+            'Whole protocol, GAP and CA: hours for 50,000 images': 50_000 / per_second / 3600,
+        }
+
+
+TARGETS = {
+    'Score-CAM, one pooling / bare forwards of all channels': 'at most 0.95',
+    'Score-CAM, GAP and CA / one pooling': 'at most 1.10',
+    "pytorch-grad-cam's Score-CAM twice / GAP and CA": 'at least 2',
+    'Insertion and Deletion / bare forwards': 'at most 1.05',
+    'Grad-CAM and Grad-CAM++, GAP / one bare forward': 'at most 1.05',
+    'Grad-CAM and Grad-CAM++, GAP and CA / one bare forward': '',
+    'Whole protocol, GAP and CA / twice one pooling': 'at most 0.75',
+    'Whole protocol, GAP and CA: images/s': '',
+    'Whole protocol, GAP and CA: hours for 50,000 images': '',
+}
+
+
+def main() -> None:
+    args = parse_args()
+    device = torch.device(args.device)
+    columns, notes = {}, []
+    for name in tqdm(args.models, disable=None):
+        case = CASES[name]
+        case.masks, case.images = args.masks or case.masks, args.images or case.images
+        compared = Comparison(name, case, args)
+        columns[name] = compared.score_cam() | compared.curves() | compared.gradients()
+        if name in args.protocol:
+            columns[name] |= compared.protocol()
+        notes.append(
+            f'{name}: {case.images} image(s) of {case.size} px, Score-CAM with {min(case.masks, compared.channels)} of '
+            f'{compared.channels} masks (the protocol with all), bare batches of {compared.bare_batch}')
+    print(f'{heading(args.seed, device)}, {args.dtype}{", compiled" if args.compile else ""}, '
+          f'medians of {args.rounds} rounds\n')
+    print('| time | target | ' + ' | '.join(columns) + ' |\n| --- | --- |' + ' --- |' * len(columns))
+    for row, target in TARGETS.items():
+        cells = [f'{column[row]:.3g}' if row in column else '' for column in columns.values()]
+        print(f'| {row} | {target} | ' + ' | '.join(cells) + ' |')
+    print('\n' + '\n'.join(f'- {note}' for note in notes))
+    if ScoreCAM is None:
+        print('- pytorch-grad-cam is not installed')
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--models', nargs='+', default=tuple(CASES), choices=tuple(CASES))
+    parser.add_argument('--protocol', nargs='*', default=('test_resnet', 'resnet18'), choices=tuple(CASES),
+                        help='models that the whole protocol is timed for, with all masks (default: %(default)s)')
+    parser.add_argument('--masks', type=int, help='channels of Score-CAM, if not those of a run of minutes on a CPU')
+    parser.add_argument('--images', type=int, help='images, likewise')
+    parser.add_argument('--rounds', type=int, default=5, help='measured rounds (default: %(default)s)')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'))
+    parser.add_argument('--compile', action='store_true')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--quick', action='store_true', help='only see that it runs: one small model, one round')
+    args = parser.parse_args()
+    if args.quick:
+        args.models, args.images, args.rounds = ('test_resnet',), 1, 1
+    return args
+
+
+if __name__ == '__main__':
+    main()
