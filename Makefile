@@ -16,7 +16,7 @@ lint: $(VENV)/dev.installed
 	$(BIN)/mypy
 
 $(VENV)/%.installed: setup.cfg pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$*]'
 	touch $@
 

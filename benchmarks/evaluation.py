@@ -82,6 +82,7 @@ class Comparison:
         self.network = torch.compile(self.plain) if self.compile else self.plain
         self.both = torch.compile(forward_both) if self.compile else forward_both
         self.channels = self.plain.num_features
+        self.images = torch.randn(max(BATCH_SIZES), *self.x.shape[1:], device=self.device)
         self.bare_batch = self._fastest_batch()
 
     def autocast(self) -> torch.autocast:
@@ -89,11 +90,10 @@ class Comparison:
 
     def bare(self, forwards: int, batch_size: int | None = None) -> None:
         """So many forwards of the plain backbone."""
-        batch_size = min(batch_size or self.bare_batch, forwards)
-        images = torch.randn(batch_size, *self.x.shape[1:], device=self.device)
+        batch_size = batch_size or self.bare_batch
         with torch.no_grad(), self.autocast():
             for start in range(0, forwards, batch_size):
-                self.network(images[:forwards - start])
+                self.network(self.images[:min(batch_size, forwards - start)])
 
     def _fastest_batch(self) -> int:
         calls = {str(size): lambda size=size: self.bare(128, size) for size in BATCH_SIZES}

@@ -10,6 +10,7 @@ import gc
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 
 import timm
 import torch
@@ -58,14 +59,14 @@ def compare(
     x = x.contiguous(memory_format=memory_format)
     target = torch.randint(1000, (args.batch_size,), device=device)
     optimizer = torch.optim.SGD(trained.castream.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    with torch.no_grad():
-        memory = peak_bytes(stream, x, device) / peak_bytes(plain, x, device)
-    if compiled:
-        plain, stream, trained = (torch.compile(m) for m in (plain, stream, trained))
 
     def forward(model: nn.Module) -> None:
         with torch.no_grad():
             model(x)
+
+    memory = peak_bytes(lambda: forward(stream), device) / peak_bytes(lambda: forward(plain), device)
+    if compiled:
+        plain, stream, trained = (torch.compile(m) for m in (plain, stream, trained))
 
     def step() -> None:
         F.cross_entropy(trained(x).float(), target).backward()
@@ -80,16 +81,16 @@ def compare(
             f'{statistics.median(seconds["plain"]) * 1e3:.0f}']
 
 
-def peak_bytes(model: nn.Module, x: torch.Tensor, device: torch.device) -> int:
-    """Most memory that one forward holds at a time, beyond weights and input."""
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Most memory that a call holds at a time, beyond what was held before."""
     if device.type == 'cuda':
-        model(x)
+        call()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        model(x)
+        call()
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        model(x)
+        call()
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == '[memory]':

@@ -16,3 +16,19 @@ def devkit_average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
         area += (recall - before) * max(p for r, p in points if r >= recall)
         before = recall
     return area
+
+
+def resized_bilinearly(saliency: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bilinear, half-pixel centres, clamped at the edges: align_corners=False."""
+    h, w = saliency.shape
+    out = np.zeros((height, width))
+    for i in range(height):
+        for j in range(width):
+            y = max((i + 0.5) * h / height - 0.5, 0.)
+            x = max((j + 0.5) * w / width - 0.5, 0.)
+            y0, x0 = min(int(y), h - 1), min(int(x), w - 1)
+            y1, x1 = min(y0 + 1, h - 1), min(x0 + 1, w - 1)
+            top = saliency[y0, x0] * (1 - (x - x0)) + saliency[y0, x1] * (x - x0)
+            low = saliency[y1, x0] * (1 - (x - x0)) + saliency[y1, x1] * (x - x0)
+            out[i, j] = top * (1 - (y - y0)) + low * (y - y0)
+    return out

@@ -754,17 +754,24 @@ def test_replicas_of_data_parallel_run_their_own_weights(make_model, x):
 
 
 @pytest.mark.parametrize('half_way', [False, True])
-def test_a_castream_teacher_inside_a_castream_student(half_way, make_model, x):
+@pytest.mark.parametrize('mode', ['ca', 'gap'])
+def test_a_castream_teacher_inside_a_castream_student(half_way, mode, make_model, x):
     student, teacher = make_model('test_resnet'), make_model('test_convnext')
-    expected = student(x), teacher(x)
     student.teacher = teacher
     seen = []
+
+    def teach(*args: Any) -> None:
+        with pooling(teacher, mode):
+            seen.extend((teacher(x), teacher.forward_intermediates(x)[0]))
+
+    expected = student(x), teacher(x)
+    teach()
     if half_way:
-        student.layer2.register_forward_hook(lambda *args: seen.append(teacher(x)))
+        student.layer2.register_forward_hook(teach)
     else:
-        seen.append(teacher(x))
+        teach()
     assert torch.equal(student(x), expected[0])
-    assert torch.equal(seen[0], expected[1])
+    assert len(seen) == 4 and torch.equal(seen[2], seen[0]) and torch.equal(seen[3], seen[1])
     detach(student)
     assert torch.equal(teacher(x), expected[1])
 
@@ -1016,6 +1023,18 @@ def test_a_network_of_another_image_size_than_its_cfgs_takes_a_stream(make_model
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 10)
 
 
+def test_attaching_caches_nothing_of_the_weights_that_it_saw(x):
+    # tiny_vit keeps its attention biases after a pass in eval mode.
+    args = {'depths': (1, 1, 1, 1), 'embed_dims': (8, 8, 8, 16), 'num_heads': (1, 1, 1, 1)}
+    model, plain = attach(make_backbone('tiny_vit_5m_224', **args)), make_backbone('tiny_vit_5m_224', **args)
+    for key, parameter in plain.named_parameters():
+        if key.endswith('attention_biases'):
+            nn.init.normal_(parameter, std=3.)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    with pooling(model, 'gap'):
+        assert torch.equal(model(x), plain(x))
+
+
 @pytest.mark.parametrize('name, args, message', [
     ('test_vit', {}, r'VisionTransformer pools no spatial feature map: .*\(1, \d+, 64\)'),
     ('vgg11', {'mlp_ratio': .01}, 'VGG does not pool'),
@@ -1033,6 +1052,9 @@ def test_a_network_that_pools_no_map_is_refused_in_one_sentence_and_left_alone(n
 def test_a_module_that_is_no_timm_model_is_refused():
     with pytest.raises(ValueError, match='Sequential is no timm classification model'):
         attach(nn.Sequential(nn.Conv2d(3, 3, 3)))
+    compiled = torch.compile(make_backbone('test_resnet'))  # shows the methods of the model inside
+    with pytest.raises(ValueError, match='OptimizedModule is no timm classification model'):
+        attach(compiled)
 
 
 @pytest.mark.parametrize('args, message', [
@@ -1043,6 +1065,7 @@ def test_a_module_that_is_no_timm_model_is_refused():
     ({'stream_stages': ['']}, "'' in stream_stages .* maxpool"),
     ({'stream_stages': []}, r'stream_stages \[\] .*maxpool'),
     ({'stream_stages': 'layer1'}, "stream_stages 'layer1' .*maxpool"),
+    ({'stream_stages': 3}, 'stream_stages 3 .*maxpool'),
     ({'stream_stages': ['layer2', 'layer1']}, r"order in which .*\['layer1', 'layer2'\]"),
     ({'stream_stages': ['layer1', 'layer1.1', 'layer2']}, 'layer1.1'),
     ({'stream_stages': ['layer1', 'layer1']}, 'different stages'),

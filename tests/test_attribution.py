@@ -256,13 +256,12 @@ def test_without_a_target_each_pooling_explains_its_own_prediction(model: nn.Mod
 def test_several_targets_an_image_give_the_maps_of_each(model: nn.Module, x: Tensor) -> None:
     model, x = in_float64(model, x, 64)
     targets = torch.tensor([[7, 1, 7], [2, 5, 0]])
-    for layer in (None, 'layer3'):
-        maps = attribute_all(model, x, METHODS, targets, layer=layer)
-        for key, value in maps.items():
-            assert value.shape[:2] == (2, 3)
-            for k in range(3):
-                single = attribute(model, x, key[1], targets[:, k], key[0], layer)
-                torch.testing.assert_close(value[:, k], single, atol=1e-9, rtol=0)
+    for layer, methods in ((None, METHODS), ('layer3', CAMS)):
+        maps = attribute_all(model, x, methods, targets, layer=layer)
+        assert all(value.shape[:2] == (2, 3) for value in maps.values())
+        for k in range(3):
+            for key, single in attribute_all(model, x, methods, targets[:, k], layer=layer).items():
+                torch.testing.assert_close(maps[key][:, k], single, atol=1e-9, rtol=0)
 
 
 def test_a_target_for_each_pooling_can_have_its_own_shape(model: nn.Module, x: Tensor) -> None:
@@ -474,6 +473,7 @@ def test_attention_logits_are_the_class_agnostic_cam_of_eq_5(
     ({'x': torch.zeros(3, 64, 64)}, r'got \(3, 64, 64\)'),
     ({'x': torch.zeros(0, 3, 64, 64)}, r'got \(0, 3, 64, 64\)'),
     ({'x': torch.zeros(2, 3, 64, 64).byte()}, 'of torch.uint8'),
+    ({'x': torch.full((2, 3, 64, 64), float('nan'))}, 'x must be finite, got NaN or infinity'),
 ])
 def test_bad_input_is_refused_in_a_sentence(
         arguments: dict[str, Any], message: str, model: nn.Module, x: Tensor) -> None:

@@ -15,7 +15,7 @@ from timm_castream.cam import (
     scale_maps,
     score_cam_weights,
 )
-from timm_castream.images import default_batch_size, fast_memory_format, mask_normalised, normalisation
+from timm_castream.images import default_batch_size
 
 MEAN, STD = torch.tensor([.5, .4, .3]).view(3, 1, 1).double(), torch.tensor([.2, .3, .25]).view(3, 1, 1).double()
 
@@ -150,34 +150,3 @@ def test_probabilities_of_half_precision_logits_are_those_of_float32() -> None:
     assert torch.equal(probabilities(logits), logits.float().softmax(1))
     assert 0.999 < probabilities(logits)[0, 0] < 1
     assert probabilities(logits.double(), 'sigmoid').dtype == torch.float64
-
-
-def test_a_mask_of_one_keeps_the_image_to_the_bit_and_of_zero_makes_it_black() -> None:
-    x = draw(2, 3, 4, 4)
-    assert torch.equal(mask_normalised(x, torch.ones(2, 1, 4, 4), MEAN, STD), x)
-    black = (torch.zeros(3, 1, 1) - MEAN) / STD
-    torch.testing.assert_close(mask_normalised(x, torch.zeros(2, 1, 4, 4), MEAN, STD), black.expand(2, 3, 4, 4))
-
-
-def test_normalisation_is_the_cfgs_and_refuses_one_that_does_not_fit() -> None:
-    x = draw(1, 3, 4, 4)
-    mean, std = normalisation({'mean': (.1, .2, .3), 'std': (.5,)}, x)
-    assert mean.flatten().tolist() == [.1, .2, .3] and std.flatten().tolist() == [.5]
-    with pytest.raises(ValueError, match='does not say the mean'):
-        normalisation(torch.nn.Identity(), x)
-    with pytest.raises(ValueError, match='std for 2 channels, the images have 3'):
-        normalisation({'mean': (.1, .2, .3), 'std': (.5, .5)}, x)
-
-
-def test_the_default_batch_holds_the_pixels_of_16_images_of_224_on_a_cpu() -> None:
-    assert default_batch_size(torch.empty(1, 3, 224, 224)) == 16
-    assert default_batch_size(torch.empty(1, 3, 64, 64)) == 196
-    assert default_batch_size(torch.empty(1, 1, 2000, 2000)) == 1
-    assert default_batch_size(torch.empty(1, 3, 224, 224, device='meta')) == 128
-
-
-def test_images_are_forwarded_in_channels_last_on_a_cpu_and_in_their_own_format_elsewhere() -> None:
-    assert fast_memory_format(torch.empty(2, 3, 8, 8)) == torch.channels_last
-    elsewhere = torch.empty(2, 3, 8, 8, device='meta')
-    assert fast_memory_format(elsewhere) == torch.contiguous_format
-    assert fast_memory_format(elsewhere.contiguous(memory_format=torch.channels_last)) == torch.channels_last

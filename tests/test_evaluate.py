@@ -88,6 +88,23 @@ def test_a_finished_evaluation_is_read_from_its_folder(model, tmp_path) -> None:
     assert set(again.read) == {0}
 
 
+def test_a_process_without_images_left_does_not_start_a_loader_that_needs_one(model, tmp_path) -> None:
+    class Prefetcher:
+        """As the one of timm 1.0.28: it hands on the last batch after the loop."""
+
+        def __init__(self, loader: DataLoader) -> None:
+            self.loader, self.dataset = loader, loader.dataset
+
+        def __iter__(self) -> Iterator[Any]:
+            batches = list(self.loader)
+            yield from batches[:-1]
+            yield batches[-1]
+
+    loader = Prefetcher(DataLoader(Scenes(3), 2))
+    expected = evaluate(model, loader, METHODS, output_dir=tmp_path)
+    assert_equal(evaluate(model, loader, METHODS, output_dir=tmp_path), expected)
+
+
 def test_an_evaluation_may_go_on_with_another_batch_size(model, tmp_path) -> None:
     expected = evaluate(model, DataLoader(Scenes(), 2), METHODS)
     interrupt(model, tmp_path)
@@ -224,6 +241,9 @@ def test_loaders_that_cannot_be_read_by_index_are_refused(model, loader, message
     ({'poolings': ('max',)}, "'max' is unknown"),
     ({'target': 'best'}, "'best' is unknown"),
     ({'setting': 'mine'}, "'mine' is unknown"),
+    ({'methods': ()}, 'methods must be a sequence of names'),
+    ({'methods': 'grad_cam'}, "methods must be a sequence of names, got 'grad_cam'"),
+    ({'batch_size': 0}, 'batch_size must be a positive int, got 0'),
     ({'num_samples': 8}, 'num_samples 8 is out of range, the data set has 7 images'),
 ])
 def test_unknown_arguments_are_refused_before_an_image_is_evaluated(model, tmp_path, arguments, message) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.resources import files
@@ -21,6 +22,7 @@ from states import make_model, same, snapshot, stream_of
 import timm_castream
 from timm_castream import hub as castream_hub
 from timm_castream import publish
+from timm_castream.download import read_architecture
 
 if TYPE_CHECKING:
     from hub_server import Hub
@@ -217,6 +219,20 @@ def test_feature_maps_are_those_of_the_trained_backbone(hub, stream_only):
         assert torch.equal(value, gap.state_dict()[key]), key
 
 
+def test_feature_maps_beside_a_stream_never_come_from_a_pickle_or_from_other_weights(hub):
+    hub.add(GAP_REPOSITORY, model__safetensors=save(timm.create_model('test_resnet').state_dict()))
+    timm_castream.push_to_hub(make_model(backbone_pretrained=True), 'org/stream', stream_only=True)
+    timm_castream.push_to_hub(make_model(), 'org/own', stream_only=True, backbone_pretrained=False)
+    with pytest.raises(RuntimeError, match='org/own holds a stream alone'):
+        make_model('hf-hub:org/own', pretrained=True, features_only=True)
+    hub.repositories[GAP_REPOSITORY].head_status = 403
+    hub.repositories[GAP_REPOSITORY].files['pytorch_model.bin'] = b'never read'
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    with pytest.raises(OSError, match=rf'of {GAP_REPOSITORY} is not in the cache and could not be downloaded'):
+        make_model('hf-hub:org/stream', pretrained=True, features_only=True)
+    assert not any('pytorch_model.bin' in path for _, path in hub.requests)
+
+
 class TestFailures:
     cfg = {'source': 'hf-hub', 'hf_hub_id': 'org/net', 'architecture': 'test_resnet_castream', 'num_classes': 5,
            'input_size': (3, 160, 160), 'first_conv': 'conv1.0', 'classifier': 'fc'}
@@ -297,6 +313,27 @@ class TestFailures:
         with pytest.raises(RuntimeError, match='org/net@v9 has no such revision'):
             castream_hub.load_pretrained(make_model(), {**self.cfg, 'hf_hub_id': 'org/net@v9'})
 
+    @pytest.mark.parametrize(('config', 'error', 'message'), [
+        (None, RuntimeError, r'^org/net has no config\.json\.$'),
+        (b'{nope', ValueError, r'^config\.json of org/net names no architecture'),
+        (b'[]', ValueError, r'^config\.json of org/net names no architecture'),
+        (b'{"num_classes": 5}', ValueError, r'^config\.json of org/net names no architecture'),
+        (b'{"architecture": "nosuch"}', ValueError, "names the architecture 'nosuch', which is not registered"),
+    ], ids=str)
+    def test_repository_without_a_registered_architecture_is_told(self, hub, config, error, message):
+        hub.add('org/net', **({} if config is None else {'config__json': config}))
+        with pytest.raises(error, match=message):
+            read_architecture('org/net')
+
+    @pytest.mark.parametrize('name', ['w.pth', 'w.safetensors'])
+    def test_file_of_the_user_that_is_missing_or_damaged_is_named(self, name, tmp_path):
+        path = tmp_path / name
+        for error, message in ((FileNotFoundError, 'There is no file '), (ValueError, '')):
+            with pytest.raises(error, match=message + re.escape(str(path))) as caught:
+                make_model(pretrained=True, pretrained_cfg_overlay={'file': str(path)})
+            assert '\n' not in str(caught.value)
+            path.write_bytes(b'garbage')
+
     def test_other_heads_than_the_file_says_are_refused_though_every_shape_fits(self, hub, tmp_path):
         publish.write_repository(make_model(num_classes=5), tmp_path / 'net', 'org/net')
         with pytest.raises(ValueError, match="stream_heads=1, this model's has stream_heads=2"):
@@ -346,7 +383,7 @@ class TestPickles:
         else:
             cfg['hf_hub_filename'], allow = 'pytorch_model.bin', True
         before = snapshot(model)
-        with pytest.raises((RuntimeError, OSError)):
+        with pytest.raises((RuntimeError, OSError, ValueError)):
             if way == 'named by the config':
                 make_model('hf-hub:org/net', pretrained=True)
             castream_hub.load_pretrained(model, cfg, num_classes=5, allow_pickle=allow)
@@ -379,12 +416,18 @@ class TestPickles:
     def test_honest_pickle_loads_where_it_is_asked_for(self, hub, tmp_path):
         source, model = make_model(num_classes=5), make_model(num_classes=5, seed=1)
         torch.save(source.state_dict(), tmp_path / 'w.bin')
-        hub.add('org/net', pytorch_model__bin=(tmp_path / 'w.bin').read_bytes())
+        publish_weights(hub, 'org/net', source)
+        hub.repositories['org/net'].files['pytorch_model.bin'] = (tmp_path / 'w.bin').read_bytes()
+        del hub.repositories['org/net'].files['model.safetensors']
         cfg = {**self.cfg, 'hf_hub_filename': 'pytorch_model.bin'}
         with pytest.raises(RuntimeError, match=r'org/net offers the pickle pytorch_model\.bin'):
             castream_hub.load_pretrained(model, cfg, num_classes=5)
-        castream_hub.load_pretrained(model, cfg, num_classes=5, allow_pickle=True)
-        assert same(snapshot(source), snapshot(model))
+        with pytest.raises(RuntimeError, match='Pickled weights') as caught:
+            make_model('hf-hub:org/net', pretrained=True)
+        # What the sentence advises, word for word.
+        advice = re.search(r'pretrained_cfg_overlay=(dict\(.*?\))', str(caught.value))[1]
+        loaded = make_model('hf-hub:org/net', pretrained=True, pretrained_cfg_overlay=eval(advice), seed=1)
+        assert same(snapshot(source), snapshot(loaded))
 
 
 def run_elsewhere(hub: Hub, home: Path, code: str, **environment: str) -> str:
@@ -465,6 +508,12 @@ class TestPush:
         monkeypatch.setattr(constants, 'HF_HUB_CACHE', constants.HF_HUB_CACHE + '2')
         with pytest.raises(RuntimeError, match='org/net is not on the Hub, or is private'):
             timm_castream.load_stream(model, 'org/net')
+
+    @pytest.mark.parametrize('repo_id', ['net', 'a/b/c', 'no id/net'])
+    def test_name_that_is_no_repository_is_not_pushed_to(self, hub, repo_id):
+        with pytest.raises(ValueError, match=f"'{repo_id}' is no name of a Hub repository, which is org/name"):
+            timm_castream.push_to_hub(make_model(), repo_id)
+        assert hub.repositories == {}
 
     def test_push_without_a_token_says_to_log_in(self, hub, monkeypatch):
         monkeypatch.delenv('HF_TOKEN')

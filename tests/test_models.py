@@ -137,6 +137,13 @@ def test_detach_gives_back_the_backbone_that_timm_makes(name, x):
     assert torch.equal(model(x), plain(x))
 
 
+def test_a_detached_model_is_saved_without_the_streams_arguments(x, tmp_path):
+    with pytest.warns(UserWarning, match='never loaded'):
+        model = timm.create_model('test_resnet_castream', num_classes=7, stream_start=2, freeze_backbone=True).eval()
+    timm.models.save_for_hf(detach(model), tmp_path, safe_serialization=True)
+    assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), model(x))
+
+
 def test_pretrained_says_that_there_are_no_weights_and_what_there_is():
     with pytest.raises(RuntimeError, match=r'No pretrained weights .* test_resnet_castream\. .*backbone_pretrained'):
         timm.create_model('test_resnet_castream', pretrained=True)

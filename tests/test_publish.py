@@ -13,9 +13,11 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save, save_file
 from states import make_model, same, snapshot
+from torch.utils.data import DataLoader, TensorDataset
 
 import timm_castream
 from timm_castream import publish, weights
+from timm_castream.evaluate import evaluate
 
 pytest_plugins = ('hub_server',)
 
@@ -107,15 +109,45 @@ class TestCard:
         for name, value in measured.items():
             assert f'| {name} | {value} |' in card.text
 
+    @pytest.fixture
+    def evaluation(self, tmp_path):
+        """A model, its report, and the evaluation.json that `castream evaluate` leaves."""
+        model = make_model(num_classes=5)
+        images = TensorDataset(torch.rand(3, 3, 64, 64), torch.arange(3))
+        report = evaluate(model, DataLoader(images, batch_size=3), ['grad_cam'], output_dir=tmp_path / 'evaluation',
+                          arguments={'dataset': 'digits', 'split': 'validation'})
+        return model, report, json.loads((tmp_path / 'evaluation' / 'evaluation.json').read_text())
+
+    def test_figures_of_a_real_evaluation_say_of_which_images_they_are(self, evaluation, tmp_path):
+        model, report, metrics = evaluation
+        publish.write_repository(model, tmp_path / 'net', 'org/net', metrics=metrics, dataset='org/birds')
+        card = ModelCard.load(tmp_path / 'net' / 'README.md')
+        result = {r.metric_name: r for r in card.data.eval_results}['Average Drop, Grad-CAM, CA']
+        assert f'{result.metric_value:.2f} [' in str(report['ca', 'grad_cam', 'average_drop'])
+        assert f'| Average Drop, Grad-CAM, CA | {result.metric_value} |' in card.text
+        assert (result.dataset_name, result.dataset_split) == ('digits', 'validation')
+        assert card.data.datasets == ['org/birds']
+        assert 'measured on 3 images of digits, validation (`castream evaluate --target truth' in card.text
+
+    def test_figures_of_other_weights_are_refused_before_anything_is_written(self, evaluation, tmp_path):
+        model, _, metrics = evaluation
+        with torch.no_grad():
+            model.castream.cls_token[0, 0] += 1
+        with pytest.raises(ValueError, match='measured with other weights than those to publish'):
+            publish.write_repository(model, tmp_path / 'net', 'org/net', metrics=metrics)
+        assert not (tmp_path / 'net').exists()
+
     def test_mean_average_precision_of_multi_label_data_is_named_so(self, tmp_path):
         publish.write_repository(make_model(), tmp_path, 'org/net', metrics={'mAP': {'gap': 78.32, 'ca': 78.35}})
         results = ModelCard.load(tmp_path / 'README.md').data.eval_results
         assert [(r.metric_type, r.metric_name, r.metric_value) for r in results] == [
             ('mAP', 'Mean average precision, GAP', 78.32), ('mAP', 'Mean average precision, CA', 78.35)]
+        assert 'model(x).sigmoid()' in (tmp_path / 'README.md').read_text()
 
-    def test_metrics_without_a_figure_are_refused_before_anything_is_written(self, tmp_path):
+    @pytest.mark.parametrize('metrics', [{'settings': {}}, {}, [1], {'rows': [{'average_drop': 1}]}], ids=str)
+    def test_metrics_without_a_figure_are_refused_before_anything_is_written(self, metrics, tmp_path):
         with pytest.raises(ValueError, match='no figures of `castream evaluate`'):
-            publish.write_repository(make_model(), tmp_path / 'net', 'org/net', metrics={'settings': {}})
+            publish.write_repository(make_model(), tmp_path / 'net', 'org/net', metrics=metrics)
         assert not (tmp_path / 'net').exists()
 
     def test_card_cites_the_paper_says_what_it_is_and_names_the_import(self, tmp_path):
@@ -127,6 +159,13 @@ class TestCard:
                      weights.fingerprint(model), '`test_resnet`'):
             assert text in card.text
         assert '{{' not in card.text and '{%' not in card.text
+
+    def test_usage_example_of_a_model_of_other_image_channels_runs(self, hub):
+        model = make_model(num_classes=5, in_chans=6)
+        timm_castream.push_to_hub(model, 'org/net')
+        names = run_snippet(hub.repositories['org/net'].files['README.md'].decode())
+        assert same(snapshot(model), snapshot(names['model']))
+        assert names['probabilities'].shape == (1, 5)
 
     @pytest.mark.parametrize('stream_only', [False, True])
     def test_usage_example_of_the_card_runs(self, hub, stream_only):

@@ -228,6 +228,13 @@ def test_the_softmax_is_in_float32_under_autocast():
     assert attention.double().sum().item() == pytest.approx(1, abs=1e-5)
 
 
+def test_products_that_float16_cannot_hold_are_scaled_first():
+    layer = CrossAttention(256, 8, dtype=torch.float16)
+    query, features = torch.full((1, 256), 30.).half(), torch.full((1, 256, 2, 2), 30.).half()
+    # F q is 256 * 30 * 30 = 230,400 at each location, and the largest float16 is 65,504.
+    assert torch.equal(layer.attention(query, features), torch.full((1, 1, 4), .25))
+
+
 @pytest.mark.parametrize('dtype, of_softmax', [
     (torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
 def test_a_stream_keeps_its_dtype_and_its_softmax_has_at_least_32_bits(dtype, of_softmax):
@@ -284,6 +291,7 @@ def test_reset_cls_token_keeps_dtype_and_whether_it_trains():
     ({'drop': -.1}, 'stream_drop -0.1 .*0 to 1'),
     ({'drop': math.nan}, 'stream_drop nan '),
     ({'dims': ()}, 'at least one stage'),
+    ({'num_classes': 0}, 'num_classes 0 '),
 ])
 def test_wrong_arguments_raise_naming_the_value_and_what_fits(args, message):
     with pytest.raises(ValueError, match=message):

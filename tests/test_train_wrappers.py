@@ -53,6 +53,8 @@ parser.add_argument('--kd-model-name')
 parser.add_argument('--torchscript', action='store_true')
 parser.add_argument('--test-pool', action='store_true')
 parser.add_argument('--dist-bn', default='reduce')
+parser.add_argument('--resume', default='')
+parser.add_argument('--device', default='cpu')
 parser.add_argument('--crash')
 
 def validate():
@@ -137,7 +139,7 @@ def script(tmp_path, monkeypatch):
     def run(*options):
         seen = tmp_path / 'seen.json'
         seen.unlink(missing_ok=True)
-        images = [] if '--data-dir' in options else ['--dataset', 'x']
+        images = [] if '--data-dir' in options else ['--dataset', 'digits']
         code = train.main(['--timm-script', str(path), *images, *options])
         return code, json.loads(seen.read_text()) if seen.exists() else None
 
@@ -214,7 +216,7 @@ def test_a_file_with_another_checksum_is_neither_run_nor_kept(monkeypatch, relea
     monkeypatch.setattr(timm, '__version__', '1.0.31')
     evil = tmp_path / 'evil'
     server.answers['/v1.0.28/train.py'] = f'open({str(evil)!r}, "w")'.encode()
-    assert train.main(['--dataset', 'x']) == 2
+    assert train.main(['--dataset', 'digits']) == 2
     line, = capsys.readouterr().err.splitlines()
     assert 'SHA-256' in line and '--timm-script' in line
     assert not evil.exists()
@@ -241,7 +243,7 @@ def test_a_download_that_fails_is_one_line_and_exit_code_2(
         monkeypatch.setenv(finder.URL_VARIABLE, 'http://127.0.0.1:9')
     else:
         (tmp_path / 'cache').write_text('a file where the folder should be')
-    assert train.main(['--dataset', 'x']) == 2
+    assert train.main(['--dataset', 'digits']) == 2
     line, = capsys.readouterr().err.splitlines()
     assert ('XDG_CACHE_HOME' if failure == 'unwritable' else 'clone of timm at tag v1.0.28') in line
     assert not list(tmp_path.glob('cache/**/*.*'))
@@ -270,7 +272,7 @@ def test_the_downloaded_script_runs_in_this_process_with_every_option_unchanged(
         monkeypatch, releases, server, tmp_path):
     monkeypatch.setattr(timm, '__version__', '1.0.31')
     monkeypatch.setenv('SEEN', str(tmp_path / 'seen.json'))
-    options = ['--dataset', 'cub200', '--model-kwargs', 'a=1', 'b=x/y', '--lr', '0.5']
+    options = ['--dataset', 'digits', '--model-kwargs', 'a=1', 'b=x/y', '--lr', '0.5']
     assert train.main(options) == 0
     seen = json.loads((tmp_path / 'seen.json').read_text())
     assert seen['argv'][1:] == options
@@ -284,7 +286,7 @@ def test_the_downloaded_script_runs_in_this_process_with_every_option_unchanged(
 def test_timm_and_the_process_are_as_before_afterwards(script, options):
     def state():
         return (list(sys.argv), timm.data.create_dataset, timm.data.loader.fast_collate, timm.task.ClassificationTask,
-                timm.utils.ParseKwargs, timm.utils.accuracy)
+                timm.utils.ParseKwargs, timm.utils.accuracy, nn.CrossEntropyLoss)
     before = state()
     script(*options)
     assert state() == before
@@ -378,11 +380,24 @@ def test_options_that_would_skip_the_stream_are_refused_for_a_stream_alone(scrip
     assert script('--model', 'resnet50', *options)[0] == 0
 
 
-def test_missing_images_are_one_line(script, tmp_path, capsys):
-    assert script('--data-dir', str(tmp_path / 'nowhere')) == (2, None)
-    assert 'nowhere' in capsys.readouterr().err
-    assert train.main(['--timm-script', str(script.path)]) == 2
-    assert '--data-dir' in capsys.readouterr().err
+@pytest.mark.parametrize(('options', 'message'), [
+    (['--data-dir', 'nowhere'], 'no folder nowhere'),
+    (['--dataset', ''], '--data-dir'),
+    (['--dataset', 'cub200'], '--data-dir'),
+    (['--model', 'resnet50_castrem'], 'no model resnet50_castrem'),
+    (['--resume', 'nowhere.pth.tar'], 'nowhere.pth.tar, which --resume names'),
+    (['--device', 'cuda'], '--device cpu'),
+])
+def test_what_is_not_there_is_one_line(script, capsys, monkeypatch, options, message):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert script(*options) == (2, None)
+    line, = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize('name', ['resnet50.tv_in1k', 'resnet50_castream', 'hf-hub:some/one', 'resnet*', 'all'])
+def test_every_name_of_a_model_that_timms_scripts_take_is_handed_on(script, name):
+    assert script('--model', name)[1]['model'] == name
 
 
 # The task
@@ -440,6 +455,17 @@ def test_ignored_labels_leave_no_trace_in_loss_and_gradient():
     assert not output.grad[target == VOC_IGNORE].any()
     torch.testing.assert_close(
         output.grad[target != VOC_IGNORE].double(), ((probability - target) / 3)[target != VOC_IGNORE])
+
+
+def test_the_loss_of_a_validation_is_binary_cross_entropy_for_dense_targets_and_torchs_for_indices():
+    torch.manual_seed(0)
+    output, target = torch.randn(3, 4), torch.tensor([[1., 0., 0., 1.], [0., 1., 0., 0.], [0., 0., 0., 1.]])
+    loss = multilabel.CrossEntropyLoss()
+    probability = output.double().sigmoid()
+    expected = -torch.where(target > 0, probability, 1 - probability).log().mean()
+    torch.testing.assert_close(loss(output, target).double(), expected)
+    indices = torch.tensor([3, 1, 3])
+    assert torch.equal(loss(output, indices), nn.CrossEntropyLoss()(output, indices))
 
 
 # Multi-label scores
@@ -616,7 +642,8 @@ def test_two_processes_train_a_class_specific_stream_on_cpus(real_scripts, image
          '-m', 'train_wrappers.train', '--timm-script', real_scripts['train.py'], '--data-dir', str(images), *COMMON,
          '--model-kwargs', 'freeze_backbone=True', 'stream_class_specific=True',
          f'backbone_checkpoint={gap_checkpoint}',
-         '--epochs', '1', '--smoothing', '0', '--dist-bn', '', '--output', str(tmp_path), '--experiment', 'run'],
+         '--epochs', '1', '--smoothing', '0', '--torchcompile', 'eager', '--output', str(tmp_path),
+         '--experiment', 'run'],
         capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert 'trains without labels' not in run.stderr

@@ -137,6 +137,10 @@ class TestStreamFiles:
             with pytest.raises(ValueError, match=r'no CA-Stream; call timm_castream\.attach'):
                 call(timm.create_model('test_resnet'), tmp_path / 's.safetensors')
 
+    def test_folder_to_save_to_that_is_not_there_is_named(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r'no folder .*nowhere to write s\.safetensors'):
+            timm_castream.save_stream(make_model(), tmp_path / 'nowhere' / 's.safetensors')
+
     def test_interrupted_save_leaves_the_old_file_and_nothing_else(self, tmp_path, monkeypatch):
         model = make_model()
         timm_castream.save_stream(model, tmp_path / 's.safetensors')
@@ -158,8 +162,10 @@ class TestStreamFiles:
         (lambda content: b'\xff' * len(content), 'is damaged or no safetensors file'),
         (lambda content: content.replace(b'castream_format":"1"', b'castream_format":"2"'), 'is of format 2, .* to 1'),
         (lambda content: content.replace(b'castream_format', b'castream_FORMAT'), 'has no header of a CA-Stream'),
+        (lambda content: re.sub(rb'"stream_args":"(.*?})"', lambda m: b'"stream_args":"' + b'7'.ljust(len(m[1])) + b'"',
+                                content), 'has no header of a CA-Stream'),
         (lambda content: content.replace(b'blocks.0.proj.bias', b'blocks.0.proj.BIAS'), r'lacks castream\.blocks\.0'),
-    ], ids=['truncated', 'empty', 'garbage', 'later format', 'no header', 'a key missing'])
+    ], ids=['truncated', 'empty', 'garbage', 'later format', 'no header', 'arguments are a number', 'a key missing'])
     def test_damaged_stream_file_is_refused_in_one_sentence(self, spoil, message, tmp_path):
         path = tmp_path / 's.safetensors'
         model = make_model()

@@ -27,7 +27,7 @@ from .cam import (
     score_cam_weights,
     varies,
 )
-from .images import fast_memory_format, normalisation
+from .images import check_count, check_images, fast_memory_format, normalisation
 from .mixin import CAStreamMixin, castream_model, travelling_query
 
 METHOD_NAMES = {
@@ -101,13 +101,12 @@ def attribute_all(
     Raises:
         ValueError: If a name is unknown, a shape or a class does not fit, or a stream is needed and there is none.
     """
-    _check_names('method', methods, METHODS)
-    _check_names('pooling', poolings, POOLINGS)
-    _check_names('activation', (activation,), ACTIVATIONS)
-    if x.ndim != 4 or not x.numel() or not x.is_floating_point():
-        raise ValueError(f'x must hold normalised images of shape (B, 3, H, W), got {tuple(x.shape)} of {x.dtype}.')
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f'batch_size must be a positive int, got {batch_size!r}.')
+    check_names('method', methods, METHODS)
+    check_names('pooling', poolings, POOLINGS)
+    check_names('activation', (activation,), ACTIVATIONS)
+    check_images(x)
+    if batch_size is not None:
+        check_count('batch_size', batch_size)
     network = _network(model, needs_stream='ca' in poolings or 'attention' in methods)
 
     with eval_mode(network):
@@ -341,7 +340,8 @@ def _class_indices(target: Target, pooling: str, logits: Tensor) -> Tensor:
     return target.to(logits.device, torch.int64).reshape(batch, -1)
 
 
-def _check_names(kind: str, names: Sequence[str], valid: Sequence[str]) -> None:
+def check_names(kind: str, names: Sequence[str], valid: Sequence[str]) -> None:
+    """Raises ValueError unless there are names and all are valid."""
     if isinstance(names, str) or not names:
         raise ValueError(f'{kind}s must be a sequence of names, got {names!r}.')
     for name in names:

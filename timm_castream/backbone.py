@@ -77,6 +77,10 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in switched:
             module.training = True
+        # tiny_vit and others of timm's keep what eval mode computed of weights that may be loaded only later.
+        caching: list[Any] = [module for module in model.modules() if hasattr(module, 'attention_bias_cache')]
+        for module in caching:
+            module.attention_bias_cache = {}
 
 
 def head_pools(model: Any, head: Callable[..., Tensor]) -> bool:
@@ -97,10 +101,11 @@ def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> Stages:
         ValueError: If the model pools no spatial feature map, or a name does not fit.
     """
     kind = type(model).__name__
-    if not all(callable(getattr(model, m, None)) for m in ('forward_features', 'forward_head', 'reset_classifier')):
+    # Of the class: torch.compile's wrapper shows the attributes of the model inside.
+    if not all(hasattr(type(model), m) for m in ('forward_features', 'forward_head', 'reset_classifier')):
         raise ValueError(f'{kind} is no timm classification model: it lacks forward_features, forward_head or '
                          'reset_classifier.')
-    if isinstance(names, str):
+    if not isinstance(names, (list, tuple, type(None))):
         raise ValueError(f'stream_stages {names!r} is no list of module names, for example {_default_names(model)}.')
     chosen = _default_names(model) if names is None else list(names)
     if names is not None:

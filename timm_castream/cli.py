@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run_script(f'{argv[0]}.py', argv[1:])
     args = _make_parser().parse_args(argv)
-    logging.basicConfig(format='%(message)s', level=logging.INFO)
+    logging.basicConfig(format='%(message)s')
+    logging.getLogger('timm_castream').setLevel(logging.INFO)  # not the HTTP client's requests
     try:
         return args.command(args)
     except KeyboardInterrupt:
@@ -101,7 +102,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         device=device, persistent_workers=False)
     # What changes nothing but speed may change when an interrupted evaluation goes on.
     shown = {
-        'command', 'name', 'debug', 'output', 'device', 'workers', 'mask_batch_size', 'torchcompile', 'channels_last'}
+        'command', 'name', 'debug', 'output', 'device', 'workers', 'batch_size', 'mask_batch_size', 'torchcompile',
+        'channels_last'}
     try:
         report = evaluate(
             model, loader, args.methods, args.poolings, args.target, setting=args.setting, layer=args.layer,
@@ -132,22 +134,29 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _push(args: argparse.Namespace) -> int:
-    import json
-
     from .hub import push_to_hub
     from .publish import load_checkpoint, write_repository
 
     model = load_checkpoint(args.checkpoint, args.model, use_ema=args.use_ema, **args.model_kwargs)
     card = {
-        'metrics': json.loads(Path(args.metrics).read_text(encoding='utf-8')) if args.metrics else None,
+        'metrics': _read_json(args.metrics) if args.metrics else None,
         'dataset': args.dataset,
-        'backbone_pretrained': args.backbone_tag or True,
+        'backbone_pretrained': not args.own_backbone and (args.backbone_tag or True),
     }
     if args.dry_run:
         print(write_repository(model, args.dry_run, args.repo, args.stream_only, **card))
     else:
         print(push_to_hub(model, args.repo, args.stream_only, private=args.private, **card))
     return 0
+
+
+def _read_json(path: str) -> Any:
+    import json
+
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
+    except ValueError:
+        raise ValueError(f'{path} is no JSON, which castream evaluate writes as evaluation.json.') from None
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -160,21 +169,23 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _create_model(args: argparse.Namespace) -> nn.Module:
     """The model of `--model`, `--checkpoint`, `--pretrained` and `--model-kwargs`."""
+    from .download import read_architecture
     from .publish import load_checkpoint
 
     kwargs = {'num_classes': args.num_classes, **args.model_kwargs}
     if args.checkpoint is None:
+        if args.model.startswith('hf-hub:'):
+            read_architecture(args.model.removeprefix('hf-hub:'))  # timm's own errors are several lines
         return castream_model(timm.create_model(args.model, pretrained=args.pretrained, **kwargs))
-    if os.path.exists(args.checkpoint):
+    if os.path.isfile(args.checkpoint):
         return load_checkpoint(args.checkpoint, args.model, use_ema=args.use_ema, **kwargs)
     repo_id = args.checkpoint.removeprefix('hf-hub:')
     if repo_id.count('/') != 1:
         raise FileNotFoundError(f'There is no file {args.checkpoint}, and a Hub repository is named org/name.')
-    model = castream_model(timm.create_model(f'hf-hub:{repo_id}', pretrained=True, **kwargs))
-    architecture = getattr(model, 'pretrained_cfg', {}).get('architecture')
+    architecture = read_architecture(repo_id)
     if architecture != args.model:
         raise ValueError(f'{repo_id} holds a {architecture}, not a {args.model}: name it with --model.')
-    return model
+    return castream_model(timm.create_model(f'hf-hub:{repo_id}', pretrained=True, **kwargs))
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -244,6 +255,8 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument('--stream-only', action='store_true', help='leave the backbone out: it comes from timm')
     command.add_argument('--backbone-tag',
                          help="timm's weights beside which the stream was trained (default: the variant's)")
+    command.add_argument('--own-backbone', action='store_true',
+                         help="with --stream-only: it was trained beside weights that are not timm's")
     command.add_argument('--metrics', metavar='FILE', help='evaluation.json of castream evaluate, for the model card')
     command.add_argument('--dataset', help='name of the training data on the Hub')
     command.add_argument('--private', action='store_true', help='make the repository private')

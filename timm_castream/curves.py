@@ -1,12 +1,11 @@
-"""Insertion and Deletion curves, and the images that they and Average Drop, Gain and Increase forward.
+"""Insertion and Deletion curves, of RISE, arXiv 1806.07421: a probability as the pixels change, most salient first.
 
-Paper: RISE, arXiv 1806.07421, for the curves. B images of C channels and H x W pixels, normalised for the model; a
-saliency map of any size h x w.
+Letters: B images of C channels and H x W pixels, normalised for the model; saliency maps of any size h x w.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,15 @@ from torch import Tensor, nn
 
 from .backbone import eval_mode
 from .cam import probabilities
-from .images import default_batch_size, fast_memory_format, mask_normalised, normalisation
+from .images import (
+    check_count,
+    check_images,
+    check_saliency,
+    check_unit_range,
+    default_batch_size,
+    fast_memory_format,
+    resize_saliency,
+)
 
 
 class CurveSetting(NamedTuple):
@@ -34,37 +41,17 @@ CURVE_SETTINGS = {
 Predict = Callable[[Tensor, Tensor], Tensor]
 
 
-def mask_image(model_or_cfg: nn.Module | Mapping[str, Any], x: Tensor, saliency: Tensor) -> Tensor:
-    """The image with every pixel, before normalisation, multiplied by the saliency: black where it is 0.
-
-    Args:
-        model_or_cfg: a timm model, whose `pretrained_cfg` says how x was normalised, or a mapping with mean and std.
-        x: (B, C, H, W) normalised images.
-        saliency: (B, h, w) in [0, 1], resized bilinearly (align_corners=False) to H x W.
-
-    Returns:
-        (B, C, H, W) masked images, normalised as x. Where the saliency is 1 they are x to the last bit.
-
-    Raises:
-        ValueError: if mean and std are missing or not those of C channels, or on a bad shape or value.
-    """
-    _check_images(x)
-    _check_saliency(saliency, x)
-    mean, std = normalisation(model_or_cfg, x)
-    return mask_normalised(x, _resize(saliency, x)[:, None].to(x.dtype), mean, std)
-
-
 def insertion_curve(
         model: nn.Module,
         x: Tensor,
         saliency: Tensor,
         target: Tensor,
         step: int | None = None,
-        kernel_size: int | None = None,
-        sigma: float | None = None,
+        kernel_size: int = 5,
+        sigma: float = 5.,
         batch_size: int | None = None,
         *,
-        setting: str = 'paper',
+        setting: str | None = None,
         activation: str = 'softmax',
 ) -> Tensor:
     """Probability of the target class as pixels, most salient first, are put into the blurred image.
@@ -73,32 +60,29 @@ def insertion_curve(
     the same alone as in a batch and on any device; RISE's code leaves that order to the sort of numpy.
 
     Args:
-        model: any module that maps (N, C, H, W) to (N, classes) logits; it runs in eval mode and without gradients.
+        model: Any module that maps (N, C, H, W) to (N, classes) logits; it runs in eval mode and without gradients.
         x: (B, C, H, W) normalised images.
         saliency: (B, h, w) in [0, 1], resized bilinearly (align_corners=False) to H x W.
         target: (B,) class numbers. Of several labels an image, give one row of x, saliency and target for each.
-        step: pixels put in per step, the last step takes what is left; by default the rows of `setting` times W.
-        kernel_size: side of the blur kernel in pixels, odd; by default that of `setting`.
-        sigma: standard deviation of the blur in pixels; by default that of `setting`.
-        batch_size: images forwarded at once; it never shows in the result. By default `images.default_batch_size(x)`.
-        setting: `'paper'` (8 rows a step, 5 x 5 kernel, sigma 5) or `'rise'` (1 row a step, 11 x 11 kernel, sigma 5).
+        step: Pixels put in per step, the last step takes what is left; by default 8 rows, 8 * W.
+        kernel_size: Side of the blur kernel in pixels, odd.
+        sigma: Standard deviation of the blur in pixels.
+        batch_size: Images forwarded at once; it never shows in the result. By default `images.default_batch_size(x)`.
+        setting: A published setting by name, which goes before step, kernel_size and sigma: `'paper'`, the defaults,
+            or `'rise'` (1 row a step, 11 x 11 kernel, sigma 5).
         activation: `'softmax'`, or `'sigmoid'` for multi-label models.
 
     Returns:
         (B, n + 1) probabilities with n = ceil(H * W / step), taken from the logits in float32 even if these are half.
 
     Raises:
-        ValueError: on a bad shape, value, class, setting or activation.
+        ValueError: On a bad shape, value, class, setting or activation.
     """
-    defaults = curve_setting(setting)
-    _check_images(x)
-    blurred = blur(
-        x,
-        defaults.kernel_size if kernel_size is None else kernel_size,
-        defaults.sigma if sigma is None else sigma,
-    )
-    step = defaults.rows * x.shape[3] if step is None else step
-    return _target_curve(model, blurred, x, saliency, target, step, batch_size, activation)
+    check_images(x)
+    if setting is not None:
+        _, kernel_size, sigma = curve_setting(setting)
+    blurred = blur(x, kernel_size, sigma)
+    return _target_curve(model, blurred, x, saliency, target, _step(x, step, setting), batch_size, activation)
 
 
 def deletion_curve(
@@ -109,7 +93,7 @@ def deletion_curve(
         step: int | None = None,
         batch_size: int | None = None,
         *,
-        setting: str = 'paper',
+        setting: str | None = None,
         activation: str = 'softmax',
 ) -> Tensor:
     """Probability of the target class as pixels, most salient first, are taken out of the image.
@@ -118,10 +102,9 @@ def deletion_curve(
 
     Args, Returns, Raises: as `insertion_curve`; nothing is blurred.
     """
-    defaults = curve_setting(setting)
-    _check_images(x)
-    step = defaults.rows * x.shape[3] if step is None else step
-    return _target_curve(model, x, torch.zeros_like(x), saliency, target, step, batch_size, activation)
+    check_images(x)
+    zeros = torch.zeros_like(x)
+    return _target_curve(model, x, zeros, saliency, target, _step(x, step, setting), batch_size, activation)
 
 
 @torch.no_grad()
@@ -139,30 +122,30 @@ def perturbation_curves(
     Insertion goes from the blurred image to the image, Deletion from the image to zeros.
 
     Args:
-        predict: called with (N, C, H, W) images and the (N,) numbers, in 0 .. B - 1, of the images they were made
+        predict: Called with (N, C, H, W) images and the (N,) numbers, in 0 .. B - 1, of the images they were made
             from; returns (N, ...) probabilities, for instance one column a pooling.
         start: (B, C, H, W) images before the first step.
         finish: (B, C, H, W) images after the last.
         saliency: (M, B, h, w) in [0, 1], M maps for every image.
-        step: pixels changed per step.
-        batch_size: images that `predict` gets at once, by default `images.default_batch_size(start)`.
+        step: Pixels changed per step.
+        batch_size: Images that `predict` gets at once, by default `images.default_batch_size(start)`.
         ends: `predict` of `start` and of `finish`, (B, ...) each, where known: they depend on no map.
 
     Returns:
         (M, B, n + 1, ...) probabilities with n = ceil(H * W / step).
 
     Raises:
-        ValueError: on a bad shape or value.
+        ValueError: On a bad shape or value.
     """
     num_images, device = len(start), start.device
     if saliency.ndim != 4 or saliency.shape[1] != num_images:
-        raise ValueError(f'saliency must have shape (M, {num_images}, h, w), got {tuple(saliency.shape)}')
+        raise ValueError(f'saliency must have shape (M, {num_images}, h, w), got {tuple(saliency.shape)}.')
     check_unit_range('saliency', saliency)
-    _check_count('step', step)
+    check_count('step', step)
     batch_size = default_batch_size(start) if batch_size is None else batch_size
-    _check_count('batch_size', batch_size)
+    check_count('batch_size', batch_size)
 
-    rank = _saliency_rank(_resize(saliency.flatten(0, 1), start))
+    rank = _saliency_rank(resize_saliency(saliency.flatten(0, 1), start.shape[2:]))
     num_steps = -(-rank[0].numel() // step)
     points = torch.arange(num_steps + 1, device=device)
     if ends is not None:
@@ -188,10 +171,10 @@ def curve_setting(name: str) -> CurveSetting:
     """The published setting of Insertion and Deletion of that name, of `CURVE_SETTINGS`.
 
     Raises:
-        ValueError: if there is no setting of that name.
+        ValueError: If there is no setting of that name.
     """
     if name not in CURVE_SETTINGS:
-        raise ValueError(f'setting {name!r} is unknown, choose one of {", ".join(CURVE_SETTINGS)}')
+        raise ValueError(f'setting {name!r} is unknown, valid ones: {", ".join(map(repr, CURVE_SETTINGS))}.')
     return CURVE_SETTINGS[name]
 
 
@@ -203,13 +186,13 @@ def blur_kernel(kernel_size: int, sigma: float) -> Tensor:
     between a box and a sampled Gaussian.
 
     Raises:
-        ValueError: if `kernel_size` is not a positive odd int or `sigma` not positive and finite.
+        ValueError: If `kernel_size` is not a positive odd int or `sigma` not positive and finite.
     """
-    _check_count('kernel_size', kernel_size)
+    check_count('kernel_size', kernel_size)
     if kernel_size % 2 == 0:
-        raise ValueError(f'kernel_size must be odd, got {kernel_size}')
+        raise ValueError(f'kernel_size must be odd, got {kernel_size}.')
     if not 0 < sigma < float('inf'):
-        raise ValueError(f'sigma must be positive and finite, got {sigma}')
+        raise ValueError(f'sigma must be positive and finite, got {sigma}.')
     radius = int(4 * sigma + 0.5)
     offset = torch.arange(-radius, radius + 1)
     weight = torch.exp(-0.5 * (offset.double() / sigma) ** 2)
@@ -228,20 +211,18 @@ def blur(x: Tensor, kernel_size: int = 5, sigma: float = 5.) -> Tensor:
         return F.conv2d(x.contiguous(), kernel, padding=kernel_size // 2, groups=x.shape[1])
 
 
-def _resize(saliency: Tensor, x: Tensor) -> Tensor:
-    """(R, h, w) resized to (R, H, W) float32, bilinearly with align_corners=False."""
-    # Interpolated in float64 and then rounded, values that tie on paper (the resize repeats the outermost ones) tie
-    # in float32 too, in whatever order a device or a batch adds them up. MPS has no float64.
-    exact = saliency.float() if saliency.device.type == 'mps' else saliency.double()
-    resized = F.interpolate(exact[:, None], x.shape[2:], mode='bilinear', align_corners=False)[:, 0]
-    return resized.float()
-
-
 def _saliency_rank(saliency: Tensor) -> Tensor:
     """(R, H, W) rank of each pixel in its map, 0 for the most salient, ties in reading order."""
     order = saliency.flatten(1).argsort(dim=1, descending=True, stable=True)
     rank = torch.arange(order.shape[1], dtype=torch.int32, device=order.device).expand(order.shape)
     return torch.empty_like(order, dtype=torch.int32).scatter_(1, order, rank).view(saliency.shape)
+
+
+def _step(x: Tensor, step: int | None, setting: str | None) -> int:
+    """Pixels per step: those of a setting, else those asked for, else those of the paper."""
+    if step is None or setting is not None:
+        return curve_setting(setting or 'paper').rows * x.shape[3]
+    return step
 
 
 def _target_curve(
@@ -255,7 +236,7 @@ def _target_curve(
         activation: str,
 ) -> Tensor:
     """The curve of one map and one target an image, (B, n + 1)."""
-    _check_saliency(saliency, start)
+    check_saliency(saliency, start)
     predict = _target_probability(model, target, start, activation)
     with eval_mode(model):
         return perturbation_curves(predict, start, finish, saliency[None], step, batch_size)[0]
@@ -264,44 +245,20 @@ def _target_curve(
 def _target_probability(model: nn.Module, target: Tensor, x: Tensor, activation: str) -> Predict:
     """`model` as what `perturbation_curves` calls: the probability of each image's own target."""
     if activation not in ('softmax', 'sigmoid'):
-        raise ValueError(f"activation must be 'softmax' or 'sigmoid', got {activation!r}")
+        raise ValueError(f"activation {activation!r} is unknown, valid ones: 'softmax', 'sigmoid'.")
     if target.shape != x.shape[:1]:
-        raise ValueError(f'target must have shape ({len(x)},), one class an image, got {tuple(target.shape)}')
+        raise ValueError(f'target must have shape ({len(x)},), one class an image, got {tuple(target.shape)}.')
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise ValueError(f'target must hold class numbers, got {target.dtype}')
+        raise ValueError(f'target must hold class numbers, got {target.dtype}.')
     if (target < 0).any():
-        raise ValueError(f'target must hold class numbers from 0, got {target.min().item()}')
+        raise ValueError(f'target must hold class numbers from 0, got {target.min().item()}.')
     target = target.to(x.device, torch.int64)
     highest = int(target.max())
 
     def predict(images: Tensor, index: Tensor) -> Tensor:
         logits = model(images)
         if highest >= logits.shape[1]:
-            raise ValueError(f'target has class {highest}, the model has classes 0 to {logits.shape[1] - 1}')
+            raise ValueError(f'target has class {highest}, the model has classes 0 to {logits.shape[1] - 1}.')
         return probabilities(logits, activation).gather(1, target[index, None])[:, 0]
 
     return predict
-
-
-def check_unit_range(name: str, value: Tensor) -> None:
-    inside = (value >= 0) & (value <= 1)
-    if not inside.all():
-        raise ValueError(f'{name} must lie in [0, 1], got {value[~inside][0].item():g}')
-
-
-def _check_images(x: Tensor) -> None:
-    if x.ndim != 4 or x.numel() == 0 or not x.is_floating_point():
-        raise ValueError(f'x must be normalised images of shape (B, C, H, W), got {tuple(x.shape)} of {x.dtype}')
-    if not x.isfinite().all():
-        raise ValueError('x must be finite, got NaN or infinity')
-
-
-def _check_saliency(saliency: Tensor, x: Tensor) -> None:
-    if saliency.ndim != 3 or len(saliency) != len(x):
-        raise ValueError(f'saliency must have shape ({len(x)}, h, w), one map an image, got {tuple(saliency.shape)}')
-    check_unit_range('saliency', saliency)
-
-
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f'{name} must be a positive int, got {value!r}')

@@ -190,7 +190,7 @@ class MIT67(IndexedImages):
     """
 
     splits = ('train', 'test')
-    _archive = 'indoorCVPR_09.tar'
+    _archive = 'indoorCVPR_09.tar (with the two lists put beside Images)'
     _folders = ('.', 'indoorCVPR_09', '..')  # '..' for a root that is Images itself
     _marker = 'TrainImages.txt'
 

@@ -36,7 +36,7 @@ from .report import Report
 from .visualize import draw_grid, saliency_row, save
 from .weights import write_safetensors
 
-NUM_PICTURES = 6
+NUM_PICTURES = 4
 
 _logger = logging.getLogger(__name__)
 
@@ -118,9 +118,9 @@ def run(output_dir: str | Path, seed: int = 0, settings: DemoSettings | None = N
         images = next(iter(make_loader(model, explained, NUM_PICTURES)))[0]
         rows = [saliency_row(model, x, ('attention', 'grad_cam')) for x in images.split(1)]
         save(draw_grid(rows), folder / 'figure.png')
-        write_repository(model, folder / 'model', 'castream-demo', metrics=facts['evaluation'], dataset='digits')
+        write_repository(model, folder / 'model', 'your-name/castream-demo', metrics=facts['evaluation'], dataset='digits')
         minutes = (time.monotonic() - start) / 60
-        (folder / 'report.md').write_text(_report_text(report, facts, minutes), encoding='utf-8')
+        (folder / 'report.md').write_text(_report_text(report, facts, output, minutes), encoding='utf-8')
         for file in sorted(folder.rglob('*')):
             target = output / file.relative_to(folder)
             if file.is_dir():
@@ -213,11 +213,12 @@ def _box_masks(boxes: Tensor, size: tuple[int, ...]) -> Tensor:
     return (in_rows[:, :, None] & in_columns[:, None]).float()
 
 
-def _report_text(report: Report, facts: dict[str, Any], minutes: float) -> str:
+def _report_text(report: Report, facts: dict[str, Any], output: Path, minutes: float) -> str:
     accuracy, shares, settings = facts['accuracy'], facts['saliency_in_box'], facts['settings']
+    quick = ' --quick' if settings == asdict(QUICK) else ''
     return f"""# CA-Stream and global average pooling on handwritten digits
 
-`castream demo --seed {facts['seed']}`: {minutes:.1f} minutes with {torch.get_num_threads()} threads on
+`castream demo --seed {facts['seed']}{quick}`: {minutes:.1f} minutes with {torch.get_num_threads()} threads on
 {platform.machine()}, torch {torch.__version__}, timm {timm.__version__}, timm_castream {__version__}.
 
 A `test_resnet` was trained on {settings['train_images']} images of digits on photographs, 64 x 64 pixels, for
@@ -252,7 +253,7 @@ The box takes {shares['box']:.1f} % of the image, so a map that knows nothing ha
 
 ## Weights
 
-- `model/`: the whole network, `timm.create_model('local-dir:demo_output/model', pretrained=True)`
+- `model/`: the whole network, `timm.create_model('local-dir:{output}/model', pretrained=True)`
 - `stream.safetensors`: the stream alone, for `timm_castream.load_stream`
 - `gap.safetensors`: the network before it got its stream
 """

@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from pathlib import Path
 
+import timm
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -56,6 +58,26 @@ def download(repo_id: str, filename: str = WEIGHTS_NAME, cache_dir: str | Path |
     return path
 
 
+def read_architecture(repo_id: str, cache_dir: str | Path | None = None) -> str:
+    """The registered name that a repository's config.json gives, for a clear error before timm reads that file.
+
+    Args:
+        repo_id: `org/name` or `org/name@revision`.
+        cache_dir: Other than the Hub client's own cache.
+
+    Raises:
+        ValueError, RuntimeError, OSError: As `download`, or if config.json names no registered model.
+    """
+    path = download(repo_id, 'config.json', cache_dir)
+    try:
+        architecture = json.loads(path.read_text(encoding='utf-8'))['architecture']
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f'config.json of {repo_id} names no architecture, so timm cannot load it.') from None
+    if not timm.is_model(architecture):
+        raise ValueError(f'config.json of {repo_id} names the architecture {architecture!r}, which is not registered.')
+    return architecture
+
+
 def _fetch(repo_id: str, filename: str, cache_dir: str | Path | None, force_download: bool = False) -> Path:
     name, _, revision = repo_id.partition('@')
     try:
@@ -86,7 +108,7 @@ def hub_error(error: Exception, repo_id: str, filename: str = WEIGHTS_NAME) -> E
     if isinstance(error, RevisionNotFoundError):
         return RuntimeError(f'{repo_id} has no such revision on the Hub: name a branch, tag or commit after the @.')
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return RuntimeError(f'{repo_id} has no {filename}. {NO_PICKLE}')
+        return RuntimeError(f'{repo_id} has no {filename}.' + (f' {NO_PICKLE}' if filename == WEIGHTS_NAME else ''))
     cause = error.__cause__ or error
     if isinstance(cause, OfflineModeIsEnabled):
         return OSError(f'{filename} of {repo_id} is not in the cache and offline mode is on: unset HF_HUB_OFFLINE.')

@@ -6,7 +6,6 @@ in the figures. Its record, the values of every image, is what is written, gathe
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +27,7 @@ from .backbone import eval_mode
 from .mixin import castream_model
 from .protocol import Protocol
 from .report import ImageValues, Report, write_whole
-from .weights import backbone_name
+from .weights import backbone_name, weights_hash
 
 METHODS = ('grad_cam', 'grad_cam_pp', 'score_cam')
 _logger = logging.getLogger(__name__)
@@ -88,11 +87,10 @@ def evaluate(
             different weights.
     """
     model = castream_model(model)
-    methods, poolings = tuple(methods), tuple(poolings)
     batches = _batches(loader, num_samples, seed)
     settings = {
         **(arguments or {}),
-        'weights': _weights_hash(model),
+        'weights': weights_hash(model),
         'stream': model.castream_config,
         'images_in_data_set': len(loader.dataset),
         'methods': methods,
@@ -246,6 +244,8 @@ def _batches(loader: Any, num_samples: int | None, seed: int) -> list[list[int]]
 
 def _read(loader: Any, batches: list[list[int]]) -> Iterable[tuple[Tensor, Tensor]]:
     """The batches, read as `loader` reads its own."""
+    if not batches:  # timm's PrefetchLoader fails without one, in 1.0.28 for instance
+        return ()
     inner = getattr(loader, 'loader', loader)  # timm's PrefetchLoader is around a DataLoader
     reader = DataLoader(
         inner.dataset,
@@ -284,12 +284,3 @@ def _agree(rank: int, is_distributed: bool, ask: Callable[[], Any]) -> Any:
     if isinstance(answer[0], Exception):
         raise answer[0]
     return answer[0]
-
-
-def _weights_hash(model: nn.Module) -> str:
-    """SHA-256 of all weights."""
-    digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import pickle
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,7 +65,6 @@ def load_pretrained(
         num_classes: int = 1000,
         in_chans: int = 3,
         cache_dir: str | Path | None = None,
-        filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
         allow_pickle: bool = False,
 ) -> None:
     """Loads what a pretrained cfg names into a model with a stream: a whole model, a stream or a plain backbone.
@@ -79,7 +78,6 @@ def load_pretrained(
         num_classes: C of the model. With others than the cfg's the classifier keeps its fresh weights.
         in_chans: Image channels of the model. With others than the cfg's the first convolution is adapted.
         cache_dir: Other than the Hub client's own cache.
-        filter_fn: The backbone's checkpoint filter.
         allow_pickle: Whether `hf_hub_filename` may name a pickle, read with torch's weights_only. Set it where the user
             asked for that file, never for what a repository's own config says.
 
@@ -90,8 +88,6 @@ def load_pretrained(
     """
     cfg = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else dict(pretrained_cfg)
     state_dict, metadata, origin = _read(cfg, cache_dir, allow_pickle)
-    if filter_fn is not None:
-        state_dict = filter_fn(state_dict, model)
     other_classes = num_classes != cfg.setdefault('num_classes', num_classes)
     other_input = in_chans != (cfg.get('input_size') or (3,))[0]
     adapted: set[str] = set()
@@ -114,6 +110,8 @@ def load_pretrained(
     if not stream:
         own = {key: value for key, value in own.items() if not key.startswith(STREAM_PREFIX)}
     check_fit(state_dict, own, origin, adapted)
+    if not other_input:  # timm before 1.0.31 takes all weights for those of 3 channels
+        cfg['first_conv'] = None
     timm.models.load_pretrained(
         model, {**cfg, 'source': None, 'state_dict': state_dict}, num_classes=num_classes, in_chans=in_chans)
 
@@ -178,9 +176,15 @@ def _read(
 
 
 def _read_file(path: Path, origin: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise FileNotFoundError(f'There is no file {origin}.')
     if path.suffix == '.safetensors':
         return read_safetensors(path, origin)
-    return timm.models.load_state_dict(str(path), weights_only=True), {}
+    try:
+        return timm.models.load_state_dict(str(path), weights_only=True), {}
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f'{origin} is damaged or no checkpoint: more than tensors and plain data is not unpickled.') from error
 
 
 def save_stream(model: nn.Module, path: str | Path) -> None:
@@ -267,10 +271,12 @@ def push_to_hub(
         The repository's address.
 
     Raises:
-        ValueError: As in `publish.write_repository`; nothing is sent then.
+        ValueError: If `repo_id` is no such name, or as in `publish.write_repository`; nothing is sent then.
         RuntimeError: If the Hub does not take it.
         OSError: If the Hub cannot be reached.
     """
+    if repo_id.count('/') != 1:  # the client would take the user's own account, and the card could not name it
+        raise ValueError(f'{repo_id!r} is no name of a Hub repository, which is org/name.')
     api = HfApi(token=token, library_name='timm_castream')
     with TemporaryDirectory() as folder:
         write_repository(model, folder, repo_id, stream_only, **card)

@@ -1,14 +1,49 @@
-"""What attributions, metrics and pictures know alike about a batch of normalised images.
+"""What attributions, metrics and pictures know alike about a batch of normalised images and their saliency maps.
 
-Letters: B images of C channels and H x W pixels.
+Letters: B images of C channels and H x W pixels, h x w the size of a saliency map.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def mask_image(model_or_cfg: nn.Module | Mapping[str, Any], x: Tensor, saliency: Tensor) -> Tensor:
+    """The image with every pixel, before normalisation, multiplied by the saliency: black where it is 0.
+
+    Args:
+        model_or_cfg: A timm model, whose `pretrained_cfg` says how x was normalised, or a mapping with `mean` and
+            `std`.
+        x: (B, C, H, W) normalised images.
+        saliency: (B, h, w) in [0, 1], resized by `resize_saliency`.
+
+    Returns:
+        (B, C, H, W) masked images, normalised as x. Where the saliency is 1 they are x to the last bit.
+
+    Raises:
+        ValueError: If mean and std are missing or not those of C channels, or on a bad shape or value.
+    """
+    check_images(x)
+    check_saliency(saliency, x)
+    mean, std = normalisation(model_or_cfg, x)
+    return mask_normalised(x, resize_saliency(saliency, x.shape[2:])[:, None].to(x.dtype), mean, std)
+
+
+def resize_saliency(saliency: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, h, w) maps as (B, H, W) ones in float32, bilinearly with align_corners=False.
+
+    Args:
+        saliency: (B, h, w).
+        size: (H, W).
+    """
+    # Interpolated in float64 and then rounded, values that tie on paper (the resize repeats the outermost ones) tie
+    # in float32 too, in whatever order a device or a batch adds them up. MPS has no float64.
+    exact = saliency.float() if saliency.device.type == 'mps' else saliency.double()
+    return F.interpolate(exact[:, None], tuple(size), mode='bilinear', align_corners=False)[:, 0].float()
 
 
 def normalisation(model_or_cfg: nn.Module | Mapping[str, Any], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,3 +104,31 @@ def default_batch_size(x: Tensor) -> int:
     """
     pixels = (16 if x.device.type == 'cpu' else 128) * 224 * 224
     return max(1, pixels // (x.shape[-2] * x.shape[-1]))
+
+
+def check_images(x: Tensor) -> None:
+    """Raises ValueError unless x holds images, (B, C, H, W) of finite floating point numbers."""
+    if x.ndim != 4 or not x.numel() or not x.is_floating_point():
+        raise ValueError(f'x must hold normalised images of shape (B, C, H, W), got {tuple(x.shape)} of {x.dtype}.')
+    if not x.isfinite().all():
+        raise ValueError('x must be finite, got NaN or infinity.')
+
+
+def check_saliency(saliency: Tensor, x: Tensor) -> None:
+    """Raises ValueError unless there is a map for each image, (B, h, w) in [0, 1]."""
+    if saliency.ndim != 3 or len(saliency) != len(x):
+        raise ValueError(f'saliency must have shape ({len(x)}, h, w), one map an image, got {tuple(saliency.shape)}.')
+    check_unit_range('saliency', saliency)
+
+
+def check_unit_range(name: str, value: Tensor) -> None:
+    """Raises ValueError unless all values lie in [0, 1], which NaN does not."""
+    inside = (value >= 0) & (value <= 1)
+    if not inside.all():
+        raise ValueError(f'{name} must lie in [0, 1], got {value[~inside][0].item():g}.')
+
+
+def check_count(name: str, value: int) -> None:
+    """Raises ValueError unless the value is a positive int."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f'{name} must be a positive int, got {value!r}.')

@@ -8,8 +8,8 @@ With p the probability of a class on an image and o the same on the image masked
 * Insertion, Deletion: area under the curve of p as pixels, most salient first, are put into a blurred image
   (higher is better) or taken out of the image (lower is better)          (RISE, arXiv 1806.07421)
 
-Plain functions hold the arithmetic of each image, the torchmetrics classes average it over images and processes.
-Throughout: B images of C channels and H x W pixels, normalised for the model; a saliency map of any size h x w.
+Plain functions hold the arithmetic of each image, the torchmetrics classes average it over images and processes. The
+curves and the masked images that they are measured on have their names here too. B images.
 """
 from __future__ import annotations
 
@@ -19,17 +19,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from .curves import (
-    CURVE_SETTINGS,
-    blur,
-    blur_kernel,
-    check_unit_range,
-    curve_setting,
-    deletion_curve,
-    insertion_curve,
-    mask_image,
-    perturbation_curves,
-)
+from .curves import CURVE_SETTINGS, deletion_curve, insertion_curve
+from .images import check_unit_range, mask_image
 
 __all__ = [
     'CURVE_SETTINGS',
@@ -42,13 +33,9 @@ __all__ = [
     'average_drop',
     'average_gain',
     'average_increase',
-    'blur',
-    'blur_kernel',
-    'curve_setting',
     'deletion_curve',
     'insertion_curve',
     'mask_image',
-    'perturbation_curves',
 ]
 
 
@@ -63,7 +50,7 @@ def average_drop(prob: Tensor, masked_prob: Tensor) -> Tensor:
         (B,) values in [0, 100], whose mean is AD.
 
     Raises:
-        ValueError: if the shapes differ from (B,), or a value is NaN, outside [0, 1] or in half precision.
+        ValueError: If the shapes differ from (B,), or a value is NaN, outside [0, 1] or in half precision.
     """
     _check_pair(prob, masked_prob)
     # The numerator is 0 where p is 0. An epsilon instead of this case would show: p = 1e-6, o = 0 is a drop of 100 %.
@@ -104,10 +91,10 @@ def area_under_curve(curve: Tensor) -> Tensor:
         (B,) values in [0, 100], whose mean is Insertion or Deletion.
 
     Raises:
-        ValueError: if the shape is another, or a value is NaN, outside [0, 1] or in half precision.
+        ValueError: If the shape is another, or a value is NaN, outside [0, 1] or in half precision.
     """
     if curve.ndim != 2 or curve.shape[1] < 2:
-        raise ValueError(f'curve must have shape (B, n + 1) with n of at least 1, got {tuple(curve.shape)}')
+        raise ValueError(f'curve must have shape (B, n + 1) with n of at least 1, got {tuple(curve.shape)}.')
     _check_probabilities('curve', curve)
     return 100 * torch.trapezoid(curve, dim=1) / (curve.shape[1] - 1)
 
@@ -204,12 +191,12 @@ def _check_pair(prob: Tensor, masked_prob: Tensor) -> None:
     if prob.ndim != 1 or prob.shape != masked_prob.shape:
         raise ValueError(
             'prob and masked_prob must both have shape (B,), '
-            f'got {tuple(prob.shape)} and {tuple(masked_prob.shape)}')
+            f'got {tuple(prob.shape)} and {tuple(masked_prob.shape)}.')
     _check_probabilities('prob', prob)
     _check_probabilities('masked_prob', masked_prob)
 
 
 def _check_probabilities(name: str, value: Tensor) -> None:
     if value.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f'{name} must be float32 or float64, got {value.dtype}: take the softmax in float32')
+        raise ValueError(f'{name} must be float32 or float64, got {value.dtype}: take the softmax in float32.')
     check_unit_range(name, value)

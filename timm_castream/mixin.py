@@ -83,6 +83,15 @@ class _OpenFrame(threading.local):
 _open = _OpenFrame()
 
 
+def _call(frame: _Frame | None, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls `forward` with this frame open, or with none open even where a model calls another one half way."""
+    outer, _open.frame = _open.frame, frame
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        _open.frame = outer
+
+
 class StageHook:
     """Forward hook of a stage. Holds no tensor and no model: copies, replicas and pickles share it safely."""
 
@@ -147,12 +156,12 @@ class CAStreamMixin(_Backbone):
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._castream.pooling == 'gap' or not self._castream.pools:
-            return super().forward_features(x, *args, **kwargs)
+            return _call(None, super().forward_features, x, *args, **kwargs)
         return self._run_stream(super().forward_features, x, *args, **kwargs)
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._castream.pooling == 'gap' or not self._castream.pools:
-            return super().forward_intermediates(x, *args, **kwargs)
+            return _call(None, super().forward_intermediates, x, *args, **kwargs)
         return self._run_stream(super().forward_intermediates, x, *args, **kwargs)
 
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -252,11 +261,7 @@ class CAStreamMixin(_Backbone):
                 'FX symbolic tracing cannot follow a CA-Stream: it does not see forward hooks. Use torch.export.')
         query = self._initial_query(x)
         frame = _Frame(self.castream, None if self._is_checkpointed() else query, attention)
-        outer, _open.frame = _open.frame, frame
-        try:
-            output = forward(x, *args, **kwargs)
-        finally:
-            _open.frame = outer
+        output = _call(frame, forward, x, *args, **kwargs)
         features = output[0] if isinstance(output, tuple) else output
         if isinstance(features, list):  # forward_intermediates(intermediates_only=True): no map that a head could take
             return output
@@ -328,6 +333,9 @@ def detach(model: nn.Module) -> nn.Module:
             module.training = backbone.training
     for name, value in state.restore.items():
         setattr(backbone, name, value)
+    if hasattr(backbone, '_model_args'):  # timm saves them as those of the backbone
+        ours = {*state.config, 'freeze_backbone', 'backbone_pretrained', 'backbone_checkpoint'}
+        backbone._model_args = {key: value for key, value in backbone._model_args.items() if key not in ours}
     backbone.__class__ = _backbone_class(backbone)
     del backbone.castream, backbone._castream
     return backbone

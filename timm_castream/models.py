@@ -77,12 +77,14 @@ def _create_castream(
     allow_pickle = bool((pretrained_cfg_overlay or {}).get('hf_hub_filename'))
 
     if kwargs.get('features_only', False):  # the backbone's feature maps; nothing is pooled, so there is no stream
-        if pretrained:
-            backbone_cfg['state_dict'] = hub.load_state_dict(cfg, cache_dir, allow_pickle)
-        elif gap_weights:
-            backbone_cfg['state_dict'] = read_timm_weights(f'{backbone}.{gap_tag}')
+        state_dict = hub.load_state_dict(cfg, cache_dir, allow_pickle) if pretrained else {}
+        if gap_weights and not state_dict:
+            state_dict = read_timm_weights(f'{backbone}.{gap_tag}')
+        if pretrained and not state_dict:
+            raise RuntimeError(f'{cfg.hf_hub_id or cfg.file} holds a stream alone, which has no weights of {backbone}.')
+        backbone_cfg['state_dict'] = state_dict
         features: Any = create_backbone(
-            pretrained='state_dict' in backbone_cfg, pretrained_cfg=backbone_cfg, cache_dir=cache_dir, **kwargs)
+            pretrained=bool(state_dict), pretrained_cfg=backbone_cfg, cache_dir=cache_dir, **kwargs)
         features.pretrained_cfg.pop('state_dict', None)
         return features
 

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from . import metrics
 from .attach import POOLINGS, forward_both, pooling
-from .attribution import METHODS, attribute_all
+from .attribution import METHODS, attribute_all, check_names
 from .cam import probabilities
-from .images import default_batch_size
+from .curves import blur, curve_setting, perturbation_curves
+from .images import check_count, default_batch_size, mask_image
 from .mixin import CAStreamMixin
 from .report import METRICS
 
@@ -48,13 +49,12 @@ class Protocol:
     multilabel: bool = False
 
     def __post_init__(self) -> None:
-        for kind, names, valid in (
-                ('method', self.methods, METHODS), ('pooling', self.poolings, POOLINGS),
-                ('target', [self.target], TARGETS)):
-            for name in names:
-                if name not in valid:
-                    raise ValueError(f'{kind} {name!r} is unknown, valid ones: {", ".join(map(repr, valid))}.')
-        self._curve = metrics.curve_setting(self.setting)
+        check_names('method', self.methods, METHODS)
+        check_names('pooling', self.poolings, POOLINGS)
+        check_names('target', (self.target,), TARGETS)
+        if self.batch_size is not None:
+            check_count('batch_size', self.batch_size)
+        self._curve = curve_setting(self.setting)
         self._activation = 'sigmoid' if self.multilabel else 'softmax'
         self._forward_both: Callable[..., dict[str, Tensor]] = forward_both
         self._network: Callable[[Tensor], Tensor] = self.model
@@ -86,7 +86,7 @@ class Protocol:
         self._check_labels(labels, len(x))
         x = x.contiguous(memory_format=self._memory_format(x))
         zeros = torch.zeros_like(x)
-        blurred = metrics.blur(x, self._curve.kernel_size, self._curve.sigma)
+        blurred = blur(x, self._curve.kernel_size, self._curve.sigma)
         prob = self._probabilities(torch.cat([x, blurred, zeros[:1]]))
         sizes = [len(x), len(x), 1]
         clean, of_blurred, of_zeros = ({p: prob[p].split(sizes)[i] for p in self.poolings} for i in range(3))
@@ -141,13 +141,13 @@ class Protocol:
 
         prob, of_blurred, of_zeros = ends
         size, step = self._batch_size(x), self._curve.rows * x.shape[3]
-        masked = metrics.mask_image(self.model, x.repeat(len(saliency), 1, 1, 1), saliency.flatten(0, 1))
+        masked = mask_image(self.model, x.repeat(len(saliency), 1, 1, 1), saliency.flatten(0, 1))
         place = torch.arange(len(x), device=x.device).repeat(len(saliency))
         masked_prob = torch.cat([
             predict(*part) for part in zip(masked.split(size), place.split(size), strict=True)
         ]).unflatten(0, saliency.shape[:2])
-        insertion = metrics.perturbation_curves(predict, blurred, x, saliency, step, size, (of_blurred, prob))
-        deletion = metrics.perturbation_curves(predict, x, zeros, saliency, step, size, (prob, of_zeros))
+        insertion = perturbation_curves(predict, blurred, x, saliency, step, size, (of_blurred, prob))
+        deletion = perturbation_curves(predict, x, zeros, saliency, step, size, (prob, of_zeros))
         return [
             value
             for of_masked, inserted, deleted in zip(masked_prob, insertion, deletion, strict=True)

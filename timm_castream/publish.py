@@ -23,6 +23,7 @@ from .weights import (
     read_safetensors,
     read_timm_weights,
     stream_state_dict,
+    weights_hash,
     write_safetensors,
 )
 
@@ -112,15 +113,16 @@ def write_repository(
         stream_only: Leave the backbone out; `timm.create_model('hf-hub:org/name', pretrained=True)` takes it from timm.
         backbone_pretrained: With `stream_only`, the weights of timm that the stream was trained beside: True for those
             that the model's own cfg names, or a tag. They are compared. False: they are not timm's, but the users' own.
-        metrics: What `castream evaluate` measured, as its JSON holds it.
-        dataset: Name of the training data on the Hub. None: `imagenet-1k` where there are 1000 classes.
+        metrics: What `castream evaluate` measured of this very model, as its JSON holds it.
+        dataset: Name of the training data on the Hub. None: `imagenet-1k` where there are 1000 classes. The figures are
+            said to be of the data set that the metrics name, and of this one where they name none.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: If the model has no stream, has no name to be created by (whole models), its frozen weights are not
-            timm's (streams alone), or the metrics are none.
+            timm's (streams alone), or the metrics are none or of other weights.
     """
     model = castream_model(model)
     backbone = backbone_name(model)
@@ -131,9 +133,7 @@ def write_repository(
                          'stream alone, stream_only=True.')
     if not getattr(model, 'pretrained_cfg', None):
         raise ValueError(f'This {type(model).__name__} has no pretrained_cfg to publish: use save_stream.')
-    figures = _figures(metrics or {})
-    if metrics is not None and not figures:
-        raise ValueError('The metrics hold no figures of `castream evaluate`, which writes them to evaluation.json.')
+    figures = _figures(metrics, model) if metrics is not None else []
     tag = _timm_tag(model, backbone, backbone_pretrained) if stream_only else None
 
     folder = Path(folder)
@@ -148,6 +148,8 @@ def write_repository(
         config['model_args'].pop(name, None)
     if tag:
         config['model_args']['backbone_pretrained'] = tag
+    if 'in_chans' in config['model_args']:  # timm before 1.0.31 leaves the channels of the backbone's cfg
+        config['pretrained_cfg']['input_size'][0] = config['model_args']['in_chans']
     config['pretrained_cfg']['hf_hub_filename'] = WEIGHTS_NAME  # named, so that no client goes on to a pickle
     (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
@@ -163,10 +165,12 @@ def write_repository(
         config=config,
         dataset=dataset,
         figures=figures,
+        metrics=metrics or {},
         base_model=f'timm/{backbone}.{tag}' if tag else None,
         # By its name a repository gives a whole model, or a stream and the timm weights to put it on.
         by_name=registered and (bool(tag) or not stream_only),
         stream_only=stream_only,
+        multilabel='mAP' in (metrics or {}),
         parameters={name: sum(p.numel() for p in part.parameters()) / 1e6
                     for name, part in (('stream', model.castream), ('total', model))},
     )
@@ -214,15 +218,17 @@ def _card(
         config: dict[str, Any],
         dataset: str | None,
         figures: list[tuple[str, str, float]],
+        metrics: dict[str, Any],
         **facts: Any,
 ) -> str:
     """The model card: the metadata of the Hub in front of `hf_configs/model_card.md`."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData  # YAML and templates: not at import
 
-    dataset_name = dataset or 'unknown'
+    settings = metrics.get('settings', {})
+    measured_on = settings.get('dataset') or dataset or 'unknown'
     results = [
-        EvalResult(task_type='image-classification', dataset_type=dataset_name, dataset_name=dataset_name,
-                   metric_type=metric, metric_name=name, metric_value=value)
+        EvalResult(task_type='image-classification', dataset_type=measured_on, dataset_name=measured_on,
+                   dataset_split=settings.get('split'), metric_type=metric, metric_name=name, metric_value=value)
         for metric, name, value in figures
     ]
     data = ModelCardData(
@@ -238,17 +244,26 @@ def _card(
     template = (files('hf_configs') / 'model_card.md').read_text(encoding='utf-8')
     return str(ModelCard.from_template(
         data, template_str=template, repo_id=repo_id, header=header, config=config, dataset=dataset, figures=figures,
-        **facts))
+        measured_on=measured_on, num_images=metrics.get('num_images'), settings=settings, **facts))
 
 
-def _figures(metrics: dict[str, Any]) -> list[tuple[str, str, float]]:
+def _figures(metrics: dict[str, Any], model: nn.Module) -> list[tuple[str, str, float]]:
     """What was measured, as (metric, name, value in percent): accuracies, then every metric of every row."""
-    figures = [
-        (key, f'{name}, {pooling.upper()}', value)
-        for key, name in (('accuracy', 'Top-1 accuracy'), ('mAP', 'Mean average precision'))
-        for pooling, value in metrics.get(key, {}).items()
-    ]
-    for row in metrics.get('rows', ()):
-        where = f'{_METHODS.get(row["method"], row["method"])}, {row["pooling"].upper()}'
-        figures += [(key, f'{name}, {where}', row[key]) for key, name in _METRICS.items() if key in row]
+    try:
+        figures = [
+            (key, f'{name}, {pooling.upper()}', round(value, 2))
+            for key, name in (('accuracy', 'Top-1 accuracy'), ('mAP', 'Mean average precision'))
+            for pooling, value in metrics.get(key, {}).items()
+        ]
+        for row in metrics.get('rows', ()):
+            where = f'{_METHODS.get(row["method"], row["method"])}, {row["pooling"].upper()}'
+            figures += [(key, f'{name}, {where}', round(row[key], 2)) for key, name in _METRICS.items() if key in row]
+        measured = metrics.get('settings', {}).get('weights')
+    except (AttributeError, KeyError, TypeError):
+        figures, measured = [], None
+    if not figures:
+        raise ValueError('The metrics hold no figures of `castream evaluate`, which writes them to evaluation.json.')
+    if measured not in (None, weights_hash(model)):
+        raise ValueError('The metrics were measured with other weights than those to publish: run `castream evaluate` '
+                         'on this very checkpoint.')
     return figures

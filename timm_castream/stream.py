@@ -100,9 +100,9 @@ class CrossAttention(nn.Module):
         Returns:
             (B, h, H * W) in float32 or wider, each head of each image summing to 1.
         """
-        logits = self.attention_logits(query, features)
-        # Half precision cannot hold 50,000 weights that sum to 1.
-        return (logits * self.scale).softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        # Scaled before the product, which float16 may be too narrow for; a softmax over 50,000 locations certainly is.
+        logits = self.attention_logits(query * self.scale, features)
+        return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def forward(self, query: Tensor, features: Tensor, attention: Tensor | None = None) -> Tensor:
         """The next query.
@@ -163,6 +163,8 @@ class CAStream(nn.Module):
         super().__init__()
         if not dims:
             raise ValueError('A stream needs at least one stage, dims is empty.')
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f'num_classes {num_classes!r} leaves a class specific stream without a q_0.')
         self.dims = tuple(dims)
         self.class_specific = num_classes is not None
         self.cls_token = nn.Parameter(torch.empty(1, dims[0], device=device, dtype=dtype))
@@ -172,7 +174,7 @@ class CAStream(nn.Module):
                 dim, dims[min(i + 1, last)], num_heads, block, drop if i < last else 0., bias, device, dtype)
             for i, dim in enumerate(dims)
         )
-        self.reset_cls_token(num_classes or 1)
+        self.reset_cls_token(1 if num_classes is None else num_classes)
 
     def reset_cls_token(self, num_classes: int) -> None:
         """Draws q_0 anew from N(1, 1), one row a class, on the same device and in the same dtype."""

@@ -20,14 +20,13 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from .attach import POOLINGS, attention_maps, forward_both
 from .attribution import METHOD_NAMES, METHODS, attention_identity, attribute_all
 from .backbone import eval_mode
 from .cam import probabilities, scale_maps
-from .images import normalisation
+from .images import normalisation, resize_saliency
 from .mixin import castream_model
 
 POOLING_NAMES = {'gap': 'GAP', 'ca': 'CA'}
@@ -207,13 +206,13 @@ def overlay(image: np.ndarray, saliency: Tensor) -> np.ndarray:
 
     Args:
         image: (H, W, 3) of 8 bits.
-        saliency: (h, w) in [0, 1]; it is resized as the metrics do it, bilinearly with align_corners=False.
+        saliency: (h, w) in [0, 1]; it is resized as the metrics do it, by `images.resize_saliency`.
 
     Returns:
         (H, W, 3) of 8 bits.
     """
-    resized = F.interpolate(saliency[None, None].float(), image.shape[:2], mode='bilinear', align_corners=False)
-    colours = colormaps['jet'](resized[0, 0].cpu().numpy(), bytes=True)[..., :3]
+    resized = resize_saliency(saliency[None], image.shape[:2])[0]
+    colours = colormaps['jet'](resized.cpu().numpy(), bytes=True)[..., :3]
     return ((image.astype(np.uint16) + colours) // 2).astype(np.uint8)
 
 
@@ -263,7 +262,7 @@ def draw_identity(model: nn.Module, x: Tensor) -> Figure:
     bounds = {'vmin': min(logits.min(), cam.min()), 'vmax': max(logits.max(), cam.max())}
     for axes, values, title, colours in (
             (panels[1], logits, r'attention logits $F\,\alpha$', {'cmap': 'jet', **bounds}),
-            (panels[2], cam, r'CAM $\sum_k \alpha_k F^k$', {'cmap': 'jet', **bounds}),
+            (panels[2], cam, r'CAM $\Sigma_k\,\alpha_k F^k$', {'cmap': 'jet', **bounds}),
             (panels[3], difference, f'difference, at most {furthest:.1e}',
              {'cmap': 'coolwarm', 'vmin': -furthest, 'vmax': furthest}),
     ):

@@ -58,8 +58,8 @@ class StreamHeader:
         try:
             version = int(metadata['castream_format'])
             if version <= FORMAT_VERSION:
-                return cls(metadata['backbone'], json.loads(metadata['stream_args']), metadata['fingerprint'])
-        except (KeyError, ValueError):
+                return cls(metadata['backbone'], dict(json.loads(metadata['stream_args'])), metadata['fingerprint'])
+        except (KeyError, TypeError, ValueError):
             raise ValueError(f'{origin} has no header of a CA-Stream: save streams with '
                              'timm_castream.save_stream(model, path).') from None
         raise ValueError(f'{origin} is of format {version}, this timm_castream reads formats up to {FORMAT_VERSION}: '
@@ -136,6 +136,15 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of every weight, bit for bit: which model was measured."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _classifier_names(model: nn.Module) -> list[str]:
     get_classifier = getattr(model, 'get_classifier', None)
     classifiers = get_classifier() if get_classifier is not None else ()
@@ -152,6 +161,8 @@ def stream_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file, whole or not at all."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'There is no folder {path.parent} to write {path.name} to.')
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)

@@ -2,7 +2,7 @@
 
 timm lets `--model-kwargs` on the command line replace the mapping of the config file, so `freeze_backbone` of a recipe
 would vanish without a word; here the two are merged. Recipes are found by name, options that would quietly skip the
-stream are refused, and the statistics of a frozen backbone are left alone.
+stream are refused, as is what is not there, and the statistics of a frozen backbone are left alone.
 """
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
 import yaml
 
 RECIPES = Path(__file__).parent / 'recipes'
@@ -51,7 +53,7 @@ def prepare(script: Mapping[str, Any], argv: Sequence[str]) -> list[str]:
         for a frozen backbone: the last one counts.
 
     Raises:
-        ValueError: The recipe is not there, or an option does not go with a stream.
+        ValueError: Something that an option names is not there, or the option does not go with a stream.
     """
     recipe: dict[str, Any] = {}
     added: list[str] = []
@@ -68,7 +70,9 @@ def prepare(script: Mapping[str, Any], argv: Sequence[str]) -> list[str]:
         added += ['--model-kwargs', *(f'{key}={value!r}' for key, value in merged.items())]
     # Values that a namespace already holds take the place of the parser's defaults, as timm's set_defaults does.
     args = script['parser'].parse_args(options, Namespace(**{**recipe, 'model_kwargs': {}}))
-    _check(args, merged)
+    _check_there(args)
+    if 'castream' in args.model:
+        _check_stream(args, merged)
     if merged.get('freeze_backbone') and getattr(args, 'dist_bn', ''):
         # Averaging frozen statistics over processes, timm's default, changes their last bits.
         added += ['--dist-bn', '']
@@ -95,17 +99,28 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def _check(args: Namespace, model_kwargs: Mapping[str, Any]) -> None:
+def _check_there(args: Namespace) -> None:
+    """Raises for what timm answers with a traceback, some of it late: both scripts have other options."""
+    model, folder = args.model, getattr(args, 'data_dir', None) or getattr(args, 'data', None)
+    # validate.py also takes a wildcard, a file of names, and `all`.
+    if not (':' in model or timm.is_model(model) or timm.list_models(model) or Path(model).is_file() or model == 'all'):
+        raise ValueError(f'There is no model {model}; castream list shows those with a stream.')
+    if '/' not in args.dataset and args.dataset != 'digits' and (not folder or not Path(folder).exists()):
+        raise ValueError(
+            f'There is no folder {folder}.' if folder else
+            'There is nothing to read: name a folder with --data-dir, or a data set that needs none with --dataset.')
+    for option in ('resume', 'initial_checkpoint', 'checkpoint'):
+        path = getattr(args, option, None)
+        if path and not Path(path).exists():
+            raise ValueError(f'There is no {path}, which --{option.replace("_", "-")} names.')
+    if str(getattr(args, 'device', '')).startswith('cuda') and not torch.cuda.is_available():
+        raise ValueError('There is no CUDA device here; --device cpu works everywhere.')
+
+
+def _check_stream(args: Namespace, model_kwargs: Mapping[str, Any]) -> None:
     def value(name: str) -> Any:
         return getattr(args, name, None)  # validate.py has other options than train.py
 
-    folder = value('data_dir') or value('data')
-    if not args.dataset and (not folder or not Path(folder).exists()):
-        raise ValueError(
-            f'There is no image folder {folder}.' if folder else
-            'There is nothing to read: name an image folder with --data-dir, or a data set with --dataset.')
-    if 'castream' not in args.model:
-        return
     if value('test_pool'):
         raise ValueError('--test-pool pools by itself and would skip the stream without a word; leave it out.')
     if value('torchscript'):

@@ -1,8 +1,8 @@
 """Multi-label data in timm's scripts: dense targets from the loader, and the mean average precision of a validation.
 
-The scripts that timm 1.0.28 and older releases came with know one label an image. They are changed in three places, and
-only where targets are dense, (B, C): the loader's collation, the accuracy, and the function `validate`, whose results
-get an entry `map`. The loss is timm's own, `--bce-loss`.
+The scripts that timm 1.0.28 and older releases came with know one label an image. They are changed in four places, and
+only where targets are dense, (B, C): the loader's collation, the loss and the accuracy of a validation, and the
+function `validate`, whose results get an entry `map`. The training loss is timm's own, `--bce-loss`.
 """
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from timm_castream.datasets import VOC_IGNORE
 
 if TYPE_CHECKING:
     from torchmetrics.classification import MultilabelPrecisionRecallCurve
+
 
 def collate(batch: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
     """timm's `fast_collate` that keeps dense targets as float32; before timm 1.0.30 it makes integers of them."""
@@ -44,6 +45,15 @@ def leave_out_ignored(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     ignored = target == VOC_IGNORE
     # log(1 + exp(-1e4)) is exactly 0, and half precision holds 1e4.
     return output.masked_fill(ignored, -1e4), target.masked_fill(ignored, 0.)
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """torch's, with which both scripts validate; the mean binary cross entropy where targets are dense."""
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        if target.ndim == 1:
+            return super().forward(output, target)
+        return functional.binary_cross_entropy_with_logits(*leave_out_ignored(output, target))
 
 
 def mean_average_precision(precision: Sequence[Tensor], recall: Sequence[Tensor]) -> float:
@@ -97,20 +107,13 @@ class MultiLabelScore:
         self._curve.update(output.double().atan() / math.pi + 0.5, target.long())
 
     def scored(self, validate: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-        """The script's `validate` with `map` in its results, and with binary cross entropy where targets are dense."""
+        """The script's `validate` with `map` in its results where targets are dense."""
         @functools.wraps(validate)
         def scored_validate(*args: Any, **kwargs: Any) -> dict[str, Any]:
             self._curve = None
-            results = validate(*(_LossByTarget() if isinstance(a, nn.CrossEntropyLoss) else a for a in args), **kwargs)
+            results = validate(*args, **kwargs)
             if self._curve is not None:
                 precision, recall, _ = self._curve.compute()
                 results['map'] = round(mean_average_precision(precision, recall), 4)
             return results
         return scored_validate
-
-
-class _LossByTarget(nn.Module):
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        if target.ndim == 1:
-            return functional.cross_entropy(output, target)
-        return functional.binary_cross_entropy_with_logits(*leave_out_ignored(output, target))

@@ -14,6 +14,7 @@ import timm
 import timm.data.loader
 import timm.task
 import timm.utils
+import torch
 
 from timm_castream.datasets import create_dataset
 
@@ -92,6 +93,7 @@ def _run(path: Path, options: list[str]) -> None:
             (sys, 'argv', [str(path)]),
             (timm.data, 'create_dataset', create_dataset),
             (timm.data.loader, 'fast_collate', multilabel.collate),
+            (torch.nn, 'CrossEntropyLoss', multilabel.CrossEntropyLoss),
             (timm.task, 'ClassificationTask', CAStreamTask),
             (timm.utils, 'ParseKwargs', ParseKwargs),
             (timm.utils, 'accuracy', score.accuracy),
