@@ -15,6 +15,15 @@ from torch.nn import functional as F
 BLOCK_TYPES = ('ca', 'proj_ca')
 
 
+def _locations(features: Tensor) -> Tensor:
+    """F as in the paper, (B, H * W, D): a view of (B, D, H, W) in either memory format.
+
+    Permuted before it is flattened: flattened first, torch.compile copies a map that convolutions made channels_last
+    into a contiguous one.
+    """
+    return features.permute(0, 2, 3, 1).flatten(1, 2)
+
+
 class CrossAttention(nn.Module):
     """One step of the stream, q_{l+1} = W_l CA_l(q_l, F_l): eq. (6) and eq. (10).
 
@@ -87,7 +96,7 @@ class CrossAttention(nn.Module):
             if self.key.bias is not None:
                 offset = (query * self.key.bias).sum(-1, keepdim=True)
             query = F.linear(query, self.key.weight.t())
-        logits = torch.bmm(query, features.flatten(2))
+        logits = torch.bmm(query, _locations(features).transpose(1, 2))
         return logits if offset is None else logits + offset
 
     def attention(self, query: Tensor, features: Tensor) -> Tensor:
@@ -118,7 +127,7 @@ class CrossAttention(nn.Module):
         if attention is None:
             attention = self.attention(query, features)
         weights = self.attn_drop(attention.to(features.dtype))
-        pooled = torch.bmm(weights, features.flatten(2).transpose(1, 2))  # (B, h, D)
+        pooled = torch.bmm(weights, _locations(features))  # (B, h, D)
         if self.value is not None:
             values = F.linear(pooled, self.value.weight)
             # The bias of every location, weighted: the weights sum to 1 unless dropout took some.
