@@ -118,7 +118,8 @@ def run(output_dir: str | Path, seed: int = 0, settings: DemoSettings | None = N
         images = next(iter(make_loader(model, explained, NUM_PICTURES)))[0]
         rows = [saliency_row(model, x, ('attention', 'grad_cam')) for x in images.split(1)]
         save(draw_grid(rows), folder / 'figure.png')
-        write_repository(model, folder / 'model', 'your-name/castream-demo', metrics=facts['evaluation'], dataset='digits')
+        write_repository(
+            model, folder / 'model', 'your-name/castream-demo', metrics=facts['evaluation'], dataset='digits')
         minutes = (time.monotonic() - start) / 60
         (folder / 'report.md').write_text(_report_text(report, facts, output, minutes), encoding='utf-8')
         for file in sorted(folder.rglob('*')):
