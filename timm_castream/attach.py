@@ -215,7 +215,8 @@ def class_labels(model: nn.Module, target: Tensor) -> Iterator[None]:
         return
     if target.ndim != 1 or target.is_floating_point():
         raise ValueError('A class specific stream takes its q_0 from (B,) class indices, not from soft targets of '
-                         f'shape {tuple(target.shape)} and type {target.dtype}: switch mixup and cutmix off.')
+                         f'shape {tuple(target.shape)} and type {target.dtype}: switch mixup and cutmix off '
+                         '(multi-label data has none).')
     classes = model.castream.cls_token.shape[0]
     if not target.is_cuda and target.numel() and not 0 <= int(target.min()) <= int(target.max()) < classes:
         raise ValueError(f'class_labels got labels from {int(target.min())} to {int(target.max())}, the stream has '
