@@ -117,6 +117,11 @@ class Attachment:
     labels: Tensor | None = None
     restore: dict[str, Any] = field(default_factory=dict)  # attributes that detach gives back
 
+    @property
+    def uses_stream(self) -> bool:
+        """Whether the model's own forward pools by the stream."""
+        return self.pooling == 'ca' and self.pools
+
 
 if TYPE_CHECKING:
     class _Backbone(nn.Module):
@@ -155,17 +160,17 @@ class CAStreamMixin(_Backbone):
     # timm's model contract
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._castream.pooling == 'gap' or not self._castream.pools:
+        if not self._castream.uses_stream:
             return _call(None, super().forward_features, x, *args, **kwargs)
         return self._run_stream(super().forward_features, x, *args, **kwargs)
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._castream.pooling == 'gap' or not self._castream.pools:
+        if not self._castream.uses_stream:
             return _call(None, super().forward_intermediates, x, *args, **kwargs)
         return self._run_stream(super().forward_intermediates, x, *args, **kwargs)
 
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._castream.pooling == 'gap' or not self._castream.pools:
+        if not self._castream.uses_stream:
             return super().forward_head(x, *args, **kwargs)
         return self.forward_ca_head(x, travelling_query(x), *args, **kwargs)
 

@@ -19,7 +19,7 @@ from .attach import POOLINGS, forward_both, pooling
 from .attribution import METHODS, attribute_all, check_names
 from .cam import probabilities
 from .curves import blur, curve_setting, perturbation_curves
-from .images import check_count, default_batch_size, mask_image
+from .images import check_count, default_batch_size, fast_memory_format, mask_image
 from .mixin import CAStreamMixin
 from .report import METRICS
 
@@ -191,9 +191,7 @@ class Protocol:
         return {p: logits[p][:count] for p in poolings}
 
     def _memory_format(self, images: Tensor) -> torch.memory_format:
-        # On a CPU convolutions are faster so, whatever the format of their weights.
-        nhwc = self.channels_last or images.device.type == 'cpu'
-        return torch.channels_last if nhwc else torch.contiguous_format
+        return torch.channels_last if self.channels_last else fast_memory_format(images)
 
     def _batch_size(self, images: Tensor) -> int:
         return self.batch_size or default_batch_size(images)
