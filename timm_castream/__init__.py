@@ -19,11 +19,11 @@ from .attach import (
 )
 from .hub import load_stream, push_to_hub, save_stream
 from .stream import CAStream
-
-__version__ = '0.1.0'
+from .version import __version__
 
 __all__ = [
     'CAStream',
+    '__version__',
     'attach',
     'attention_maps',
     'class_labels',

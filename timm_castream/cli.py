@@ -18,9 +18,9 @@ import torch
 from timm.utils import ParseKwargs
 from torch import nn
 
-from . import __version__
 from .attach import POOLINGS
 from .mixin import castream_model
+from .version import __version__
 
 SKIPPED = 1
 USER_ERROR = 2

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from . import __version__
 from .attach import POOLINGS, forward_both
 from .attribution import attribute_all
 from .datasets import DigitScenes
@@ -33,6 +32,7 @@ from .evaluate import METHODS, evaluate
 from .hub import save_stream
 from .publish import write_repository
 from .report import Report
+from .version import __version__
 from .visualize import draw_grid, saliency_row, save
 from .weights import write_safetensors
 

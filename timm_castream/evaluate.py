@@ -21,12 +21,13 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from tqdm import tqdm
 
-from . import __version__
 from .attach import POOLINGS
 from .backbone import eval_mode
+from .files import write_whole
 from .mixin import castream_model
 from .protocol import Protocol
-from .report import ImageValues, Report, write_whole
+from .report import ImageValues, Report
+from .version import __version__
 from .weights import backbone_name, weights_hash
 
 METHODS = ('grad_cam', 'grad_cam_pp', 'score_cam')

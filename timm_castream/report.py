@@ -8,7 +8,6 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from .attribution import METHOD_NAMES
+from .files import write_whole
 
 METRICS = {
     'average_drop': 'AD ↓',
@@ -169,18 +169,6 @@ class Report:
                     row |= {name: value, f'{name}_low': low, f'{name}_high': high}
                 rows.append(row)
         return rows
-
-
-@contextmanager
-def write_whole(path: Path) -> Iterator[TextIO]:
-    """A text file that takes its name once it is complete."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        with open(temporary, 'w', encoding='utf-8', newline='') as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def average_precision(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:

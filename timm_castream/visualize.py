@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -26,6 +25,7 @@ from .attach import POOLINGS, attention_maps, forward_both
 from .attribution import METHOD_NAMES, METHODS, attention_identity, attribute_all
 from .backbone import eval_mode
 from .cam import probabilities, scale_maps
+from .files import write_whole
 from .images import normalisation, resize_saliency
 from .mixin import castream_model
 
@@ -281,12 +281,8 @@ def save(figure: Figure, path: str | Path) -> Path:
         The path.
     """
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        figure.savefig(temporary, format='png')
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_whole(path, 'wb') as file:
+        figure.savefig(file, format='png')
     return path
 
 

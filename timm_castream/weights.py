@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .download import WEIGHTS_NAME, download
+from .files import write_whole
 
 if TYPE_CHECKING:  # attach loads GAP weights with what is here
     from .mixin import CAStreamMixin
@@ -160,15 +160,8 @@ def stream_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file, whole or not at all."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f'There is no folder {path.parent} to write {path.name} to.')
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_whole(path, 'wb') as file:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file.name, metadata)
 
 
 def read_safetensors(path: str | Path, origin: str) -> tuple[dict[str, Tensor], dict[str, str]]:

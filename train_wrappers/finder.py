@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
 
 import timm
+
+from timm_castream.files import write_whole
 
 SCRIPTS = ('train.py', 'validate.py')
 
@@ -125,20 +126,9 @@ def _download(name: str) -> Path:
         raise ScriptNotFoundError(f'{url} is not run: by its SHA-256 it is not the {name} of timm {release}. {advice}')
     path = cache_dir() / release / name
     try:
-        _write(path, content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_whole(path, 'wb') as file:
+            file.write(content)
     except OSError as error:
         raise ScriptNotFoundError(f'{name} cannot be kept ({error}): set XDG_CACHE_HOME to another folder.') from error
     return path
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes the whole file or nothing: several processes of one job may download at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
