@@ -165,6 +165,31 @@ def test_attention_maps_have_one_map_a_head_each_summing_to_1(make_model, x):
         assert attention.flatten(2).std(1).max() > 0  # the heads differ
 
 
+def logits_under(model: nn.Module, x: Tensor, mode: str) -> Tensor:
+    with torch.no_grad(), pooling(model, mode):
+        return model(x)
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+@pytest.mark.parametrize('args', [
+    *({'stream_start': start} for start in range(4)),
+    {'stream_block': 'proj_ca', 'stream_heads': 2}, {'stream_heads': 4}, {'stream_bias': False, 'stream_heads': 2},
+    {'stream_class_specific': True}])
+def test_a_stream_with_the_gap_initialisation_gives_the_logits_of_gap(name, args, x):
+    model = attach(make_backbone(name), stream_init='gap', **args)
+    gap = logits_under(model, x, 'gap')
+    assert (logits_under(model, x, 'ca') - gap).abs().max() <= 1e-5 * gap.abs().max()
+    paper = attach(make_backbone(name), **args)
+    assert (logits_under(paper, x, 'ca') - gap).abs().max() > .01 * gap.abs().max()  # else this shows nothing
+
+
+def test_a_stream_of_one_block_with_the_gap_initialisation_gives_the_logits_of_gap(x):
+    for name, last in (('test_resnet', 4), ('test_convnext', 4), ('test_efficientnet', 4), ('swin', 3)):
+        model = attach(make_backbone(name), stream_init='gap', stream_start=last, stream_block='proj_ca')
+        gap = logits_under(model, x, 'gap')
+        assert (logits_under(model, x, 'ca') - gap).abs().max() <= 1e-5 * gap.abs().max()
+
+
 def test_named_stages_express_the_authors_convnext(x):
     model = make_backbone('test_convnext')
     attach(model, stream_stages=['stem', 'stages.1.downsample', 'stages.2.downsample', 'stages.3'])
@@ -972,7 +997,7 @@ def test_attach_to_a_training_model_moves_nothing():
 
 def test_castream_config_makes_an_equal_stream(make_model):
     args = {'stream_start': 1, 'stream_block': 'proj_ca', 'stream_heads': 2, 'stream_drop': .1, 'stream_bias': False,
-            'stream_stages': ['layer1', 'layer2', 'layer4'], 'stream_class_specific': True}
+            'stream_init': 'gap', 'stream_stages': ['layer1', 'layer2', 'layer4'], 'stream_class_specific': True}
     model = make_model('test_resnet', **args)
     assert model.castream_config == args
     twin = attach(make_backbone('test_resnet'), **model.castream_config)
@@ -1074,6 +1099,7 @@ def test_a_module_that_is_no_timm_model_is_refused():
     ({'stream_block': 'proj'}, "stream_block 'proj' .*'ca', 'proj_ca'"),
     ({'stream_heads': 5}, 'stream_heads 5 .* 32 channels'),
     ({'stream_drop': 2.}, 'stream_drop 2.0 .*0 to 1'),
+    ({'stream_init': 'zero'}, "stream_init 'zero' .*'paper', 'gap'"),
     ({'backbone_pretrained': 'nosuch'}, "'nosuch' is no tag of test_resnet, valid ones: r160_in1k"),
 ])
 def test_wrong_arguments_raise_naming_the_value_and_leave_the_model_as_it_was(args, message):

@@ -91,7 +91,7 @@ def test_every_variant_is_its_backbone_and_five_stages_of_a_stream(name):
 @pytest.mark.parametrize('name', SMALL)
 def test_all_arguments_go_through_create_model(name):
     args = {'stream_start': 1, 'stream_stages': None, 'stream_block': 'proj_ca', 'stream_class_specific': True,
-            'stream_heads': 2, 'stream_drop': .1, 'stream_bias': False}
+            'stream_heads': 2, 'stream_drop': .1, 'stream_bias': False, 'stream_init': 'gap'}
     model = timm.create_model(f'{name}_castream', num_classes=7, in_chans=1, drop_rate=.1, **args)
     assert model.castream_config == args
     assert model.castream.cls_token.shape == (7, model.castream.dims[0])

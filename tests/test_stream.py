@@ -175,6 +175,48 @@ def test_q0_starts_from_a_normal_distribution_of_mean_1_and_deviation_1(num_clas
     assert (z.abs() < 1).float().mean().item() == pytest.approx(math.erf(1 / math.sqrt(2)), abs=error)
 
 
+@pytest.mark.parametrize('num_classes', [None, 3])
+@pytest.mark.parametrize('num_heads', [1, 2])
+@pytest.mark.parametrize('block', ['ca', 'proj_ca'])
+@pytest.mark.parametrize('dims', [(8,), (4, 8), (4, 6, 8)])
+def test_a_stream_with_the_gap_initialisation_is_the_average_of_the_last_map(dims, block, num_heads, num_classes):
+    torch.manual_seed(0)
+    model = CAStream(dims, num_classes, num_heads, block, drop=.5, init='gap', dtype=torch.float64)
+    features = feature_maps(dims)
+    expected = features[-1].mean((2, 3))
+    labels = None if num_classes is None else torch.tensor([2, 0])
+    for mode in (True, False):  # the last block has no dropout
+        torch.testing.assert_close(model.train(mode)(features, labels), expected, rtol=1e-12, atol=1e-12)
+    if num_classes is not None:
+        model.reset_cls_token(5)
+        torch.testing.assert_close(model(features, torch.tensor([4, 1])), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_every_weight_of_a_stream_with_the_gap_initialisation_trains_after_a_few_steps():
+    torch.manual_seed(0)
+    model = CAStream((4, 6, 8), init='gap', dtype=torch.float64)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    features = feature_maps((4, 6, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=.1)
+    for _ in range(3):
+        model(features).square().sum().backward()
+        optimizer.step()
+    assert not any(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize('init', [{}, {'init': 'paper'}])
+def test_the_papers_initialisation_draws_the_weights_in_order_and_q0_last(init):
+    torch.manual_seed(0)
+    model = CAStream((4, 6, 8), block='proj_ca', **init)
+    torch.manual_seed(0)
+    for block in model.blocks:
+        drawn = [nn.Linear(linear.in_features, linear.out_features) for linear in (block.key, block.value, block.proj)]
+        for linear, own in zip(drawn, (block.key, block.value, block.proj), strict=True):
+            nn.init.xavier_uniform_(linear.weight)
+            assert torch.equal(linear.weight, own.weight) and torch.equal(linear.bias, own.bias)
+    assert torch.equal(torch.empty(1, 4).normal_(1., 1.), model.cls_token)
+
+
 class LargestAllocation(TorchDispatchMode):
     """The size in bytes of the largest storage that an operation makes."""
 
@@ -283,13 +325,14 @@ def test_reset_cls_token_keeps_dtype_and_whether_it_trains():
 
 
 @pytest.mark.parametrize('args, message', [
-    ({'block': 'cross'}, "stream_block 'cross' .*'ca', 'proj_ca'"),
-    ({'num_heads': 3}, 'stream_heads 3 .* 8 channels'),
-    ({'num_heads': 0}, 'stream_heads 0 '),
-    ({'num_heads': 2.}, 'stream_heads 2.0 '),
-    ({'drop': 1.5}, 'stream_drop 1.5 .*0 to 1'),
-    ({'drop': -.1}, 'stream_drop -0.1 .*0 to 1'),
-    ({'drop': math.nan}, 'stream_drop nan '),
+    ({'block': 'cross'}, "block 'cross' .*'ca', 'proj_ca'"),
+    ({'num_heads': 3}, 'num_heads 3 .* 8 channels'),
+    ({'num_heads': 0}, 'num_heads 0 '),
+    ({'num_heads': 2.}, 'num_heads 2.0 '),
+    ({'drop': 1.5}, 'drop 1.5 .*0 to 1'),
+    ({'drop': -.1}, 'drop -0.1 .*0 to 1'),
+    ({'drop': math.nan}, 'drop nan '),
+    ({'init': 'zero'}, "init 'zero' .*'paper', 'gap'"),
     ({'dims': ()}, 'at least one stage'),
     ({'num_classes': 0}, 'num_classes 0 '),
 ])

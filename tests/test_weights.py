@@ -76,7 +76,8 @@ class TestStreamFiles:
         assert header.pop('fingerprint') == weights.fingerprint(model)
         assert json.loads(header.pop('stream_args')) == {
             'stream_start': 1, 'stream_stages': ['layer1', 'layer3', 'layer4'], 'stream_block': 'ca',
-            'stream_class_specific': False, 'stream_heads': 1, 'stream_drop': 0.0, 'stream_bias': True}
+            'stream_class_specific': False, 'stream_heads': 1, 'stream_drop': 0.0, 'stream_bias': True,
+            'stream_init': 'paper'}
         assert header == {'format': 'pt', 'castream_format': '1', 'backbone': 'test_resnet'}
 
     @pytest.mark.parametrize(('name', 'args', 'message'), [
@@ -121,6 +122,21 @@ class TestStreamFiles:
         other.bfloat16()
         timm_castream.load_stream(other, tmp_path / 's.safetensors')
         assert same({k: v.bfloat16() for k, v in stream_of(model).items()}, stream_of(other))
+
+    @pytest.mark.parametrize('init', ['paper', 'gap'])
+    def test_stream_loads_whatever_the_initialisations_and_from_files_older_than_that_argument(self, init, tmp_path):
+        model = make_model(stream_init='gap')
+        timm_castream.save_stream(model, tmp_path / 's.safetensors')
+        tensors, header = weights.read_safetensors(tmp_path / 's.safetensors', 's')
+        older = json.loads(header['stream_args'])
+        del older['stream_init']
+        weights.write_safetensors(tmp_path / 'o.safetensors', tensors, {**header, 'stream_args': json.dumps(older)})
+        for name in ('s', 'o'):
+            other = make_model(stream_init=init)
+            with torch.no_grad():
+                other.castream.cls_token.zero_()
+            timm_castream.load_stream(other, tmp_path / f'{name}.safetensors')
+            assert same(stream_of(model), stream_of(other))
 
     def test_attached_model_and_registered_variant_take_each_others_streams(self, tmp_path):
         registered = make_model()

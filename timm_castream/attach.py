@@ -52,6 +52,7 @@ def attach(
         stream_heads: int = 1,
         stream_drop: float = 0.,
         stream_bias: bool = True,
+        stream_init: str = 'paper',
         freeze_backbone: bool = False,
         backbone_pretrained: bool | str = False,
         backbone_checkpoint: str | None = None,
@@ -70,6 +71,7 @@ def attach(
         stream_heads: Attention heads, must divide the channels of each stage.
         stream_drop: Dropout rate inside the stream.
         stream_bias: Whether the stream's linear layers have biases.
+        stream_init: `'paper'`, or `'gap'`: the logits of the new stream are those of the average pooling.
         freeze_backbone: Train the stream alone, see `freeze_backbone`.
         backbone_pretrained: Load timm's weights of the backbone first: True for those of its cfg, or a tag.
         backbone_checkpoint: Load this checkpoint of the plain backbone first, classifier included.
@@ -94,16 +96,20 @@ def attach(
     if stream_class_specific:
         check_class_specific(backbone.num_classes, None if pools else '')
     parameter = next(p for p in model.parameters() if p.is_floating_point())
-    stream = CAStream(
-        stages.dims[stream_start:],
-        num_classes=backbone.num_classes if stream_class_specific else None,
-        num_heads=stream_heads,
-        block=stream_block,
-        drop=stream_drop,
-        bias=stream_bias,
-        device=parameter.device,
-        dtype=parameter.dtype,
-    ).train(model.training)
+    try:
+        stream = CAStream(
+            stages.dims[stream_start:],
+            num_classes=backbone.num_classes if stream_class_specific else None,
+            num_heads=stream_heads,
+            block=stream_block,
+            drop=stream_drop,
+            bias=stream_bias,
+            init=stream_init,
+            device=parameter.device,
+            dtype=parameter.dtype,
+        ).train(model.training)
+    except ValueError as error:  # its sentences start with the name of the argument
+        raise ValueError(f'stream_{str(error).removeprefix("num_")}') from error
     if backbone_pretrained or backbone_checkpoint:
         load_gap_weights(model, backbone_pretrained, backbone_checkpoint)
 
@@ -118,6 +124,7 @@ def attach(
             'stream_heads': stream_heads,
             'stream_drop': stream_drop,
             'stream_bias': stream_bias,
+            'stream_init': stream_init,
         },
         stages=stages.names[stream_start:],
         pools=pools,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 BLOCK_TYPES = ('ca', 'proj_ca')
+INITS = ('paper', 'gap')
 
 
 def _locations(features: Tensor) -> Tensor:
@@ -58,11 +59,11 @@ class CrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         if block not in BLOCK_TYPES:
-            raise ValueError(f'stream_block {block!r} is unknown, valid ones: {", ".join(map(repr, BLOCK_TYPES))}.')
+            raise ValueError(f'block {block!r} is unknown, valid ones: {", ".join(map(repr, BLOCK_TYPES))}.')
         if not isinstance(num_heads, int) or num_heads < 1 or dim % num_heads:
-            raise ValueError(f'stream_heads {num_heads!r} does not divide the {dim} channels of a stage.')
+            raise ValueError(f'num_heads {num_heads!r} does not divide the {dim} channels of a stage.')
         if not 0. <= drop <= 1.:
-            raise ValueError(f'stream_drop {drop!r} is no rate, valid ones: 0 to 1.')
+            raise ValueError(f'drop {drop!r} is no rate, valid ones: 0 to 1.')
         self.dim = dim
         self.num_heads = num_heads
         self.scale = dim ** -0.5
@@ -153,6 +154,10 @@ class CAStream(nn.Module):
         block: ``'ca'``, eq. (6), or ``'proj_ca'``, supplementary eq. (1).
         drop: Dropout rate; none in the last block, as in the authors' code.
         bias: Whether the linear layers have biases.
+        init: ``'paper'``: Xavier-uniform W_l, q_0 from N(1, 1). ``'gap'``: a function-preserving initialisation. The
+            last query is zero, the last attention is therefore uniform, and W_L is the identity: the pooled vector is
+            the average of the last feature map. Training starts at W_L and W_{L-1}; the other weights have gradients
+            from the second step on. Weight decay pulls W_L away from the identity.
 
     Raises:
         ValueError: If an argument does not fit, naming the value and the valid ones.
@@ -166,15 +171,19 @@ class CAStream(nn.Module):
             block: str = 'ca',
             drop: float = 0.,
             bias: bool = True,
+            init: str = 'paper',
             device: torch.device | str | None = None,
             dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if init not in INITS:
+            raise ValueError(f'init {init!r} is unknown, valid ones: {", ".join(map(repr, INITS))}.')
         if not dims:
             raise ValueError('A stream needs at least one stage, dims is empty.')
         if num_classes is not None and num_classes < 1:
             raise ValueError(f'num_classes {num_classes!r} leaves a class specific stream without a q_0.')
         self.dims = tuple(dims)
+        self.init = init
         self.class_specific = num_classes is not None
         self.cls_token = nn.Parameter(torch.empty(1, dims[0], device=device, dtype=dtype))
         last = len(dims) - 1
@@ -184,12 +193,33 @@ class CAStream(nn.Module):
             for i, dim in enumerate(dims)
         )
         self.reset_cls_token(1 if num_classes is None else num_classes)
+        if init == 'gap':
+            self._preserve_function()
 
     def reset_cls_token(self, num_classes: int) -> None:
-        """Draws q_0 anew from N(1, 1), one row a class, on the same device and in the same dtype."""
+        """Makes a new q_0, one row a class, on the same device and in the same dtype.
+
+        It is drawn from N(1, 1), or zero where ``init='gap'`` and the first block is the last.
+        """
         token = self.cls_token
         self.cls_token = nn.Parameter(token.new_empty(num_classes, token.shape[1]), requires_grad=token.requires_grad)
         nn.init.normal_(self.cls_token, mean=1., std=1.)
+        if self.init == 'gap' and len(self.blocks) == 1:
+            nn.init.zeros_(self.cls_token)
+
+    def _preserve_function(self) -> None:
+        """The start of ``init='gap'``. A class specific or multi-head stream pools the average too."""
+        last: CrossAttention = self.blocks[-1]  # type: ignore[assignment]
+        for linear in (last.proj, last.value):
+            if linear is not None:
+                nn.init.eye_(linear.weight)
+        zeros: list[Tensor | None] = [last.proj.bias, None if last.value is None else last.value.bias]
+        if len(self.blocks) > 1:
+            before: CrossAttention = self.blocks[-2]  # type: ignore[assignment]
+            zeros += [before.proj.weight, before.proj.bias]
+        for parameter in zeros:
+            if parameter is not None:
+                nn.init.zeros_(parameter)
 
     def initial_query(self, batch_size: int, labels: Tensor | None = None) -> Tensor:
         """q_0 for a batch.

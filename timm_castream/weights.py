@@ -22,6 +22,10 @@ if TYPE_CHECKING:  # attach loads GAP weights with what is here
     from .mixin import CAStreamMixin
 
 FORMAT_VERSION = 1
+# Arguments of attach that older files lack, with the values that their streams were made with.
+_ADDED_ARGUMENTS = {'stream_init': 'paper'}
+# A stream loads whatever these were: they act on its training alone.
+_TRAINING_ARGUMENTS = ('stream_drop', 'stream_init')
 STREAM_PREFIX = 'castream.'
 
 
@@ -76,7 +80,7 @@ class StreamHeader:
         }
 
     def check_arguments(self, model: CAStreamMixin, origin: str) -> None:
-        """Refuses a model of another backbone or with another stream. Dropout, a setting of the training, may differ.
+        """Refuses a model of another backbone or with another stream. Dropout and initialisation may differ.
 
         Raises:
             ValueError: Naming both sides.
@@ -84,10 +88,11 @@ class StreamHeader:
         if self.backbone != backbone_name(model):
             raise ValueError(f'{origin} holds a stream of {self.backbone}, this model is {backbone_name(model)}.')
         own = json.loads(json.dumps(model.castream_config))
-        wrong = [k for k in sorted(own.keys() | self.stream_args.keys())
-                 if k != 'stream_drop' and own.get(k) != self.stream_args.get(k)]
+        saved = {**_ADDED_ARGUMENTS, **self.stream_args}
+        wrong = [k for k in sorted(own.keys() | saved.keys())
+                 if k not in _TRAINING_ARGUMENTS and own.get(k) != saved.get(k)]
         if wrong:
-            theirs, ours = (', '.join(f'{k}={args.get(k)!r}' for k in wrong) for args in (self.stream_args, own))
+            theirs, ours = (', '.join(f'{k}={args.get(k)!r}' for k in wrong) for args in (saved, own))
             raise ValueError(f"{origin} holds a stream with {theirs}, this model's has {ours}.")
 
     def check_fingerprint(self, model: nn.Module, origin: str, strict: bool = True) -> None:
