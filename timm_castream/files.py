@@ -31,7 +31,7 @@ def write_whole(path: str | os.PathLike[str], mode: str = 'w') -> Iterator[Any]:
         raise FileNotFoundError(f'There is no folder {path.parent} to write {path.name} to.')
     # The name of `path` may already be as long as the file system allows, so it is no part of this one.
     temporary = path.with_name(f'.{uuid.uuid4().hex}.tmp')
-    text = {} if 'b' in mode else {'encoding': 'utf-8', 'newline': ''}
+    text: dict[str, Any] = {} if 'b' in mode else {'encoding': 'utf-8', 'newline': ''}
     try:
         with open(temporary, mode, **text) as file:
             yield file
