@@ -7,9 +7,8 @@ import json
 
 import numpy as np
 import pytest
-from references import devkit_average_precision
 
-from timm_castream.report import METRICS, Estimate, ImageValues, Report, average_precision
+from timm_castream.report import METRICS, Estimate, ImageValues, Report
 
 NAMES = ('image', 'ca/class', 'ca/prob', *(f'ca/grad_cam/{k}' for k in METRICS))
 
@@ -67,22 +66,6 @@ def test_an_image_without_a_label_weighs_nothing_in_the_metrics() -> None:
     report = make_report(metrics, np.array([0, 100, 100., 100]), np.array([0, 0, 2, 3]))
     assert [report['ca', 'grad_cam', k].value for k in METRICS] == pytest.approx(metrics.mean(0))
     assert report.accuracy['ca'].value == 75
-
-
-def test_average_precision_is_the_devkits_with_ties_and_weights() -> None:
-    rng = np.random.default_rng(5)
-    labels, scores = rng.integers(0, 2, 60), rng.integers(0, 20, 60) / 20
-    weights = rng.integers(0, 4, (5, 60)).astype(float)
-    repeats = weights.astype(int)
-    expected = [devkit_average_precision(labels.repeat(n), scores.repeat(n)) for n in repeats]
-    assert average_precision(labels, scores, weights) == pytest.approx(expected)
-
-
-def test_average_precision_leaves_out_negative_labels_and_is_undefined_without_positives() -> None:
-    labels, scores = np.array([1, -1, 0, 1, -1]), np.array([0.3, 0.9, 0.6, 0.8, 0.1])
-    assert average_precision(labels, scores, np.ones((1, 5)))[0] == pytest.approx((1 + 2 / 3) / 2)
-    assert np.isnan(average_precision(np.zeros(3), np.arange(3.), np.ones((1, 3)))).all()
-    assert np.isnan(average_precision(-np.ones(3), np.arange(3.), np.ones((2, 3)))).all()
 
 
 def test_the_printed_table_is_laid_out_as_the_papers() -> None:

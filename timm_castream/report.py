@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from .attribution import METHOD_NAMES
+from .average_precision import mean_average_precision
 from .files import write_whole
 
 METRICS = {
@@ -171,33 +172,6 @@ class Report:
         return rows
 
 
-def average_precision(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Average precision of one class as the VOC devkit defines it since 2010.
-
-    The sum of (recall_n - recall_{n-1}) precision_n over the distinct scores, where precision_n is the best precision
-    at that recall or more.
-
-    Args:
-        labels: (N,) 1, 0, or negative where the image does not count.
-        scores: (N,).
-        weights: (S, N) how often each image counts, in each of S samples.
-
-    Returns:
-        (S,) in [0, 1], NaN where a sample has no positive.
-    """
-    order = np.argsort(-scores, kind='stable')
-    order = order[labels[order] >= 0]
-    if not len(order):
-        return np.full(len(weights), np.nan)
-    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)  # images of equal score come in together
-    weights = weights[:, order]
-    hits = np.cumsum(weights * (labels[order] > 0), axis=1)[:, ends]
-    found = np.cumsum(weights, axis=1)[:, ends]
-    with np.errstate(invalid='ignore'):
-        precision = np.maximum.accumulate((hits / np.maximum(found, 1))[:, ::-1], axis=1)[:, ::-1]
-        return (np.diff(hits, prepend=0, axis=1) * precision).sum(1) / hits[:, -1]
-
-
 def _bootstrap(poolings: Sequence[str], values: ImageValues, seed: int) -> np.ndarray:
     """(3, figures): each figure of all images, and the ends of its interval."""
     num_images = len(values.images)
@@ -238,14 +212,7 @@ def _accuracy(poolings: Sequence[str], values: ImageValues, weights: np.ndarray)
     if not _is_multilabel(values):
         return weights @ values.images[:, 1:] / weights.sum(1, keepdims=True)
     labels, *scores = np.split(values.images[:, 1:], 1 + len(poolings), axis=1)
-    result = np.full((len(weights), len(poolings)), np.nan)
-    for i, score in enumerate(scores):
-        precisions = np.stack([average_precision(*pair, weights) for pair in zip(labels.T, score.T, strict=True)])
-        defined = ~np.isnan(precisions)
-        counts = defined.sum(0)
-        totals = np.where(defined, precisions, 0).sum(0)
-        result[counts > 0, i] = 100 * totals[counts > 0] / counts[counts > 0]
-    return result
+    return np.stack([mean_average_precision(labels, score, weights) for score in scores], axis=1)
 
 
 def _is_multilabel(values: ImageValues) -> bool:

@@ -7,7 +7,6 @@ function `validate`, whose results get an entry `map`. The training loss is timm
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,11 @@ from timm.utils import accuracy
 from torch import Tensor, nn
 from torch.nn import functional
 
+from timm_castream.average_precision import mean_average_precision
 from timm_castream.datasets import VOC_IGNORE
 
 if TYPE_CHECKING:
-    from torchmetrics.classification import MultilabelPrecisionRecallCurve
+    from torchmetrics import Metric
 
 
 def collate(batch: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
@@ -56,29 +56,11 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         return functional.binary_cross_entropy_with_logits(*leave_out_ignored(output, target))
 
 
-def mean_average_precision(precision: Sequence[Tensor], recall: Sequence[Tensor]) -> float:
-    """The devkit's mean average precision, in percent.
-
-    As the devkit has it since 2010: the area under the curve of each class after precision was made to fall with
-    recall (to each recall belongs the best precision at that recall or more), averaged over the classes that occur.
-
-    Args:
-        precision: Of each class, (T + 1,), at rising thresholds, as torchmetrics gives it.
-        recall: Of each class, (T + 1,), from 1 down to 0.
-    """
-    areas = [
-        (-recall_c.diff() * precision_c.cummax(0).values[:-1]).sum()
-        for precision_c, recall_c in zip(precision, recall, strict=True)
-        if precision_c[:-1].any()  # without a positive it is 0 throughout
-    ]
-    return 100 * float(torch.stack(areas).mean()) if areas else float('nan')
-
-
 class MultiLabelScore:
     """Collects what a validation predicts for dense targets and scores all of it at the end, over all processes."""
 
     def __init__(self) -> None:
-        self._curve: MultilabelPrecisionRecallCurve | None = None
+        self._predictions: Metric | None = None
 
     def accuracy(self, output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[Tensor]:
         """timm's accuracy; with dense targets, the share of images with a label of theirs among the k best, in percent.
@@ -96,24 +78,46 @@ class MultiLabelScore:
         return [100 * hits[:, :k].any(1).float().mean() for k in topk]
 
     def _update(self, output: Tensor, target: Tensor) -> None:
-        if self._curve is None:
+        if self._predictions is None:
             try:
-                from torchmetrics.classification import MultilabelPrecisionRecallCurve
+                self._predictions = _collector().to(output.device)
             except ImportError as error:
                 raise ImportError("Multi-label data needs torchmetrics: pip install 'timm_castream[eval]'.") from error
-            self._curve = MultilabelPrecisionRecallCurve(
-                output.shape[1], ignore_index=int(VOC_IGNORE), validate_args=False).to(output.device)
-        # torchmetrics takes scores in [0, 1]. Unlike the sigmoid the arctangent keeps the order of large logits.
-        self._curve.update(output.double().atan() / math.pi + 0.5, target.long())
+        self._predictions.update(output, target)
 
     def scored(self, validate: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
         """The script's `validate` with `map` in its results where targets are dense."""
         @functools.wraps(validate)
         def scored_validate(*args: Any, **kwargs: Any) -> dict[str, Any]:
-            self._curve = None
+            self._predictions = None
             results = validate(*args, **kwargs)
-            if self._curve is not None:
-                precision, recall, _ = self._curve.compute()
-                results['map'] = round(mean_average_precision(precision, recall), 4)
+            if self._predictions is not None:
+                labels, scores = self._predictions.compute()
+                results['map'] = round(float(mean_average_precision(labels, scores)[0]), 4)
             return results
         return scored_validate
+
+
+def _collector() -> Metric:
+    """A metric that gathers targets and logits over all batches and processes, as two (N, C) arrays."""
+    from torchmetrics import Metric
+    from torchmetrics.utilities import dim_zero_cat
+
+    class Predictions(Metric):
+        full_state_update = False
+        labels: list[Tensor]
+        scores: list[Tensor]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_state('labels', [], dist_reduce_fx='cat')
+            self.add_state('scores', [], dist_reduce_fx='cat')
+
+        def update(self, output: Tensor, target: Tensor) -> None:
+            self.labels.append(target.float())
+            self.scores.append(output.float())
+
+        def compute(self) -> tuple[np.ndarray, np.ndarray]:
+            return dim_zero_cat(self.labels).cpu().numpy(), dim_zero_cat(self.scores).cpu().numpy()
+
+    return Predictions()
