@@ -2,18 +2,31 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# One thread a process: pytest-xdist runs as many processes as there are cores.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint docs build clean
 
 demo: $(VENV)/demo.installed  ## Train a CA-Stream on real pixels and report, in ten minutes on 2 cores
 	$(BIN)/castream demo --output demo_output
 
-test: $(VENV)/dev.installed  ## The whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+test: $(VENV)/dev.installed  ## The fast tests, with coverage
+	$(PYTEST) -m "not slow" --cov
 
-lint: $(VENV)/dev.installed
+test-slow: $(VENV)/dev.installed  ## The tests marked slow
+	$(PYTEST) -m slow
+
+lint: $(VENV)/dev.installed  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/docs.installed  ## The documentation, as site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+build: $(VENV)/build.installed  ## The package, in dist/
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
 
 $(VENV)/%.installed: setup.cfg pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
@@ -21,4 +34,4 @@ $(VENV)/%.installed: setup.cfg pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) demo_output dist site
