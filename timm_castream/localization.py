@@ -1,0 +1,294 @@
+"""Localisation metrics: how well a saliency map finds the boxes of an object, in percent.
+
+With S a map over the H x W pixels of the network's input, and B_j the boxes of the class explained:
+
+* Pointing game        SP = mean [a maximum of S lies in a box]           higher is better
+* Energy pointing game EP = mean sum of S in the boxes / sum of S         higher is better (Score-CAM, arXiv 1910.01279)
+* Localisation error   LE = 1 - mean max_j [IoU(B_p, B_j) > 0.5]          lower is better
+  B_p is the tight box of the largest 4-connected component of [S > mean(S)].
+* MaxBoxAccV2: S is scaled to [0, 1] by its own minimum and maximum and cut at 256 levels. An image is a hit at a level
+  if a component of [S > level] has a box with IoU >= threshold. The metric is the best share of hits over all levels,
+  averaged over the thresholds 0.3, 0.5 and 0.7.                          higher is better (arXiv 2007.04178)
+
+The maps are those of the other metrics: `images.resize_saliency` resizes them, bilinearly. The code of MaxBoxAccV2's
+authors resizes with a bicubic filter, so that its figures are not exactly these.
+
+Boxes are (R, J, 4) tensors for R maps: x0, y0, x1, y1 in pixels of the input, where x1 and y1 lie just outside. Rows of
+NaN fill up to J. A pixel lies in a box if its centre does.
+"""
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import box_area, box_iou
+
+from .images import check_unit_range
+
+__all__ = [
+    'BOX_ACCURACY_IOUS', 'box_accuracy_hits', 'energy_pointing_game', 'has_box', 'localization_error',
+    'max_box_acc_v2', 'pointing_game',
+]
+
+BOX_ACCURACY_IOUS = (0.3, 0.5, 0.7)
+"""Thresholds on the IoU that MaxBoxAccV2 averages over."""
+
+_NUM_LEVELS = 256
+
+
+def has_box(boxes: Tensor) -> Tensor:
+    """(R,) bool: True for each map that has a box with an area.
+
+    The metrics have no value for the other maps: leave these out.
+
+    Args:
+        boxes: (R, J, 4).
+    """
+    return _is_box(boxes).any(1)
+
+
+def pointing_game(saliency: Tensor, boxes: Tensor) -> Tensor:
+    """100 for each map with a maximum in one of its boxes, else 0.
+
+    One of several equal maxima suffices. A constant map has no maximum and gets 0.
+
+    Args:
+        saliency: (R, H, W) in [0, 1].
+        boxes: (R, J, 4).
+
+    Returns:
+        (R,) values, whose mean is SP; NaN for a map without a box.
+
+    Raises:
+        ValueError: A shape or a value does not fit.
+    """
+    boxes = _check(saliency, boxes)
+    flat = saliency.flatten(1)
+    highest = flat.amax(1, keepdim=True)
+    is_maximum = (flat == highest) & (highest > flat.amin(1, keepdim=True))
+    hit = (is_maximum & _inside(boxes, saliency).flatten(1)).any(1)
+    return _or_nan(100 * hit.to(saliency.dtype), boxes)
+
+
+def energy_pointing_game(saliency: Tensor, boxes: Tensor) -> Tensor:
+    """The share of each map's sum that lies in the union of its boxes, in percent. A map of zeros gets 0.
+
+    Args, Raises: as `pointing_game`.
+
+    Returns:
+        (R,) values in [0, 100], whose mean is EP; NaN for a map without a box.
+    """
+    boxes = _check(saliency, boxes)
+    exact = saliency if saliency.device.type == 'mps' else saliency.double()  # MPS has no float64
+    inside = (exact * _inside(boxes, saliency)).sum((1, 2))
+    total = exact.sum((1, 2))
+    return _or_nan((100 * inside / torch.where(total > 0, total, 1.)).to(saliency.dtype), boxes)
+
+
+def localization_error(saliency: Tensor, boxes: Tensor) -> Tensor:
+    """100 for each map whose predicted box has an IoU of at most 0.5 with each of its boxes, else 0.
+
+    The predicted box is the tight box of the largest 4-connected component of the pixels above the map's mean. Where
+    several are largest, the first in reading order counts. A constant map predicts no box and gets 100.
+
+    Args, Raises: as `pointing_game`.
+
+    Returns:
+        (R,) values, whose mean is LE; NaN for a map without a box.
+    """
+    from scipy import ndimage
+
+    boxes = _check(saliency, boxes)
+    maps = saliency.detach().cpu().double().numpy()
+    # The mean of a constant map may be rounded down below its values.
+    means = np.maximum(maps.mean((1, 2)), maps.min((1, 2)))
+    missed = torch.ones(len(maps), dtype=torch.bool)
+    for i, (values, mean) in enumerate(zip(maps, means, strict=True)):
+        labels, num_components = ndimage.label(values > mean)
+        if num_components:
+            largest = np.bincount(labels.ravel())[1:].argmax()
+            rows, columns = ndimage.find_objects(labels)[largest]
+            predicted = torch.tensor([[columns.start, rows.start, columns.stop, rows.stop]], dtype=torch.float64)
+            missed[i] = not (box_iou(predicted, boxes[i].cpu().double()) > 0.5).any()
+    return _or_nan(100 * missed.to(saliency), boxes)
+
+
+def box_accuracy_hits(saliency: Tensor, boxes: Tensor) -> Tensor:
+    """The levels at which each map has a component whose box fits one of its boxes, for `max_box_acc_v2`.
+
+    As in the code of the metric's authors, the IoU counts both corners of a box as inside; boxes are rounded down; and
+    a component has its corners at its first column and row and at the column and row after its last, as far as the map
+    has one. Their contours include the outlines of holes too, which are not used here. A constant map has no hits.
+
+    Args, Raises: as `pointing_game`.
+
+    Returns:
+        (R, 3, 256) bool: True where a component of [S > level / 255] has an IoU of at least 0.3, 0.5 or 0.7. All are
+        False for a map without a box.
+    """
+    boxes = _check(saliency, boxes)
+    hits = torch.zeros(len(saliency), len(BOX_ACCURACY_IOUS), _NUM_LEVELS, dtype=torch.bool)
+    thresholds = torch.tensor(BOX_ACCURACY_IOUS, dtype=torch.float64)
+    height, width = saliency.shape[1:]
+    corner = torch.tensor([0, 0, 1, 1], dtype=torch.float64)
+    last = torch.tensor([width - 1, height - 1] * 2, dtype=torch.float64)
+    for i, values in enumerate(saliency.detach().cpu().double()):
+        truth = boxes[i][_is_box(boxes[i])].cpu().double().floor()
+        spread = values.max() - values.min()
+        if not len(truth) or not spread:
+            continue
+        truth += corner  # inclusive corners, made those of a plain IoU
+        min_area = float(thresholds[0] * box_area(truth).min())
+        levels, components = _component_boxes((values - values.min()) / spread, min_area)
+        best = box_iou(torch.minimum(components + corner, last) + corner, truth).amax(1)
+        fits = best[:, None] >= thresholds
+        for row in range(len(thresholds)):
+            hits[i, row, levels[fits[:, row]]] = True
+    return hits.to(saliency.device)
+
+
+def max_box_acc_v2(hits: Tensor, weights: Tensor | None = None) -> Tensor:
+    """MaxBoxAccV2 of R images under S weightings, in percent.
+
+    Args:
+        hits: (R, 3, 256) bool, from `box_accuracy_hits`, of images that have a box.
+        weights: (S, R), at least 0: how often each image counts, such as its number of draws in a bootstrap sample.
+            None is once each.
+
+    Returns:
+        (S,) values, or a scalar without weights; NaN where all weights are 0.
+
+    Raises:
+        ValueError: A shape does not fit.
+    """
+    if hits.ndim != 3 or hits.shape[1:] != (len(BOX_ACCURACY_IOUS), _NUM_LEVELS) or hits.dtype != torch.bool:
+        raise ValueError(f'hits must be bool of shape (R, 3, 256), got {hits.dtype} of {tuple(hits.shape)}.')
+    if weights is None:
+        return max_box_acc_v2(hits, torch.ones(1, len(hits), device=hits.device))[0]
+    if weights.ndim != 2 or weights.shape[1] != len(hits):
+        raise ValueError(f'weights must have shape (S, {len(hits)}), a weight an image, got {tuple(weights.shape)}.')
+    dtype = torch.float32 if hits.device.type == 'mps' else torch.float64
+    weights = weights.to(dtype)
+    shares = weights @ hits.flatten(1).to(dtype) / weights.sum(1, keepdim=True)
+    return 100 * shares.unflatten(1, hits.shape[1:]).amax(2).mean(1)
+
+
+def _component_boxes(values: Tensor, min_area: float) -> tuple[Tensor, Tensor]:
+    """The tight boxes of the 8-connected components of [floor(255 S) > k], for all k at once.
+
+    Steepest ascent divides the pixels into basins, one a local maximum. Above a level, a component is a union of the
+    remains of some basins. Two basins join at the highest level that a path between them keeps, so one pass over the
+    pairs of touching basins, highest first, gives the components above all levels (Kruskal's algorithm).
+
+    Args:
+        values: S, (H, W) float64 whose minimum is 0 and whose maximum is 1.
+        min_area: Components whose box, with one more row and column, has fewer pixels may be left out.
+
+    Returns:
+        (M,) the k of each component, and (M, 4) corners x0, y0, x1, y1 of its box; x1 and y1 lie inside.
+    """
+    height, width = values.shape
+    levels = (values * (_NUM_LEVELS - 1)).long()
+    rank = torch.empty(values.numel(), dtype=torch.float64)  # unlike values, ranks never tie
+    rank[values.flatten().argsort(stable=True)] = torch.arange(values.numel(), dtype=torch.float64)
+    ascent = F.max_pool2d(rank.view(1, 1, height, width), 3, 1, 1, return_indices=True)[1].flatten()
+    while not torch.equal(ascent, higher := ascent[ascent]):
+        ascent = higher
+    peaks, basin = ascent.unique(return_inverse=True)
+
+    # extents[i, level] holds -x0, -y0, x1, y1 of the pixels of component i of at least that level. Its index is that of
+    # one of its basins. Levels come first at the start, since numpy accumulates over a first axis fastest.
+    y, x = torch.meshgrid(*(torch.arange(size, dtype=torch.int16) for size in (height, width)), indexing='ij')
+    pixels = torch.stack((-x, -y, x, y), -1).flatten(0, 1)
+    slots = ((_NUM_LEVELS - 1 - levels.flatten()) * len(peaks) + basin)[:, None].expand(-1, 4)
+    falling = pixels.new_full((_NUM_LEVELS * len(peaks), 4), -height - width).scatter_reduce_(0, slots, pixels, 'amax')
+    extents = falling.view(_NUM_LEVELS, -1, 4).numpy()
+    extents = np.maximum.accumulate(extents, axis=0, out=extents)[::-1].transpose(1, 0, 2).copy()
+
+    root = list(range(len(peaks)))
+    top = levels.flatten()[peaks].tolist()  # component i is found at k < top[i]
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def find(i: int) -> int:
+        while root[i] != i:
+            root[i] = i = root[root[i]]
+        return i
+
+    def close(i: int, bottom: int) -> None:
+        """Notes the boxes of component i at all k from bottom to its top."""
+        if bottom < top[i]:
+            left, above, right, below = extents[i, bottom + 1].tolist()
+            if (right + left + 2) * (below + above + 2) >= min_area:
+                found.append((np.arange(bottom, top[i]), extents[i, bottom + 1:top[i] + 1].copy()))
+            top[i] = bottom
+
+    for level, a, b in _touching(basin.view(height, width), levels):
+        a, b = find(a), find(b)
+        if a != b:
+            close(a, level)
+            close(b, level)
+            root[b] = a
+            np.maximum(extents[a, :level + 1], extents[b, :level + 1], out=extents[a, :level + 1])
+    for i in set(map(find, root)):
+        close(i, 0)
+    ks = np.concatenate([np.arange(0), *(ks for ks, _ in found)])
+    corners = np.concatenate([np.empty((0, 4)), *(corners for _, corners in found)])
+    return torch.from_numpy(ks), torch.from_numpy(corners * (-1, -1, 1, 1))
+
+
+def _touching(basin: Tensor, levels: Tensor) -> list[list[int]]:
+    """The pairs of basins that touch above level 0, highest first: [level, a, b].
+
+    The level is the highest l such that a pixel of a and a pixel of b, both of at least l, are 8-neighbours.
+    """
+    num_basins = int(basin.max()) + 1
+    keys = []
+    for here, there in (
+            (np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:]),
+            (np.s_[:-1, :-1], np.s_[1:, 1:]), (np.s_[:-1, 1:], np.s_[1:, :-1])):
+        level = torch.minimum(levels[here], levels[there])
+        kept = (basin[here] != basin[there]) & (level > 0)
+        a, b = basin[here][kept], basin[there][kept]
+        keys.append((torch.minimum(a, b) * num_basins + torch.maximum(a, b)) * _NUM_LEVELS + level[kept])
+    key = torch.cat(keys).sort(descending=True).values
+    pair = key // _NUM_LEVELS
+    highest = torch.ones_like(pair, dtype=torch.bool)
+    highest[1:] = pair[1:] != pair[:-1]
+    level, pair = key[highest] % _NUM_LEVELS, pair[highest]
+    return torch.stack((level, pair // num_basins, pair % num_basins), 1)[level.argsort(descending=True)].tolist()
+
+
+def _is_box(boxes: Tensor) -> Tensor:
+    """(..., 4) boxes -> (...) bool: True where a box has an area. NaN gives False."""
+    return (boxes[..., 2:] > boxes[..., :2]).all(-1)
+
+
+def _inside(boxes: Tensor, saliency: Tensor) -> Tensor:
+    """(R, H, W) bool: True at pixels whose centres lie in one of the boxes."""
+    y, x = (torch.arange(size, device=saliency.device) + 0.5 for size in saliency.shape[1:])
+    inside = torch.zeros_like(saliency, dtype=torch.bool)
+    for box in boxes.unbind(1):
+        x0, y0, x1, y1 = box[:, :, None].unbind(1)
+        inside |= ((y >= y0) & (y < y1))[:, :, None] & ((x >= x0) & (x < x1))[:, None]
+    return inside
+
+
+def _or_nan(values: Tensor, boxes: Tensor) -> Tensor:
+    return values.masked_fill(~has_box(boxes), torch.nan)
+
+
+def _check(saliency: Tensor, boxes: Tensor) -> Tensor:
+    """The boxes on the maps' device. Raises ValueError unless there are boxes for each map, (R, J, 4), or NaN."""
+    if saliency.ndim != 3:
+        raise ValueError(f'saliency must have shape (R, H, W), the size of the input, got {tuple(saliency.shape)}.')
+    check_unit_range('saliency', saliency)
+    if boxes.ndim != 3 or len(boxes) != len(saliency) or boxes.shape[2] != 4 or not boxes.is_floating_point():
+        raise ValueError(
+            f'boxes must be floating point of shape ({len(saliency)}, J, 4), '
+            f'got {boxes.dtype} of {tuple(boxes.shape)}.')
+    known = boxes[~boxes.isnan().all(-1)]
+    wrong = known[~(known.isfinite().all(-1) & (known[:, 2:] >= known[:, :2]).all(-1))]
+    if len(wrong):
+        raise ValueError(f'boxes must be x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, got {wrong[0].tolist()}.')
+    return boxes.to(saliency.device)
