@@ -5,10 +5,16 @@ BIN = $(VENV)/bin
 # One thread a process: pytest-xdist runs as many processes as there are cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: demo test test-slow lint docs build clean
+.PHONY: demo app evidence test test-slow lint docs build clean
 
 demo: $(VENV)/demo.installed  ## Train a CA-Stream on real pixels and report, in ten minutes on 2 cores
 	$(BIN)/castream demo --output demo_output
+
+app: $(VENV)/app.installed  ## A web page that explains images
+	$(BIN)/castream app
+
+evidence: $(VENV)/dev.installed  ## The experiments of docs/evidence.md: make evidence DATA=tiny-imagenet-200
+	$(BIN)/python -m benchmarks.evidence $(if $(DATA),--data-dir $(DATA),--quick)
 
 test: $(VENV)/dev.installed  ## The fast tests, with coverage
 	$(PYTEST) -m "not slow" --cov

@@ -6,12 +6,14 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-BLOCK = re.compile(r'^```math\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r'^( *)```math\n(.*?)^ *```$', re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r'\$`(.+?)`\$')
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """Replaces ```` ```math ```` blocks and ``$`...`$``."""
-    markdown = BLOCK.sub(lambda match: f'<div class="formula">{convert(match[1].strip(), display="block")}</div>',
-                         markdown)
-    return INLINE.sub(lambda match: convert(match[1]), markdown)
+    def block(match: re.Match[str]) -> str:
+        return f'{match[1]}<div class="formula">{convert(match[2].strip(), display="block")}</div>'
+
+    # A line that begins with <math> would be a block of its own in Markdown.
+    return INLINE.sub(lambda match: f'<span>{convert(match[1])}</span>', BLOCK.sub(block, markdown))

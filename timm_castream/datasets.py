@@ -276,7 +276,8 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
         name: One of the four, or any name that timm knows.
         root: Where the official archive of cub200, voc2012 or mit67 was unpacked; digits has none.
         split: See `splits` of the classes; timm's words train and validation fit all.
-        *args, **kwargs: As timm's. Of these the four take `input_img_mode`, and the data set's own arguments;
+        *args: As timm's.
+        **kwargs: As timm's. Of these the four take `input_img_mode`, and the data set's own arguments;
             digits also takes `num_samples` and `seed`. Hints for iterable data sets change nothing.
 
     Raises:
