@@ -11,11 +11,10 @@ from timm_castream.cam import (
     class_activation_map,
     grad_cam_pp_weights,
     grad_cam_weights,
-    probabilities,
     scale_maps,
     score_cam_weights,
 )
-from timm_castream.images import default_batch_size
+from timm_castream.probabilities import probabilities
 
 MEAN, STD = torch.tensor([.5, .4, .3]).view(3, 1, 1).double(), torch.tensor([.2, .3, .25]).view(3, 1, 1).double()
 
@@ -93,18 +92,18 @@ def test_scaling_reaches_zero_and_one_and_passes_nan_on() -> None:
 
 
 @pytest.mark.parametrize('activation', ['softmax', 'sigmoid'])
-@pytest.mark.parametrize('batch_size', [None, 1, 3])
+@pytest.mark.parametrize('batch_size', [1000, 1, 3])
 def test_score_cam_weights_are_probabilities_of_images_masked_before_normalisation(
-        activation: str, batch_size: int | None) -> None:
+        activation: str, batch_size: int) -> None:
     maps, x = draw(2, 3, 2, 3), draw(2, 3, 4, 6, seed=1)
     targets = {'gap': torch.tensor([[0, 3], [2, 1]]), 'ca': torch.tensor([[1, 1], [0, 2]])}
     classifiers = {'gap': draw(72, 4, seed=2), 'ca': draw(72, 4, seed=3)}
 
-    def forward(images: Tensor) -> dict[str, Tensor]:
-        assert len(images) <= (batch_size or default_batch_size(x))
-        return {pooling: images.flatten(1) @ weight for pooling, weight in classifiers.items()}
+    def predict(images: Tensor) -> dict[str, Tensor]:
+        assert len(images) <= batch_size
+        return {p: probabilities(images.flatten(1) @ weight, activation) for p, weight in classifiers.items()}
 
-    weights = score_cam_weights(forward, x, maps, targets, MEAN, STD, batch_size, activation)
+    weights = score_cam_weights(predict, x, maps, targets, MEAN, STD, batch_size)
     for pooling, classifier in classifiers.items():
         for b in range(2):
             for d in range(3):
@@ -128,7 +127,7 @@ def test_score_cam_forwards_no_channel_that_is_constant_on_an_image() -> None:
 
     def forward(images: Tensor) -> dict[str, Tensor]:
         seen.append(len(images))
-        return {'ca': images.new_zeros(len(images), 2)}
+        return {'ca': probabilities(images.new_zeros(len(images), 2))}
 
     targets = {'ca': torch.zeros(2, 1, dtype=torch.long)}
     weights = score_cam_weights(forward, draw(2, 3, 6, 6), maps, targets, MEAN, STD, batch_size=2)
@@ -141,12 +140,5 @@ def test_score_cam_of_constant_maps_alone_forwards_nothing() -> None:
         raise AssertionError
 
     targets = {'gap': torch.zeros(1, 1, dtype=torch.long)}
-    weights = score_cam_weights(forward, draw(1, 3, 6, 6), torch.ones(1, 2, 3, 3), targets, MEAN, STD)
+    weights = score_cam_weights(forward, draw(1, 3, 6, 6), torch.ones(1, 2, 3, 3), targets, MEAN, STD, batch_size=4)
     assert weights['gap'].tolist() == [[[0, 0]]]
-
-
-def test_probabilities_of_half_precision_logits_are_those_of_float32() -> None:
-    logits = torch.tensor([[9., 0., 1.]], dtype=torch.bfloat16)
-    assert torch.equal(probabilities(logits), logits.float().softmax(1))
-    assert 0.999 < probabilities(logits)[0, 0] < 1
-    assert probabilities(logits.double(), 'sigmoid').dtype == torch.float64

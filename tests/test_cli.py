@@ -105,7 +105,7 @@ def test_evaluate_writes_the_table_and_a_row_an_image(model_options, tmp_path, c
     assert 'Grad-CAM' in printed and 'AD' in printed and '5 images' in printed
     with open(tmp_path / 'table.csv', encoding='utf-8') as file:
         rows = list(csv.DictReader(file))
-    assert [row['pooling'] for row in rows] == ['gap', 'ca']
+    assert [row['pooling'] for row in rows] == ['gap', 'ca', 'ca-gap']
     with open(tmp_path / 'images.csv', encoding='utf-8') as file:
         values = list(csv.DictReader(file))
     assert len(values) == 5

@@ -311,13 +311,16 @@ def test_both_published_settings_have_a_name():
     assert CURVE_SETTINGS == {'paper': (8, 5, 5.), 'rise': (1, 11, 5.)}
 
 
-def test_a_setting_by_name_goes_before_the_single_arguments(model, batch):
+def test_a_setting_by_name_gives_the_single_arguments_and_refuses_them_beside_it(model, batch):
     rise = {'step': 32, 'kernel_size': 11, 'sigma': 5.}
     for curve, names in ((insertion_curve, ('step', 'kernel_size', 'sigma')), (deletion_curve, ('step',))):
         others = dict(zip(names, (100, 3, 0.8), strict=False))
         expected = curve(model, *batch, **{name: rise[name] for name in names})
-        assert torch.equal(curve(model, *batch, **others, setting='rise'), expected)
+        assert torch.equal(curve(model, *batch, setting='rise'), expected)
         assert not torch.equal(curve(model, *batch, **others), expected)
+        for name, value in others.items():
+            with pytest.raises(ValueError, match=f"setting='rise' gives {name} already"):
+                curve(model, *batch, setting='rise', **{name: value})
 
 
 # ---------------------------------------------------------------- bad input
@@ -339,9 +342,9 @@ def test_bad_saliency_is_refused(model, batch, saliency, message):
 @pytest.mark.parametrize('change, message', [
     ({'target': torch.tensor([0, 1])}, r'target must have shape \(3,\), one class an image, got \(2,\)'),
     ({'target': torch.tensor([[0], [1], [2]])}, r'got \(3, 1\)'),
-    ({'target': torch.rand(3)}, 'class numbers, got torch.float32'),
-    ({'target': torch.tensor([0, -1, 2])}, 'class numbers from 0, got -1'),
-    ({'target': torch.tensor([0, 5, 2])}, 'target has class 5, the model has classes 0 to 4'),
+    ({'target': torch.rand(3)}, 'class indices, got torch.float32'),
+    ({'target': torch.tensor([0, -1, 2])}, 'has classes from -1 to 2, class indices start at 0'),
+    ({'target': torch.tensor([0, 5, 2])}, 'target has classes from 0 to 5, the model has 0 to 4'),
     ({'x': torch.rand(3, 24, 32)}, r'x must hold normalised images of shape \(B, C, H, W\), got \(3, 24, 32\)'),
     ({'x': torch.zeros(3, 3, 24, 32, dtype=torch.uint8)}, 'of torch.uint8'),
     ({'x': torch.full((3, 3, 24, 32), float('nan'))}, 'x must be finite'),

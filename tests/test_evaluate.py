@@ -119,7 +119,7 @@ def test_an_evaluation_may_go_on_with_another_batch_size(model, tmp_path) -> Non
     ({'arguments': {'data_dir': 'b'}}, "data_dir='a', this one has data_dir='b'"),
 ])
 def test_a_folder_with_another_evaluation_is_refused(model, tmp_path, change, message) -> None:
-    settings = {'arguments': {'data_dir': 'a'}}
+    settings = {'arguments': {'data_dir': 'a'}, 'num_samples': 7}
     interrupt(model, tmp_path, **settings)
     with pytest.raises(ValueError, match=message):
         evaluate(model, DataLoader(Scenes(), 2), METHODS, output_dir=tmp_path, **{**settings, **change})
@@ -149,8 +149,8 @@ def _run_process(rank: int, model: nn.Module, folder: Path) -> None:
     try:
         resumed = evaluate(model, DataLoader(Scenes(), 2), METHODS, output_dir=folder / 'out')
         one_batch = evaluate(model, DataLoader(Scenes(), 7), METHODS)  # for one of the processes
-        with pytest.raises(ValueError, match='this one has seed=1'):
-            evaluate(model, DataLoader(Scenes(), 2), METHODS, output_dir=folder / 'out', seed=1)
+        with pytest.raises(ValueError, match="this one has target='predicted'"):
+            evaluate(model, DataLoader(Scenes(), 2), METHODS, target='predicted', output_dir=folder / 'out')
         other = copy.deepcopy(model)  # the processes share the memory of the model they were given
         with torch.no_grad():
             other.fc.weight[0, 0] += rank

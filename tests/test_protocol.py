@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import timm_castream
 from timm_castream.evaluate import evaluate
+from timm_castream.methods import resolve_methods
+from timm_castream.metrics import DEFAULT_METRICS as METRICS
+from timm_castream.network import Network
 from timm_castream.protocol import Protocol
-from timm_castream.report import METRICS
 
 METHODS = ('grad_cam', 'grad_cam_pp', 'score_cam')
 POOLINGS = ('gap', 'ca')
@@ -223,7 +225,7 @@ def test_options_for_speed_change_rounding_alone(model, images, monkeypatch) -> 
 def test_probabilities_are_float32_under_autocast(model, images) -> None:
     model, images = model.float(), images.float()
     report = evaluate(model, loader_of(images, LABELS), ('grad_cam',), amp_dtype=torch.bfloat16)
-    prob = report.values.rows[:, report.values.row_names.index('ca/prob')]
+    prob = report.values.rows[:, report.values.row_columns.index(('ca', 'prob'))]
     bfloat16 = torch.tensor(prob).bfloat16().double().numpy()
     assert (prob != bfloat16).all()
     np.testing.assert_allclose(
@@ -238,8 +240,8 @@ def test_saliency_of_another_layer_is_asked_for_by_name(model, images) -> None:
 
 
 @pytest.mark.parametrize(('labels', 'message'), [
-    (torch.tensor([0, 1, 2, 10, 3]), 'labels from 2 to 10, the model has classes 0 to 9'),
-    (torch.tensor([0, -1, 2, 3, 3]), r'labels from -1'),
+    (torch.tensor([0, 1, 2, 10, 3]), 'has classes from 2 to 10, the model has 0 to 9'),
+    (torch.tensor([0, -1, 2, 3, 3]), r'has classes from -1'),
     (torch.tensor([0., 1, 2, 3, 4]), r'class indices'),
     (torch.zeros(5, 4), r'\(2, 4\), the model has 10 classes'),
 ])
@@ -250,4 +252,4 @@ def test_labels_that_do_not_fit_are_refused(model, images, labels, message) -> N
 
 def test_an_unknown_target_is_refused(model) -> None:
     with pytest.raises(ValueError, match="target 'best' is unknown, valid ones: 'truth', 'predicted'"):
-        Protocol(model, METHODS, POOLINGS, 'best')
+        Protocol(Network(model), resolve_methods(METHODS), METRICS, 'best', num_classes=10)

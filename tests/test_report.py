@@ -8,9 +8,10 @@ import json
 import numpy as np
 import pytest
 
-from timm_castream.report import METRICS, Estimate, ImageValues, Report
+from timm_castream.metrics import DEFAULT_METRICS as METRICS
+from timm_castream.report import Estimate, ImageValues, Report
 
-NAMES = ('image', 'ca/class', 'ca/prob', *(f'ca/grad_cam/{k}' for k in METRICS))
+NAMES = (('image',), ('ca', 'class'), ('ca', 'prob'), *(('ca', 'grad_cam', k) for k in METRICS))
 
 
 def make_report(
@@ -19,12 +20,12 @@ def make_report(
     numbers = np.arange(len(accuracy)) * 10.
     rows = numbers if image_of_row is None else numbers[image_of_row]
     values = ImageValues(
-        row_names=NAMES,
+        row_columns=NAMES,
         rows=np.column_stack([rows, np.full(len(rows), 7), np.full(len(rows), 0.5), metrics]),
-        image_names=('image', 'ca/accuracy'),
+        image_columns=(('image',), ('ca', 'accuracy')),
         images=np.column_stack([numbers, accuracy]),
     )
-    return Report.from_values('tiny', ('ca',), ('grad_cam',), values, seed, {'target': 'truth', 'seed': seed})
+    return Report.from_values('tiny', ('ca',), ('grad_cam',), METRICS, values, seed, {'target': 'truth', 'seed': seed})
 
 
 def test_figures_are_means_over_rows() -> None:
@@ -71,8 +72,8 @@ def test_an_image_without_a_label_weighs_nothing_in_the_metrics() -> None:
 def test_the_printed_table_is_laid_out_as_the_papers() -> None:
     report = make_report(np.tile([[12.544, 22.668, 48.561, 75.529, 13.496]], (3, 1)), np.full(3, 74.7))
     lines = str(report).splitlines()
-    assert lines[0].split() == ['NETWORK', 'POOLING', 'accuracy', '↑']
-    assert lines[1].split() == ['tiny', 'CA', '74.70', '[74.70,', '74.70]']
+    assert lines[0].split() == ['NETWORK', 'POOLING', 'accuracy', '↑', 'probability']
+    assert lines[1].split() == ['tiny', 'CA', '74.70', '[74.70,', '74.70]', '50.00', '[50.00,', '50.00]']
     assert lines[3].split() == ['NETWORK', 'METHOD', 'POOLING', 'AD', '↓', 'AG', '↑', 'AI', '↑', 'I', '↑', 'D', '↓']
     assert lines[4].startswith('tiny     Grad-CAM  CA       12.54 [12.54, 12.54]  22.67 [22.67, 22.67]  48.56')
     assert '3 images' in lines[-1]
@@ -97,7 +98,7 @@ def test_saved_files_hold_the_figures_the_settings_and_the_values_of_every_image
             assert estimate == report['ca', 'grad_cam', k]
 
     lines = list(csv.reader(io.StringIO((tmp_path / 'new' / 'images.csv').read_text())))
-    assert lines[0] == ['image', 'ca/accuracy', *NAMES[1:]]
+    assert lines[0] == ['image', 'ca/accuracy', *('/'.join(name) for name in NAMES[1:])]
     assert [line[0] for line in lines[1:]] == ['0', '0', '10', '20', '30']
     assert [len(line) for line in lines[1:]] == [9, 9, 2, 2, 9]
     assert [float(value) for value in lines[5][4:]] == pytest.approx(metrics[2])

@@ -131,7 +131,7 @@ def test_saving_leaves_nothing_behind_when_it_fails(tmp_path: Path, monkeypatch:
     path.write_bytes(b'old')
 
     def fail(self: Figure, name: Any, **kwargs: Any) -> None:
-        Path(name).write_bytes(b'half')
+        name.write(b'half')
         raise OSError('disk full')
 
     monkeypatch.setattr(Figure, 'savefig', fail)

@@ -1,4 +1,4 @@
-"""Insertion and Deletion curves, of RISE, arXiv 1806.07421: a probability as the pixels change, most salient first.
+"""Insertion and Deletion curves (RISE, arXiv 1806.07421): a probability while pixels change, most salient first.
 
 Letters: B images of C channels and H x W pixels, normalised for the model; saliency maps of any size h x w.
 """
@@ -11,17 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbone import eval_mode
-from .cam import probabilities
-from .images import (
-    check_count,
-    check_images,
-    check_saliency,
-    check_unit_range,
-    default_batch_size,
-    fast_memory_format,
-    resize_saliency,
-)
+from .checks import check_class_indices, check_count, check_unit_range
+from .images import check_images, check_saliency, default_batch_size, resize_saliency
+from .network import Network
 
 
 class CurveSetting(NamedTuple):
@@ -47,8 +39,8 @@ def insertion_curve(
         saliency: Tensor,
         target: Tensor,
         step: int | None = None,
-        kernel_size: int = 5,
-        sigma: float = 5.,
+        kernel_size: int | None = None,
+        sigma: float | None = None,
         batch_size: int | None = None,
         *,
         setting: str | None = None,
@@ -63,26 +55,26 @@ def insertion_curve(
         model: Any module that maps (N, C, H, W) to (N, classes) logits; it runs in eval mode and without gradients.
         x: (B, C, H, W) normalised images.
         saliency: (B, h, w) in [0, 1], resized bilinearly (align_corners=False) to H x W.
-        target: (B,) class numbers. Of several labels an image, give one row of x, saliency and target for each.
-        step: Pixels put in per step, the last step takes what is left; by default 8 rows, 8 * W.
-        kernel_size: Side of the blur kernel in pixels, odd.
-        sigma: Standard deviation of the blur in pixels.
+        target: (B,) class indices. Of several labels an image, give one row of x, saliency and target for each.
+        step: Pixels put in per step; the last step has the rest. None: 8 rows, 8 * W.
+        kernel_size: Side of the blur kernel in pixels, odd. None: 5.
+        sigma: Standard deviation of the blur in pixels. None: 5.
         batch_size: Images forwarded at once; it never shows in the result. By default `images.default_batch_size(x)`.
-        setting: A published setting by name, which goes before step, kernel_size and sigma: `'paper'`, the defaults,
-            or `'rise'` (1 row a step, 11 x 11 kernel, sigma 5).
+        setting: A published setting by name, in place of step, kernel_size and sigma: `'paper'`, the defaults, or
+            `'rise'` (1 row a step, 11 x 11 kernel, sigma 5).
         activation: `'softmax'`, or `'sigmoid'` for multi-label models.
 
     Returns:
         (B, n + 1) probabilities with n = ceil(H * W / step), taken from the logits in float32 even if these are half.
 
     Raises:
-        ValueError: On a bad shape, value, class, setting or activation.
+        ValueError: On a bad shape, value, class, setting or activation, or a setting beside an argument that it gives.
     """
     check_images(x)
-    if setting is not None:
-        _, kernel_size, sigma = curve_setting(setting)
-    blurred = blur(x, kernel_size, sigma)
-    return _target_curve(model, blurred, x, saliency, target, _step(x, step, setting), batch_size, activation)
+    chosen, step = _chosen_setting(x, setting, step, kernel_size, sigma)
+    blurred = blur(x, chosen.kernel_size, chosen.sigma)
+    network = Network(model, activation=activation, batch_size=batch_size)
+    return _target_curve(network, blurred, x, saliency, target, step)
 
 
 def deletion_curve(
@@ -103,8 +95,10 @@ def deletion_curve(
     Args, Returns, Raises: as `insertion_curve`; nothing is blurred.
     """
     check_images(x)
+    _, step = _chosen_setting(x, setting, step)
     zeros = torch.zeros_like(x)
-    return _target_curve(model, x, zeros, saliency, target, _step(x, step, setting), batch_size, activation)
+    network = Network(model, activation=activation, batch_size=batch_size)
+    return _target_curve(network, x, zeros, saliency, target, step)
 
 
 @torch.no_grad()
@@ -117,12 +111,12 @@ def perturbation_curves(
         batch_size: int | None = None,
         ends: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Probabilities as pixels of `start`, most salient first, become those of `finish`, for M maps an image at once.
+    """Probabilities while pixels of `start`, most salient first, become those of `finish`, for M maps an image at once.
 
     Insertion goes from the blurred image to the image, Deletion from the image to zeros.
 
     Args:
-        predict: Called with (N, C, H, W) images and the (N,) numbers, in 0 .. B - 1, of the images they were made
+        predict: Called with (N, C, H, W) images and the (N,) indices, in 0 .. B - 1, of the images they were made
             from; returns (N, ...) probabilities, for instance one column a pooling.
         start: (B, C, H, W) images before the first step.
         finish: (B, C, H, W) images after the last.
@@ -150,13 +144,11 @@ def perturbation_curves(
     points = torch.arange(num_steps + 1, device=device)
     if ends is not None:
         points = points[1:-1]
-    memory_format = fast_memory_format(start)
 
     def probabilities_at(maps: Tensor, points: Tensor) -> Tensor:
         index = maps % num_images
         changed = rank[maps] < (points * step)[:, None, None]
-        images = torch.where(changed[:, None], finish[index], start[index])
-        return predict(images.contiguous(memory_format=memory_format), index)
+        return predict(torch.where(changed[:, None], finish[index], start[index]), index)
 
     pairs = torch.cartesian_prod(torch.arange(len(rank), device=device), points)
     batches = [probabilities_at(*batch.unbind(1)) for batch in pairs.split(batch_size)]
@@ -212,53 +204,55 @@ def blur(x: Tensor, kernel_size: int = 5, sigma: float = 5.) -> Tensor:
 
 
 def _saliency_rank(saliency: Tensor) -> Tensor:
-    """(R, H, W) rank of each pixel in its map, 0 for the most salient, ties in reading order."""
+    """(R, H, W) rank of each pixel in its map: 0 for the most salient, ties in reading order."""
     order = saliency.flatten(1).argsort(dim=1, descending=True, stable=True)
     rank = torch.arange(order.shape[1], dtype=torch.int32, device=order.device).expand(order.shape)
     return torch.empty_like(order, dtype=torch.int32).scatter_(1, order, rank).view(saliency.shape)
 
 
-def _step(x: Tensor, step: int | None, setting: str | None) -> int:
-    """Pixels per step: those of a setting, else those asked for, else those of the paper."""
-    if step is None or setting is not None:
-        return curve_setting(setting or 'paper').rows * x.shape[3]
-    return step
+def _chosen_setting(
+        x: Tensor,
+        setting: str | None,
+        step: int | None,
+        kernel_size: int | None = None,
+        sigma: float | None = None,
+) -> tuple[CurveSetting, int]:
+    """The setting with the arguments in it, and the pixels per step.
+
+    Raises:
+        ValueError: If a setting and one of its arguments are both given.
+    """
+    arguments = {'step': step, 'kernel_size': kernel_size, 'sigma': sigma}
+    given = [name for name, value in arguments.items() if value is not None]
+    if setting is not None and given:
+        raise ValueError(f'setting={setting!r} gives {", ".join(given)} already: pass the one or the other.')
+    chosen = curve_setting(setting or 'paper')
+    if kernel_size is not None:
+        chosen = chosen._replace(kernel_size=kernel_size)
+    if sigma is not None:
+        chosen = chosen._replace(sigma=sigma)
+    return chosen, chosen.rows * x.shape[3] if step is None else step
 
 
 def _target_curve(
-        model: nn.Module,
+        network: Network,
         start: Tensor,
         finish: Tensor,
         saliency: Tensor,
         target: Tensor,
         step: int,
-        batch_size: int | None,
-        activation: str,
 ) -> Tensor:
     """The curve of one map and one target an image, (B, n + 1)."""
     check_saliency(saliency, start)
-    predict = _target_probability(model, target, start, activation)
-    with eval_mode(model):
-        return perturbation_curves(predict, start, finish, saliency[None], step, batch_size)[0]
-
-
-def _target_probability(model: nn.Module, target: Tensor, x: Tensor, activation: str) -> Predict:
-    """`model` as what `perturbation_curves` calls: the probability of each image's own target."""
-    if activation not in ('softmax', 'sigmoid'):
-        raise ValueError(f"activation {activation!r} is unknown, valid ones: 'softmax', 'sigmoid'.")
-    if target.shape != x.shape[:1]:
-        raise ValueError(f'target must have shape ({len(x)},), one class an image, got {tuple(target.shape)}.')
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise ValueError(f'target must hold class numbers, got {target.dtype}.')
-    if (target < 0).any():
-        raise ValueError(f'target must hold class numbers from 0, got {target.min().item()}.')
-    target = target.to(x.device, torch.int64)
-    highest = int(target.max())
+    if target.shape != start.shape[:1]:
+        raise ValueError(f'target must have shape ({len(start)},), one class an image, got {tuple(target.shape)}.')
+    check_class_indices('target', target)
+    target = target.to(start.device, torch.int64)
 
     def predict(images: Tensor, index: Tensor) -> Tensor:
-        logits = model(images)
-        if highest >= logits.shape[1]:
-            raise ValueError(f'target has class {highest}, the model has classes 0 to {logits.shape[1] - 1}.')
-        return probabilities(logits, activation).gather(1, target[index, None])[:, 0]
+        logits = network.forward(images)
+        check_class_indices('target', target, logits.shape[1])
+        return network.probabilities(logits).gather(1, target[index, None])[:, 0]
 
-    return predict
+    with network.evaluating():
+        return perturbation_curves(predict, start, finish, saliency[None], step, network.batch_size(start))[0]

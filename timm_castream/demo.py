@@ -28,8 +28,9 @@ from tqdm import tqdm
 from .attach import POOLINGS, forward_both
 from .attribution import attribute_all
 from .datasets import DigitScenes
-from .evaluate import METHODS, evaluate
+from .evaluate import evaluate
 from .hub import save_stream
+from .methods import TABLE_METHODS
 from .publish import write_repository
 from .report import Report
 from .version import __version__
@@ -104,7 +105,8 @@ def run(output_dir: str | Path, seed: int = 0, settings: DemoSettings | None = N
         save_stream(model, folder / 'stream.safetensors')
 
         report = evaluate(
-            model, make_loader(model, explained, settings.batch_size), METHODS, POOLINGS, seed=seed, progress=True)
+            model, make_loader(model, explained, settings.batch_size), TABLE_METHODS, POOLINGS, seed=seed,
+            progress=True)
         facts: dict[str, Any] = {
             'seed': seed,
             'settings': asdict(settings),

@@ -1,13 +1,15 @@
-"""The interpretability protocol over a data set, on one device or many, with what is finished kept on disk.
+"""The interpretability protocol over a data set, on one device or many, with finished batches kept on disk.
 
-The unit of work is a batch: the same images in whatever process and after whatever interruption, so that neither shows
-in the figures. Its record, the values of every image, is what is written, gathered and averaged.
+Work is split into fixed batches. Results therefore do not depend on the number of processes or on interruptions.
 """
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
+import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,26 +23,30 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from tqdm import tqdm
 
-from .attach import POOLINGS
-from .backbone import eval_mode
+from .bootstrap import ImageValues
 from .files import write_whole
-from .mixin import castream_model
+from .journal import Journal
+from .methods import TABLE_METHODS, UserMethod, resolve_methods
+from .metrics import DEFAULT_METRICS
+from .network import Network
 from .protocol import Protocol
-from .report import ImageValues, Report
+from .report import Report
+from .temperature import fit_temperature
 from .version import __version__
 from .weights import backbone_name, weights_hash
 
-METHODS = ('grad_cam', 'grad_cam_pp', 'score_cam')
+_MAX_CALIBRATION_IMAGES = 2000
 _logger = logging.getLogger(__name__)
 
 
 def evaluate(
         model: nn.Module,
         loader: Any,
-        methods: Sequence[str] = METHODS,
-        poolings: Sequence[str] = POOLINGS,
+        methods: Sequence[str] | Mapping[str, UserMethod] = TABLE_METHODS,
+        poolings: Sequence[str] | None = None,
         target: str = 'truth',
         *,
+        metrics: Sequence[str] = DEFAULT_METRICS,
         setting: str = 'paper',
         layer: str | None = None,
         num_samples: int | None = None,
@@ -49,33 +55,50 @@ def evaluate(
         amp_dtype: torch.dtype | None = None,
         channels_last: bool = False,
         torchcompile: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        temperature: str | Mapping[str, float] | None = None,
+        keep_curves: bool = False,
         output_dir: str | Path | None = None,
         arguments: Mapping[str, Any] | None = None,
         progress: bool = False,
 ) -> Report:
-    """Evaluates the saliency of a model with a stream, as the paper's tables do.
+    """Evaluates the saliency of a network, as the paper's tables do.
 
     Under torch.distributed every process evaluates a part of the images and gets the whole report. Targets of the data
     set that are (C,) vectors make it multi-label: sigmoid in softmax's place, one evaluation a positive label, mean
     average precision in accuracy's place. Negative entries of such a vector do not count.
 
+    An image that cannot be read is in no figure; the report names it.
+
     Args:
-        model: A model with a stream, on the device to run on.
+        model: A model with a stream, any timm model, or any module that gives (B, C) logits, on the device to run on.
         loader: A `DataLoader` or one of timm's `create_loader`, of images normalised as the model's `pretrained_cfg`
             says. Its data set is read by index and in order; its sampler plays no part.
-        methods: Methods of `attribution.attribute`.
-        poolings: `'gap'`, `'ca'` or both.
+        methods: Names of `methods.METHODS`, or a mapping from a label to a name, a callable or an array. A callable
+            gets (x, target), (B, 3, H, W) images and (B,) class indices, and returns (B, h, w), (B, 1, h, w) or
+            (B, C, H, W), whose channels are summed. It runs with gradients, once under each pooling, with the model
+            switched to it. An array has the maps of all images in the order of the data set, (N, h, w);
+            `{pooling: array}` gives each pooling its own. Maps are clamped at 0 and scaled by their own minimum and
+            maximum.
+        poolings: `'gap'`, `'ca'` or both. None: both for a model with a stream, `'gap'` for others: their own forward.
         target: The class explained: `'truth'`, the label, or `'predicted'`, under each pooling its own prediction.
+        metrics: Names of `metrics.METRICS`. Only what they need is computed. Those of localisation need a data set
+            with boxes.
         setting: Insertion and Deletion as in `metrics.CURVE_SETTINGS`: `'paper'` or `'rise'`.
         layer: Another module than the pooled stage for the CAM methods.
         num_samples: Evaluate so many images of the data set, drawn by `seed`.
-        seed: Of the subset and of the intervals' resamples.
+        seed: Seed of the subset, of the method `random` and of the resamples behind the intervals.
         batch_size: Images of one forward. It never shows in the result. None: as many as suit the device.
         amp_dtype: Run the network under autocast to this type; probabilities are always float32.
         channels_last: Run the network in this memory format.
         torchcompile: Compile the network.
-        output_dir: Where finished batches are kept, and in the end `table.csv`, `evaluation.json` and `images.csv`. An
-            evaluation that was interrupted goes on from there.
+        mean, std: Normalisation of the images, for a model without `pretrained_cfg`.
+        temperature: `'fit'` fits one temperature a pooling to images outside the sample (arXiv 1706.04599) and
+            measures with it; `{pooling: temperature}` gives them. None: 1.
+        keep_curves: Keep the curves of Insertion and Deletion for pictures.
+        output_dir: Folder for finished batches, and in the end for `table.csv`, `evaluation.json` and `images.csv`. An
+            interrupted evaluation goes on from there.
         arguments: More to keep in `evaluation.json`, plain data such as the data set's name; an interrupted evaluation
             goes on with equal ones only.
         progress: Show a progress bar.
@@ -84,72 +107,151 @@ def evaluate(
         The report; `print` it, or read `report['ca', 'score_cam', 'average_drop']`.
 
     Raises:
-        ValueError: If an argument or a label does not fit, `output_dir` holds another evaluation, or the processes have
-            different weights.
+        ValueError: If an argument or a label does not fit, `output_dir` holds another evaluation or another run writes
+            to it, or the processes have different weights.
     """
-    model = castream_model(model)
-    batches = _batches(loader, num_samples, seed)
-    settings = {
-        **(arguments or {}),
-        'weights': weights_hash(model),
-        'stream': model.castream_config,
-        'images_in_data_set': len(loader.dataset),
-        'methods': methods,
-        'poolings': poolings,
-        'target': target,
-        'setting': setting,
-        'layer': layer,
-        'num_samples': num_samples,
-        'seed': seed,
-        'amp_dtype': str(amp_dtype).removeprefix('torch.') if amp_dtype else None,
-    }
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f'seed must be an int of at least 0, got {seed!r}.')
+    rows = resolve_methods(methods)
+    batches, rest = _batches(loader, num_samples, seed)
+    dataset = loader.dataset
+    first_image, first_label = dataset[batches[0][0]]  # they tell the size of the input and the kind of the labels
+    multilabel = np.ndim(first_label) > 0
+    network = Network(
+        model, poolings, layer=layer, activation='sigmoid' if multilabel else 'softmax', batch_size=batch_size,
+        channels_last=channels_last, torchcompile=torchcompile, mean=mean, std=std)
+    num_classes = network.num_classes or _count_classes(network, loader, batches)
     protocol = Protocol(
-        model, methods, poolings, target, setting, layer, batch_size, channels_last, torchcompile,
-        multilabel=np.ndim(loader.dataset[batches[0][0]][1]) > 0)
+        network, rows, metrics, target, setting, num_classes=num_classes, seed=seed, multilabel=multilabel,
+        keep_curves=keep_curves)
+    for method in rows:
+        if hasattr(method.maps, 'check'):
+            method.maps.check(len(dataset), network.poolings)
+    _check_classes(dataset, num_classes)
 
     is_distributed = distributed.is_available() and distributed.is_initialized()
     rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if is_distributed else (0, 1)
     device = next(model.parameters()).device
+    settings = {
+        **(arguments or {}),
+        'weights': weights_hash(model),
+        'stream': _stream_config(network),
+        'images_in_data_set': len(dataset),
+        'images': _images_hash(dataset, batches),
+        'methods': [method.name for method in rows],
+        'user_methods': {method.name: method.identity for method in rows if method.identity},
+        'metrics': list(metrics),
+        'poolings': list(network.poolings),
+        'target': target,
+        'setting': setting,
+        'layer': layer,
+        'num_samples': num_samples,
+        # Without a subset and without random maps the seed changes the intervals alone.
+        'seed': seed if num_samples or any('seed' in method.needs for method in rows) else None,
+        'amp_dtype': str(amp_dtype).removeprefix('torch.') if amp_dtype else None,
+        'temperature': temperature if temperature is None or isinstance(temperature, str) else dict(temperature),
+        'keep_curves': keep_curves,
+    }
     if is_distributed:
         _check_same_weights(settings['weights'], world_size)
-    gathered = _Gathered(rows=len(protocol.row_names), images=len(protocol.image_names))
-    gathered.to(device if is_distributed else 'cpu')
-    journal = None if output_dir is None else _Journal(Path(output_dir), rank)
-    finished = _agree(rank, is_distributed, lambda: journal.resume(settings) if journal else [])
-    done = {int(row[0]) for record in finished for row in record['images']}
-    if rank == 0:
-        for record in finished:
-            gathered.update(**record)
-        if done:
-            _logger.info('%d images were finished before, their values are in %s.', len(done), output_dir)
-    remaining = [rest for batch in batches if (rest := [i for i in batch if i not in done])][rank::world_size]
+    widths = {'rows': len(protocol.row_columns), 'images': len(protocol.image_columns)}
+    if keep_curves:
+        widths['curves'] = protocol.curve_width(*np.shape(first_image)[-2:])
+    gathered = _Gathered(**widths).to(device if is_distributed else 'cpu')
+    journal = None if output_dir is None else Journal(Path(output_dir), rank)
+    try:
+        finished = _agree(rank, is_distributed, lambda: journal.resume(settings, widths) if journal else [])
+        done = {int(row[0]) for record in finished for row in record['images']}
+        if rank == 0:
+            for record in finished:
+                gathered.update(**record)
+            if done:
+                _logger.info('%d images were finished before, their values are in %s.', len(done), output_dir)
+        autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
+        if temperature is not None:
+            network.temperatures = _temperatures(
+                temperature, network, loader, rest, seed, journal, rank, is_distributed, autocast)
+        remaining = [left for batch in batches if (left := [i for i in batch if i not in done])][rank::world_size]
 
-    bar = tqdm(
-        desc='evaluate' if world_size == 1 else f'evaluate, process 1 of {world_size}',
-        total=sum(map(len, remaining)), unit='image', disable=not progress or rank > 0)
-    with bar, eval_mode(model), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-        for numbers, (x, labels) in zip(remaining, _read(loader, remaining), strict=True):
-            record = protocol.measure(torch.tensor(numbers, device=device), x.to(device), labels.to(device))
-            if journal:
-                journal.append(record)
-            gathered.update(**record)
-            bar.update(len(numbers))
+        bar = tqdm(
+            desc='evaluate' if world_size == 1 else f'evaluate, process 1 of {world_size}',
+            total=sum(map(len, remaining)), unit='image', disable=not progress or rank > 0)
+        with bar, network.evaluating(), autocast:
+            for indices, (x, labels) in zip(remaining, _read(loader, remaining), strict=True):
+                record = protocol.measure(torch.tensor(indices, device=device), x.to(device), labels.to(device))
+                if journal:
+                    journal.append(record)
+                gathered.update(**record)
+                bar.update(len(indices))
 
-    values = ImageValues(protocol.row_names, protocol.image_names, **gathered.compute())
-    if not len(values.rows):
-        raise ValueError('No image has a positive label, so there is no class to explain.')
-    report = Report.from_values(
-        network=f'{backbone_name(model)}_castream',
-        poolings=poolings,
-        methods=methods,
-        values=values,
-        seed=seed,
-        settings=settings | {'versions': {
-            'torch': torch.__version__, 'timm': timm.__version__, 'timm_castream': __version__}},
-    )
-    if output_dir is not None and rank == 0:
-        report.save(output_dir)
+        tables = gathered.compute()
+        values = ImageValues(protocol.row_columns, protocol.image_columns, tables['rows'], tables['images'])
+        if not len(values.rows):
+            raise ValueError('No image has a positive label, so there is no class to explain.')
+        if network.temperatures:
+            settings['temperatures'] = network.temperatures
+        versions = {'torch': torch.__version__, 'timm': timm.__version__, 'timm_castream': __version__}
+        report = Report.from_values(
+            network=f'{backbone_name(model)}_castream' if network.has_stream else backbone_name(model),
+            poolings=network.poolings,
+            methods=[method.name for method in rows],
+            metrics=metrics,
+            values=values,
+            seed=seed,
+            settings=settings | {'seed': seed, 'versions': versions},
+            curves=protocol.named_curves(tables['curves']) if keep_curves else None,
+        )
+        if output_dir is not None and rank == 0:
+            report.save(output_dir)
+    finally:
+        if journal is not None:
+            journal.close()
     return report
+
+
+def _count_classes(network: Network, loader: Any, batches: list[list[int]]) -> int:
+    """C of a model without `num_classes`, from the logits of one image."""
+    x, _ = next(iter(_read(loader, [batches[0][:1]])))
+    with network.evaluating():
+        logits = network.forward(x.to(next(network.model.parameters()).device))
+    if logits.ndim != 2:
+        raise ValueError(f'{network.name} gives {tuple(logits.shape)} for one image, an evaluation needs (1, C) '
+                         'logits.')
+    return logits.shape[1]
+
+
+def _stream_config(network: Network) -> dict[str, Any] | None:
+    """Arguments of the stream that its figures depend on. Initialisation and dropout play no part in evaluation."""
+    if not network.has_stream:
+        return None
+    return {k: v for k, v in network.backbone.castream_config.items() if k not in ('stream_init', 'stream_drop')}
+
+
+def _check_classes(dataset: Any, num_classes: int) -> None:
+    """Compares the number of classes of the data set, where it is known, with that of the model."""
+    names = getattr(dataset, 'classes', None) or getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+    if not names or len(names) == num_classes:
+        return
+    message = f'The data set has {len(names)} classes, the model has {num_classes}'
+    if len(names) > num_classes:
+        raise ValueError(f'{message}: name the model of this data set, or its --num-classes.')
+    warnings.warn(f'{message}. The labels 0 to {len(names) - 1} are explained.', stacklevel=3)
+
+
+def _images_hash(dataset: Any, batches: list[list[int]]) -> str | None:
+    """SHA-256 of the names, sizes and times of the image files, or None for images that are no files."""
+    filename = getattr(dataset, 'filename', None)
+    if filename is None:
+        return None
+    digest = hashlib.sha256()
+    for index in (index for batch in batches for index in batch):
+        try:
+            path = filename(index, absolute=True)
+            status = os.stat(path)
+        except (AttributeError, NotImplementedError, OSError, TypeError):
+            return None
+        digest.update(f'{filename(index)} {status.st_size} {status.st_mtime_ns}\n'.encode('utf-8', 'surrogateescape'))
+    return digest.hexdigest()
 
 
 class _Gathered(Metric):
@@ -169,9 +271,9 @@ class _Gathered(Metric):
         self.update(**{name: [] for name in widths})  # a process without images takes part with empty tables
 
     def update(self, **tables: list[list[float]]) -> None:
-        """Adds a batch: tables of rows that begin with the number of an image."""
-        for name, rows in tables.items():
-            table = torch.tensor(rows, dtype=torch.float64, device=self.device)
+        """Adds a batch: tables of rows that begin with the index of an image."""
+        for name in self.widths:
+            table = torch.tensor(tables[name], dtype=torch.float64, device=self.device)
             getattr(self, name).append(table.reshape(-1, self.widths[name]))
 
     def compute(self) -> dict[str, np.ndarray]:
@@ -180,53 +282,53 @@ class _Gathered(Metric):
         return {name: table[np.argsort(table[:, 0], kind='stable')] for name, table in tables.items()}
 
 
-class _Journal:
-    """The records of finished batches in a folder: a line of JSON each, a file a process.
+def _temperatures(
+        temperature: str | Mapping[str, float],
+        network: Network,
+        loader: Any,
+        rest: list[int],
+        seed: int,
+        journal: Journal | None,
+        rank: int,
+        is_distributed: bool,
+        autocast: Any,
+) -> dict[str, float]:
+    """One temperature a pooling: given, read from the folder of an interrupted evaluation, or fitted."""
+    if not isinstance(temperature, str):
+        for name in network.poolings:
+            if not temperature.get(name, 0) > 0:
+                raise ValueError(f'temperature must give pooling {name!r} a positive number, got {dict(temperature)}.')
+        return {name: float(temperature[name]) for name in network.poolings}
 
-    A line that a kill cut off is no JSON and does not count.
-    """
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.path = folder / f'finished.{rank}.jsonl'
-
-    def resume(self, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What is finished, under equal settings.
-
-        Raises:
-            ValueError: If the folder holds an evaluation with other settings.
-        """
-        records: list[dict[str, Any]] = []
-        for journal in sorted(self.folder.glob('finished.*.jsonl')):
-            for line in journal.read_bytes().splitlines():
-                try:
-                    records.append(json.loads(line))
-                except ValueError:
-                    continue
-        path = self.folder / 'settings.json'
-        if not records:
+    def fit() -> dict[str, float]:
+        path = None if journal is None else journal.folder / 'temperatures.json'
+        if path is not None and path.is_file():
+            return json.loads(path.read_text(encoding='utf-8'))
+        order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed)).tolist()
+        chosen = sorted(rest[i] for i in order[:_MAX_CALIBRATION_IMAGES])
+        size = len(chosen)
+        batches = [chosen[i:i + 64] for i in range(0, size, 64)]
+        logits: dict[str, list[Tensor]] = {name: [] for name in network.poolings}
+        labels: list[Tensor] = []
+        device = next(network.model.parameters()).device
+        with network.evaluating(), autocast:
+            for x, target in _read(loader, batches):
+                labels.append(target)
+                for name, value in network.all_logits(x.to(device)).items():
+                    logits[name].append(value.cpu())
+        fitted = {name: fit_temperature(torch.cat(value), torch.cat(labels).cpu()) for name, value in logits.items()}
+        if path is not None:
             with write_whole(path) as file:
-                json.dump(settings, file, indent=2)
-        found, wanted = json.loads(path.read_text(encoding='utf-8')), json.loads(json.dumps(settings))
-        wrong = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
-        if wrong:
-            theirs, ours = (', '.join(f'{k}={side.get(k)!r}' for k in wrong) for side in (found, wanted))
-            raise ValueError(
-                f'{self.folder} holds an evaluation with {theirs}, this one has {ours}: name another folder.')
-        return records
+                json.dump(fitted, file)
+        return fitted
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Adds a finished batch."""
-        # The line break in front ends a line that a kill cut off.
-        with open(self.path, 'ab') as file:
-            file.write(b'\n' + json.dumps(record).encode() + b'\n')
+    return _agree(rank, is_distributed, fit)
 
 
-def _batches(loader: Any, num_samples: int | None, seed: int) -> list[list[int]]:
-    """The places in the data set of the images of every batch."""
+def _batches(loader: Any, num_samples: int | None, seed: int) -> tuple[list[list[int]], list[int]]:
+    """The indices of the images of every batch, and those of the images outside the sample."""
     try:
-        # timm's PrefetchLoader is around a DataLoader.
+        # timm's PrefetchLoader wraps a DataLoader.
         num_images, size = len(loader.dataset), getattr(loader, 'loader', loader).batch_size
     except (AttributeError, TypeError):
         raise ValueError(f'{type(loader).__name__} is no DataLoader over a data set with a length.') from None
@@ -234,20 +336,20 @@ def _batches(loader: Any, num_samples: int | None, seed: int) -> list[list[int]]
         raise ValueError('The data set has no images.')
     if not size:
         raise ValueError('The loader has no batch_size: make it with one, not with a batch sampler.')
-    numbers = torch.arange(num_images)
+    indices, rest = torch.arange(num_images), torch.arange(0)
     if num_samples is not None:
         if not 1 <= num_samples <= num_images:
             raise ValueError(f'num_samples {num_samples} is out of range, the data set has {num_images} images.')
-        generator = torch.Generator().manual_seed(seed)
-        numbers = torch.randperm(num_images, generator=generator)[:num_samples].sort().values
-    return [batch.tolist() for batch in numbers.split(size)]
+        order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
+        indices, rest = order[:num_samples].sort().values, order[num_samples:].sort().values
+    return [batch.tolist() for batch in indices.split(size)], rest.tolist()
 
 
 def _read(loader: Any, batches: list[list[int]]) -> Iterable[tuple[Tensor, Tensor]]:
     """The batches, read as `loader` reads its own."""
     if not batches:  # timm's PrefetchLoader fails without one, in 1.0.28 for instance
         return ()
-    inner = getattr(loader, 'loader', loader)  # timm's PrefetchLoader is around a DataLoader
+    inner = getattr(loader, 'loader', loader)  # timm's PrefetchLoader wraps a DataLoader
     reader = DataLoader(
         inner.dataset,
         batch_sampler=batches,
@@ -265,7 +367,7 @@ def _read(loader: Any, batches: list[list[int]]) -> Iterable[tuple[Tensor, Tenso
 
 
 def _check_same_weights(weights: str, world_size: int) -> None:
-    """Refuses processes with different models, all of them: one without its checkpoint has weights of its own."""
+    """Raises in all processes unless they have equal models: a process without its checkpoint has other weights."""
     everywhere: list[Any] = [None] * world_size
     distributed.all_gather_object(everywhere, weights)
     if len(set(everywhere)) > 1:
@@ -273,7 +375,7 @@ def _check_same_weights(weights: str, world_size: int) -> None:
 
 
 def _agree(rank: int, is_distributed: bool, ask: Callable[[], Any]) -> Any:
-    """What `ask` gives in the first process, or raises there, in all processes."""
+    """The result of `ask` in the first process, or its error, in all processes."""
     answer: list[Any] = [None]
     if rank == 0:
         try:

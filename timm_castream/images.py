@@ -1,4 +1,4 @@
-"""What attributions, metrics and pictures know alike about a batch of normalised images and their saliency maps.
+"""Helpers for normalised images and saliency maps: masking, resizing, input checks.
 
 Letters: B images of C channels and H x W pixels, h x w the size of a saliency map.
 """
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .checks import check_unit_range
+
 
 def mask_image(model_or_cfg: nn.Module | Mapping[str, Any], x: Tensor, saliency: Tensor) -> Tensor:
     """The image with every pixel, before normalisation, multiplied by the saliency: black where it is 0.
 
     Args:
-        model_or_cfg: A timm model, whose `pretrained_cfg` says how x was normalised, or a mapping with `mean` and
-            `std`.
+        model_or_cfg: A timm model with the normalisation in its `pretrained_cfg`, or a mapping with `mean` and `std`.
         x: (B, C, H, W) normalised images.
         saliency: (B, h, w) in [0, 1], resized by `resize_saliency`.
 
@@ -25,7 +26,7 @@ def mask_image(model_or_cfg: nn.Module | Mapping[str, Any], x: Tensor, saliency:
         (B, C, H, W) masked images, normalised as x. Where the saliency is 1 they are x to the last bit.
 
     Raises:
-        ValueError: If mean and std are missing or not those of C channels, or on a bad shape or value.
+        ValueError: If mean or std are missing or have another number of channels, or on a bad shape or value.
     """
     check_images(x)
     check_saliency(saliency, x)
@@ -46,28 +47,35 @@ def resize_saliency(saliency: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(exact[:, None], tuple(size), mode='bilinear', align_corners=False)[:, 0].float()
 
 
-def normalisation(model_or_cfg: nn.Module | Mapping[str, Any], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std with which images were normalised, on x's device.
+def normalisation(
+        model_or_cfg: nn.Module | Mapping[str, Any],
+        x: Tensor,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean and std with which images were normalised, on the device of x.
 
     Args:
-        model_or_cfg: A timm model, whose `pretrained_cfg` says them, or a mapping with `mean` and `std`.
+        model_or_cfg: A timm model with a `pretrained_cfg`, or a mapping with `mean` and `std`.
         x: (B, C, H, W) normalised images.
+        mean, std: Used in place of those of `model_or_cfg`.
 
     Returns:
         Two (C, 1, 1) or (1, 1, 1) tensors.
 
     Raises:
-        ValueError: If mean or std are missing or not those of C channels.
+        ValueError: If mean or std are missing, or have another number of channels than the images.
     """
     cfg = model_or_cfg if isinstance(model_or_cfg, Mapping) else getattr(model_or_cfg, 'pretrained_cfg', None) or {}
     values = []
-    for name in ('mean', 'std'):
-        if cfg.get(name) is None:
-            raise ValueError(
-                f'{type(model_or_cfg).__name__} does not say the {name} of its images: set it in pretrained_cfg.')
-        value = torch.as_tensor(cfg[name], dtype=x.dtype, device=x.device).view(-1, 1, 1)
+    for name, given in (('mean', mean), ('std', std)):
+        given = cfg.get(name) if given is None else given
+        if given is None:
+            raise ValueError(f'{type(model_or_cfg).__name__} has no {name} for its images: pass {name}=, or set it in '
+                             'pretrained_cfg.')
+        value = torch.as_tensor(given, dtype=x.dtype, device=x.device).view(-1, 1, 1)
         if len(value) not in (1, x.shape[1]):
-            raise ValueError(f'pretrained_cfg gives {name} for {len(value)} channels, the images have {x.shape[1]}.')
+            raise ValueError(f'{name} has {len(value)} channels, the images have {x.shape[1]}.')
         values.append(value)
     return values[0], values[1]
 
@@ -89,7 +97,7 @@ def mask_normalised(x: Tensor, mask: Tensor, mean: Tensor, std: Tensor) -> Tenso
 
 
 def fast_memory_format(x: Tensor) -> torch.memory_format:
-    """The memory format in which to forward images made from x: x's own, or channels_last on a CPU.
+    """The memory format in which to forward images like x: that of x, or channels_last on a CPU.
 
     Convolutions on a CPU take 0.6 to 0.9 of the time in it, whatever the format of their weights.
     """
@@ -119,16 +127,3 @@ def check_saliency(saliency: Tensor, x: Tensor) -> None:
     if saliency.ndim != 3 or len(saliency) != len(x):
         raise ValueError(f'saliency must have shape ({len(x)}, h, w), one map an image, got {tuple(saliency.shape)}.')
     check_unit_range('saliency', saliency)
-
-
-def check_unit_range(name: str, value: Tensor) -> None:
-    """Raises ValueError unless all values lie in [0, 1], which NaN does not."""
-    inside = (value >= 0) & (value <= 1)
-    if not inside.all():
-        raise ValueError(f'{name} must lie in [0, 1], got {value[~inside][0].item():g}.')
-
-
-def check_count(name: str, value: int) -> None:
-    """Raises ValueError unless the value is a positive int."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f'{name} must be a positive int, got {value!r}.')

@@ -8,27 +8,35 @@ With p the probability of a class on an image and o the same on the image masked
 * Insertion, Deletion: area under the curve of p as pixels, most salient first, are put into a blurred image
   (higher is better) or taken out of the image (lower is better)          (RISE, arXiv 1806.07421)
 
-Plain functions hold the arithmetic of each image, the torchmetrics classes average it over images and processes. The
-curves and the masked images that they are measured on have their names here too. B images.
+Plain functions hold the arithmetic of each image. The torchmetrics classes average it over images and processes. The
+table `METRICS` has these five and the localisation metrics of `localization`. B images, R maps.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from .checks import check_unit_range
 from .curves import CURVE_SETTINGS, deletion_curve, insertion_curve
-from .images import check_unit_range, mask_image
+from .images import mask_image
 
 __all__ = [
     'CURVE_SETTINGS',
+    'DEFAULT_METRICS',
+    'METRICS',
     'AverageDrop',
     'AverageGain',
     'AverageIncrease',
     'Deletion',
     'Insertion',
+    'Measurements',
+    'MetricRow',
     'area_under_curve',
     'average_drop',
     'average_gain',
@@ -184,6 +192,86 @@ class Deletion(_ImageMean):
     def update(self, curve: Tensor) -> None:
         """Adds B images by their curves, (B, n + 1) probabilities."""
         self._add(area_under_curve(curve))
+
+
+_EMPTY = torch.empty(0)
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Measured quantities of R saliency maps. Quantities that no chosen metric needs are empty.
+
+    Attributes:
+        prob: (R,) probability of the class on the image.
+        masked_prob: (R,) probability of the class on the image masked by the map.
+        insertion_curve: (R, n + 1).
+        deletion_curve: (R, n + 1).
+        saliency: (R, H, W) maps of the size of the image, in [0, 1].
+        boxes: (R, J, 4) boxes of the class in pixels, NaN where an image has fewer than J.
+    """
+
+    prob: Tensor
+    masked_prob: Tensor = _EMPTY
+    insertion_curve: Tensor = _EMPTY
+    deletion_curve: Tensor = _EMPTY
+    saliency: Tensor = _EMPTY
+    boxes: Tensor = _EMPTY
+
+
+def _single(values: np.ndarray) -> np.ndarray:
+    return values
+
+
+def _first(means: np.ndarray) -> np.ndarray:
+    return means[:, 0]
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """A row of the table of metrics.
+
+    Attributes:
+        name: Key in Python, on the command line and in files.
+        title: Full name.
+        symbol: Short name in tables.
+        higher_is_better: The direction.
+        needs: Fields of `Measurements` that the metric reads besides `prob`.
+        values: Values of R maps, (R,) or (R, columns). NaN where the metric is undefined for a map.
+        columns: Number of values of a map.
+        expand: From (R, columns) values to the (R, m) numbers that are averaged over maps.
+        figure: From (S, m) averages to (S,) figures in percent.
+    """
+
+    name: str
+    title: str
+    symbol: str
+    higher_is_better: bool
+    needs: frozenset[str]
+    values: Callable[[Measurements], Tensor]
+    columns: int = 1
+    expand: Callable[[np.ndarray], np.ndarray] = _single
+    figure: Callable[[np.ndarray], np.ndarray] = _first
+
+    @property
+    def heading(self) -> str:
+        """The symbol with an arrow towards better values."""
+        return f'{self.symbol} {"↑" if self.higher_is_better else "↓"}'
+
+
+_MASKED, _BOXES = frozenset({'masked_prob'}), frozenset({'saliency', 'boxes'})
+
+METRICS: dict[str, MetricRow] = {row.name: row for row in (
+    MetricRow('average_drop', 'Average Drop', 'AD', False, _MASKED, lambda m: average_drop(m.prob, m.masked_prob)),
+    MetricRow('average_gain', 'Average Gain', 'AG', True, _MASKED, lambda m: average_gain(m.prob, m.masked_prob)),
+    MetricRow('average_increase', 'Average Increase', 'AI', True, _MASKED,
+              lambda m: average_increase(m.prob, m.masked_prob)),
+    MetricRow('insertion', 'Insertion', 'I', True, frozenset({'insertion_curve'}),
+              lambda m: area_under_curve(m.insertion_curve)),
+    MetricRow('deletion', 'Deletion', 'D', False, frozenset({'deletion_curve'}),
+              lambda m: area_under_curve(m.deletion_curve)),
+)}
+# The five metrics of the paper: those that need no boxes.
+DEFAULT_METRICS = tuple(row.name for row in METRICS.values() if 'boxes' not in row.needs)
 
 
 def _check_pair(prob: Tensor, masked_prob: Tensor) -> None:

@@ -1,210 +1,246 @@
-"""The interpretability protocol on one batch of images: accuracy, saliency by every method, and the five metrics.
+"""The interpretability protocol on one batch of images: accuracy, saliency by every method, and the chosen metrics.
 
-What GAP and CA share is computed once: the forwards of the images, of the blurred images where Insertion starts, of the
-zeros where Deletion ends and, in Score-CAM, of the masked images.
+GAP and CA share the forwards of the images, of the blurred images at the start of Insertion, of the zeros at the end of
+Deletion and, in Score-CAM, of the masked images. A quantity that no chosen metric needs is not computed.
 
-Letters: B images, C classes, M methods; R rows, one for each image and class explained.
+Letters: B images, C classes, M methods, H x W pixels; R rows, one for each image and class explained.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from . import metrics
-from .attach import POOLINGS, forward_both, pooling
-from .attribution import METHODS, attribute_all, check_names
-from .cam import probabilities
+from .attribution import saliency_maps
+from .checks import check_class_indices, check_names
 from .curves import blur, curve_setting, perturbation_curves
-from .images import check_count, default_batch_size, fast_memory_format, mask_image
-from .mixin import CAStreamMixin
-from .report import METRICS
+from .images import resize_saliency
+from .methods import Method
+from .metrics import METRICS, Measurements
+from .network import Network
 
 TARGETS = ('truth', 'predicted')
 
+# (pooling, 'class'), (pooling, 'prob'), (pooling, method, metric) or (pooling, method, metric, position)
+Column = tuple[str, ...]
 
-@dataclass
+
 class Protocol:
-    """What is measured of images, and how. The arguments are those of `evaluate.evaluate`.
+    """Measures batches of images. The arguments are those of `evaluate.evaluate`.
 
     Args:
+        network: The network.
+        methods: Rows of the table of methods.
+        metrics: Names of `METRICS`.
+        target: `'truth'` or `'predicted'`.
+        setting: Name of the setting of Insertion and Deletion.
+        seed: Seed of the method `random`.
+        num_classes: C.
         multilabel: Whether labels are (B, C): 1, 0, or negative where a class does not count.
+        keep_curves: Whether records hold the curves of Insertion and Deletion.
 
     Raises:
-        ValueError: If an argument is unknown.
+        ValueError: If a name is unknown.
     """
 
-    model: CAStreamMixin
-    methods: Sequence[str]
-    poolings: Sequence[str]
-    target: str = 'truth'
-    setting: str = 'paper'
-    layer: str | None = None
-    batch_size: int | None = None
-    channels_last: bool = False
-    torchcompile: bool = False
-    multilabel: bool = False
-
-    def __post_init__(self) -> None:
-        check_names('method', self.methods, METHODS)
-        check_names('pooling', self.poolings, POOLINGS)
-        check_names('target', (self.target,), TARGETS)
-        if self.batch_size is not None:
-            check_count('batch_size', self.batch_size)
-        self._curve = curve_setting(self.setting)
-        self._activation = 'sigmoid' if self.multilabel else 'softmax'
-        self._forward_both: Callable[..., dict[str, Tensor]] = forward_both
-        self._network: Callable[[Tensor], Tensor] = self.model
-        if self.torchcompile:
-            self._forward_both, self._network = torch.compile(forward_both), torch.compile(self.model)
+    def __init__(
+            self,
+            network: Network,
+            methods: Sequence[Method],
+            metrics: Sequence[str],
+            target: str = 'truth',
+            setting: str = 'paper',
+            *,
+            num_classes: int,
+            seed: int = 0,
+            multilabel: bool = False,
+            keep_curves: bool = False,
+    ) -> None:
+        check_names('metric', metrics, tuple(METRICS))
+        check_names('target', (target,), TARGETS)
+        self.network = network
+        self.methods = tuple(methods)
+        self.metrics = tuple(METRICS[name] for name in metrics)
+        self.target = target
+        self.seed = seed
+        self.num_classes = num_classes
+        self.multilabel = multilabel
+        self._setting = curve_setting(setting)
+        self._needs = frozenset().union(*(metric.needs for metric in self.metrics))
+        self._keep_curves = keep_curves
 
     @property
-    def row_names(self) -> tuple[str, ...]:
+    def row_columns(self) -> tuple[Column, ...]:
         """Names of the columns of rows, see `report.ImageValues`."""
-        columns = ('class', 'prob', *(f'{method}/{metric}' for method in self.methods for metric in METRICS))
-        return ('image', *(f'{p}/{column}' for p in self.poolings for column in columns))
+        return (('image',), *(
+            column for p in self.network.poolings
+            for column in ((p, 'class'), (p, 'prob'), *self._metric_columns(p))))
 
     @property
-    def image_names(self) -> tuple[str, ...]:
+    def image_columns(self) -> tuple[Column, ...]:
         """Names of the columns of images, see `report.ImageValues`."""
+        poolings = self.network.poolings
         if not self.multilabel:
-            return ('image', *(f'{p}/accuracy' for p in self.poolings))
-        kinds = ('label', *(f'{p}/score' for p in self.poolings))
-        return ('image', *(f'{kind}/{c}' for kind in kinds for c in range(self.model.num_classes)))
+            return (('image',), *((p, 'accuracy') for p in poolings))
+        kinds = (('label',), *((p, 'score') for p in poolings))
+        return (('image',), *((*kind, str(c)) for kind in kinds for c in range(self.num_classes)))
 
-    def measure(self, numbers: Tensor, x: Tensor, labels: Tensor) -> dict[str, list[list[float]]]:
+    @property
+    def _curves(self) -> list[tuple[str, str, str]]:
+        """(pooling, method, metric) of every curve, in the order of a record."""
+        kinds = [row.name for row in self.metrics if f'{row.name}_curve' in row.needs]
+        return [(p, m.name, kind) for p in self.network.poolings for kind in kinds for m in self.methods]
+
+    def curve_width(self, height: int, width: int) -> int:
+        """Columns of the table of curves: the index of the image, then n + 1 points a curve."""
+        return 1 + len(self._curves) * (-(-height // self._setting.rows) + 1)
+
+    def named_curves(self, table: np.ndarray) -> dict[tuple[str, str, str], np.ndarray]:
+        """The table of curves by (pooling, method, metric), (R, n + 1) each."""
+        return dict(zip(self._curves, np.split(table[:, 1:], len(self._curves), axis=1), strict=True))
+
+    def _metric_columns(self, pooling: str) -> list[Column]:
+        return [
+            (pooling, method.name, metric.name, *(() if metric.columns == 1 else (str(i),)))
+            for method in self.methods for metric in self.metrics for i in range(metric.columns)
+        ]
+
+    def measure(
+            self,
+            indices: Tensor,
+            x: Tensor,
+            labels: Tensor,
+            boxes: Any = None,
+    ) -> dict[str, list[list[float]]]:
         """The `rows` and `images` of a batch as `ImageValues` has them.
 
         Args:
-            numbers: (B,) places of the images in the data set.
+            indices: (B,) positions of the images in the data set.
             x: (B, 3, H, W).
             labels: (B,) or (B, C).
+            boxes: Function from (R,) positions in the batch and (R,) classes to (R, J, 4) boxes in pixels of the
+                input. None where no metric needs boxes.
         """
         self._check_labels(labels, len(x))
-        x = x.contiguous(memory_format=self._memory_format(x))
-        zeros = torch.zeros_like(x)
-        blurred = blur(x, self._curve.kernel_size, self._curve.sigma)
-        prob = self._probabilities(torch.cat([x, blurred, zeros[:1]]))
-        sizes = [len(x), len(x), 1]
-        clean, of_blurred, of_zeros = ({p: prob[p].split(sizes)[i] for p in self.poolings} for i in range(3))
+        poolings = self.network.poolings
+        x = x.contiguous(memory_format=self.network.memory_format(x))
+        parts = {'image': x}
+        if 'insertion_curve' in self._needs:
+            parts['blurred'] = blur(x, self._setting.kernel_size, self._setting.sigma)
+        if 'deletion_curve' in self._needs:
+            parts['zeros'] = torch.zeros_like(x)
+        prob = self._probabilities(torch.cat([x, *(v[:1] if k == 'zeros' else v for k, v in list(parts.items())[1:])]))
+        sizes = [1 if name == 'zeros' else len(x) for name in parts]
+        of_part = {p: dict(zip(parts, prob[p].split(sizes), strict=True)) for p in poolings}
+        clean = {p: of_part[p]['image'] for p in poolings}
         if self.multilabel:
-            outcome = [labels, *(clean[p] for p in self.poolings)]
+            outcome = [labels, *(clean[p] for p in poolings)]
         else:
-            outcome = [100 * (clean[p].argmax(1) == labels)[:, None] for p in self.poolings]
+            outcome = [100 * (clean[p].argmax(1) == labels)[:, None] for p in poolings]
 
         classes, valid = self._explained(labels, clean)
-        place = valid.nonzero()[:, 0]  # of the image of each row
-        columns = [numbers[place]]
-        if len(place):
-            maps = attribute_all(
-                self.model, x, self.methods, classes, self.poolings, self.layer, self.batch_size,
-                activation=self._activation, forward=lambda images: self._logits(images, self.poolings))
-            for p in self.poolings:
+        image_of_row = valid.nonzero()[:, 0]
+        columns, curves = [indices[image_of_row][:, None]], [indices[image_of_row][:, None]]
+        if len(image_of_row):
+            maps = saliency_maps(self.network, x, self.methods, classes, indices, self.seed)
+            images = {name: images[image_of_row] for name, images in parts.items()}
+            for p in poolings:
                 explained = classes[p][valid]
-                ends = [
-                    of.expand(len(valid), -1)[place].gather(1, explained[:, None])[:, 0]
-                    for of in (clean[p], of_blurred[p], of_zeros[p])
-                ]
-                saliency = torch.stack([maps[p, m][valid] for m in self.methods])
-                values = self._faithfulness(p, explained, saliency, x[place], blurred[place], zeros[place], ends)
-                columns += [explained, ends[0], *values]
-        return {
-            'rows': torch.stack([column.cpu().double() for column in columns], 1).tolist(),
-            'images': torch.cat([value.cpu().double() for value in (numbers[:, None], *outcome)], dim=1).tolist(),
+                ends = {
+                    name: value.expand(len(valid), -1)[image_of_row].gather(1, explained[:, None])[:, 0]
+                    for name, value in of_part[p].items()
+                }
+                saliency = torch.stack([resize_saliency(maps[p, m.name][valid], x.shape[2:]) for m in self.methods])
+                of_class = boxes(image_of_row, explained) if 'boxes' in self._needs else None
+                measured = self._measured(p, explained, saliency, images, ends, of_class)
+                columns += [explained[:, None], ends['image'][:, None], self._values(measured, len(explained))]
+                if self._keep_curves:  # the maps of the first method come first
+                    kinds = dict.fromkeys(kind for _, _, kind in self._curves)
+                    curves += [
+                        part for kind in kinds
+                        for part in getattr(measured, f'{kind}_curve').split(len(explained))]
+        record = {
+            'rows': torch.cat([column.cpu().double() for column in columns], 1).tolist(),
+            'images': torch.cat([value.cpu().double() for value in (indices[:, None], *outcome)], dim=1).tolist(),
         }
+        if self._keep_curves:
+            record['curves'] = torch.cat([part.cpu().double() for part in curves], 1).tolist()
+        return record
 
-    def _faithfulness(
+    def _measured(
             self,
-            p: str,
+            pooling: str,
             classes: Tensor,
             saliency: Tensor,
-            x: Tensor,
-            blurred: Tensor,
-            zeros: Tensor,
-            ends: Sequence[Tensor],
-    ) -> list[Tensor]:
-        """The five metrics of every method under pooling p, (R,) each.
+            images: dict[str, Tensor],
+            ends: dict[str, Tensor],
+            boxes: Tensor | None,
+    ) -> Measurements:
+        """Measurements of the maps of every method under a pooling, M * R maps, those of the first method first.
 
         Args:
-            p: A pooling.
+            pooling: A pooling.
             classes: (R,).
-            saliency: (M, R, h, w) in [0, 1].
-            x, blurred, zeros: (R, 3, H, W) images, and what Insertion starts and Deletion ends with.
-            ends: (R,) probabilities of `classes` on these three.
+            saliency: (M, R, H, W) in [0, 1].
+            images: (R, 3, H, W) images, blurred images and zeros, as far as they are needed.
+            ends: (R,) probabilities of `classes` on these.
+            boxes: (R, J, 4) or None.
         """
-        def predict(images: Tensor, index: Tensor) -> Tensor:
-            logits = self._logits(images, (p,))[p]
-            return probabilities(logits, self._activation).gather(1, classes[index, None])[:, 0]
+        def predict(changed: Tensor, index: Tensor) -> Tensor:
+            logits = self.network.logits(changed, (pooling,))[pooling]
+            return self.network.probabilities(logits, pooling).gather(1, classes[index, None])[:, 0]
 
-        prob, of_blurred, of_zeros = ends
-        size, step = self._batch_size(x), self._curve.rows * x.shape[3]
-        masked = mask_image(self.model, x.repeat(len(saliency), 1, 1, 1), saliency.flatten(0, 1))
-        place = torch.arange(len(x), device=x.device).repeat(len(saliency))
-        masked_prob = torch.cat([
-            predict(*part) for part in zip(masked.split(size), place.split(size), strict=True)
-        ]).unflatten(0, saliency.shape[:2])
-        insertion = perturbation_curves(predict, blurred, x, saliency, step, size, (of_blurred, prob))
-        deletion = perturbation_curves(predict, x, zeros, saliency, step, size, (prob, of_zeros))
-        return [
-            value
-            for of_masked, inserted, deleted in zip(masked_prob, insertion, deletion, strict=True)
-            for value in (
-                metrics.average_drop(prob, of_masked),
-                metrics.average_gain(prob, of_masked),
-                metrics.average_increase(prob, of_masked),
-                metrics.area_under_curve(inserted),
-                metrics.area_under_curve(deleted),
-            )
-        ]
+        x, prob, maps = images['image'], ends['image'], saliency.flatten(0, 1)
+        num_methods, size = len(saliency), self.network.batch_size(images['image'])
+        measured: dict[str, Any] = {'prob': prob.repeat(num_methods), 'saliency': maps}
+        if 'masked_prob' in self._needs:
+            masked = self.network.mask(x.repeat(num_methods, 1, 1, 1), maps)
+            index = torch.arange(len(x), device=x.device).repeat(num_methods)
+            measured['masked_prob'] = torch.cat([
+                predict(*part) for part in zip(masked.split(size), index.split(size), strict=True)])
+        step = self._setting.rows * x.shape[3]
+        for name, start, finish in (('insertion_curve', 'blurred', 'image'), ('deletion_curve', 'image', 'zeros')):
+            if name in self._needs:
+                curves = perturbation_curves(
+                    predict, images[start], images[finish], saliency, step, size, (ends[start], ends[finish]))
+                measured[name] = curves.flatten(0, 1)
+        if boxes is not None:
+            measured['boxes'] = boxes.repeat(num_methods, 1, 1)
+        return Measurements(**measured)
+
+    def _values(self, measured: Measurements, num_rows: int) -> Tensor:
+        """Values of every metric of every method, (R, columns), in the order of the columns."""
+        values = [
+            metric.values(measured).reshape(len(self.methods), num_rows, -1).double() for metric in self.metrics]
+        return torch.cat(values, 2).transpose(0, 1).flatten(1)
 
     def _explained(self, labels: Tensor, prob: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """The classes to explain: (B, K) under each pooling, and which of them count, (B, K)."""
+        poolings = self.network.poolings
         if self.target == 'predicted':
-            classes = {p: prob[p].argmax(1, keepdim=True) for p in self.poolings}
-            return classes, torch.ones_like(classes[self.poolings[0]], dtype=torch.bool)
+            classes = {p: prob[p].argmax(1, keepdim=True) for p in poolings}
+            return classes, torch.ones_like(classes[poolings[0]], dtype=torch.bool)
         if not self.multilabel:
-            return dict.fromkeys(self.poolings, labels[:, None]), torch.ones_like(labels[:, None], dtype=torch.bool)
+            return dict.fromkeys(poolings, labels[:, None]), torch.ones_like(labels[:, None], dtype=torch.bool)
         counts = (labels > 0).sum(1)
-        # Positive labels in front; behind them others fill up the rows.
+        # Positive labels come first. Other classes fill up the rows; `valid` leaves them out.
         order = (labels > 0).sort(dim=1, descending=True, stable=True).indices[:, :int(counts.max())]
         valid = torch.arange(order.shape[1], device=labels.device) < counts[:, None]
-        return dict.fromkeys(self.poolings, order), valid
+        return dict.fromkeys(poolings, order), valid
 
     def _probabilities(self, images: Tensor) -> dict[str, Tensor]:
-        parts = [self._logits(part, self.poolings) for part in images.split(self._batch_size(images))]
-        return {p: probabilities(torch.cat([part[p] for part in parts]), self._activation) for p in self.poolings}
-
-    def _logits(self, images: Tensor, poolings: Sequence[str]) -> dict[str, Tensor]:
-        """Logits under each of the poolings, from one pass over the backbone."""
-        count = len(images)
-        if self.torchcompile:  # another number of images or another memory format would compile another graph
-            images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, self._batch_size(images) - count))
-        images = images.contiguous(memory_format=self._memory_format(images))
-        if len(poolings) > 1:
-            logits = self._forward_both(self.model, images)
-        else:
-            with pooling(self.model, poolings[0]):
-                logits = {poolings[0]: self._network(images)}
-        return {p: logits[p][:count] for p in poolings}
-
-    def _memory_format(self, images: Tensor) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else fast_memory_format(images)
-
-    def _batch_size(self, images: Tensor) -> int:
-        return self.batch_size or default_batch_size(images)
+        return {p: self.network.probabilities(logits, p) for p, logits in self.network.all_logits(images).items()}
 
     def _check_labels(self, labels: Tensor, batch: int) -> None:
-        classes = self.model.num_classes
         if self.multilabel:
-            if labels.shape != (batch, classes):
+            if labels.shape != (batch, self.num_classes):
                 raise ValueError(f'The targets of {batch} images have shape {tuple(labels.shape)}, the model has '
-                                 f'{classes} classes.')
-        elif labels.shape != (batch,) or labels.is_floating_point():
+                                 f'{self.num_classes} classes.')
+            return
+        if labels.shape != (batch,):
             raise ValueError(f'The targets of {batch} images must be class indices, got {tuple(labels.shape)} of '
                              f'{labels.dtype}.')
-        elif not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise ValueError(f'The data set has labels from {int(labels.min())} to {int(labels.max())}, the model has '
-                             f'classes 0 to {classes - 1}.')
+        check_class_indices('The target of the data set', labels, self.num_classes)

@@ -1,73 +1,24 @@
-"""The result of an evaluation: figures with bootstrap intervals, printed as the paper's tables, saved as CSV and JSON.
-
-N images, C classes, P poolings; R rows, one for each image and class evaluated: N of them, or one a positive label.
-"""
+"""The result of an evaluation: figures with intervals, printed as the paper's tables, saved as CSV and JSON."""
 from __future__ import annotations
 
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any
 
 import numpy as np
 
-from .attribution import METHOD_NAMES
-from .average_precision import mean_average_precision
+from .bootstrap import RESAMPLES, Bootstrap, Estimate, ImageValues
 from .files import write_whole
+from .methods import METHODS
+from .metrics import METRICS
 
-METRICS = {
-    'average_drop': 'AD ↓',
-    'average_gain': 'AG ↑',
-    'average_increase': 'AI ↑',
-    'insertion': 'I ↑',
-    'deletion': 'D ↓',
-}
+__all__ = ['Estimate', 'ImageValues', 'Report']
 
-_RESAMPLES = 1000
-_LEVELS = (0.025, 0.975)
-
-
-class Estimate(NamedTuple):
-    """A figure and its bootstrap 95 % interval, all in percent."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f'{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]'
-
-
-@dataclass(frozen=True)
-class ImageValues:
-    """What was measured of every image, in float64.
-
-    Attributes:
-        row_names: Names of the columns of `rows`: `image`, and under each pooling p `p/class`, `p/prob` and the five
-            metrics of each method m, `p/m/average_drop` and so on.
-        image_names: Names of the columns of `images`: `image`, then `p/accuracy` under each pooling; of multi-label
-            data instead `label/c` of every class c, 1, 0 or negative (not counted), and the probabilities `p/score/c`.
-        rows: (R, columns), in the order of the images.
-        images: (N, columns), in the order of the images.
-    """
-
-    row_names: tuple[str, ...]
-    image_names: tuple[str, ...]
-    rows: np.ndarray
-    images: np.ndarray
-
-    def write_csv(self, file: TextIO) -> None:
-        """One line a row, with the columns of its image; the line of an image without a row ends there."""
-        writer = csv.writer(file, lineterminator='\n')
-        writer.writerow([*self.image_names, *self.row_names[1:]])
-        starts = np.searchsorted(self.rows[:, 0], self.images[:, 0])
-        ends = np.searchsorted(self.rows[:, 0], self.images[:, 0], side='right')
-        for image, start, end in zip(self.images, starts, ends, strict=True):
-            for row in self.rows[start:end, 1:] if start < end else [np.empty(0)]:
-                writer.writerow([f'{value:.10g}' for value in (*image, *row)])
+_DIFFERENCE = 'ca-gap'  # in the column `pooling` of the files
 
 
 @dataclass(frozen=True)
@@ -76,24 +27,33 @@ class Report:
 
     Attributes:
         network: Name of the network.
-        poolings, methods: In the order of the table.
+        poolings, methods, metrics: In the order of the table.
         accuracy: By pooling: top-1 accuracy, or the mean average precision of multi-label data.
         accuracy_name: `'accuracy'` or `'mAP'`.
+        confidence: By pooling: mean probability of the class explained. AG and AI depend on it.
         figures: By (pooling, method, metric).
+        differences: CA - GAP, paired by image: by (method, metric), `('accuracy',)` or `('confidence',)`.
         num_images: N.
-        settings: What the figures depend on: arguments, seed, versions. Plain data.
-        values: What the figures were computed from.
+        settings: Everything that the figures depend on: arguments, seed, versions. Plain data.
+        values: Values of every image.
+        unreadable: Images that could not be read and are in no figure: reason by name.
+        curves: By (pooling, method, `'insertion'` or `'deletion'`): (R, n + 1) curves, where they were kept.
     """
 
     network: str
     poolings: tuple[str, ...]
     methods: tuple[str, ...]
+    metrics: tuple[str, ...]
     accuracy: dict[str, Estimate]
     accuracy_name: str
+    confidence: dict[str, Estimate]
     figures: dict[tuple[str, str, str], Estimate]
+    differences: dict[tuple[str, ...], Estimate]
     num_images: int
     settings: dict[str, Any]
     values: ImageValues
+    unreadable: dict[str, str] = field(default_factory=dict)
+    curves: dict[tuple[str, str, str], np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def from_values(
@@ -101,47 +61,78 @@ class Report:
             network: str,
             poolings: Sequence[str],
             methods: Sequence[str],
+            metrics: Sequence[str],
             values: ImageValues,
             seed: int,
             settings: dict[str, Any],
+            unreadable: Mapping[str, str] | None = None,
+            curves: Mapping[tuple[str, str, str], np.ndarray] | None = None,
     ) -> Report:
-        """Averages over all rows, with intervals from resampling the images, all figures from the same resamples."""
-        figures = _bootstrap(poolings, values, seed).T.tolist()
-        estimates = {name: Estimate(*f) for name, f in zip(_figure_names(poolings, values), figures, strict=True)}
+        """Averages over all rows, with intervals from resamples of the images."""
+        bootstrap = Bootstrap(values, poolings, seed)
+        estimates = bootstrap.estimates()
         return cls(
             network=network,
             poolings=tuple(poolings),
             methods=tuple(methods),
-            accuracy={p: estimates[f'{p}/accuracy'] for p in poolings},
-            accuracy_name='mAP' if _is_multilabel(values) else 'accuracy',
-            figures={(p, m, k): estimates[f'{p}/{m}/{k}'] for m in methods for p in poolings for k in METRICS},
+            metrics=tuple(metrics),
+            accuracy={p: estimates[p, 'accuracy'] for p in poolings},
+            accuracy_name='mAP' if values.is_multilabel else 'accuracy',
+            confidence={p: estimates[p, 'confidence'] for p in poolings},
+            figures={(p, m, k): estimates[p, m, k] for m in methods for p in poolings for k in metrics},
+            differences=bootstrap.differences(),
             num_images=len(values.images),
             settings=settings,
             values=values,
+            unreadable=dict(unreadable or {}),
+            curves=dict(curves or {}),
         )
 
     def __getitem__(self, key: tuple[str, str, str]) -> Estimate:
         return self.figures[key]
 
+    def difference(self, method: str, metric: str) -> Estimate:
+        """CA - GAP of a metric, paired by image, with its own interval.
+
+        Raises:
+            KeyError: If the evaluation did not have both poolings, the method or the metric.
+        """
+        return self.differences[method, metric]
+
     def __str__(self) -> str:
-        accuracy = [('NETWORK', 'POOLING', f'{self.accuracy_name} ↑')]
-        accuracy += [(self.network, p.upper(), str(self.accuracy[p])) for p in self.poolings]
-        table = [('NETWORK', 'METHOD', 'POOLING', *METRICS.values())]
-        table += [
-            (self.network, METHOD_NAMES[m], p.upper(), *(str(self[p, m, k]) for k in METRICS))
-            for m in self.methods for p in self.poolings
-        ]
-        note = (f'{self.num_images} images, class: {self.settings.get("target")}; in percent, with 95 % intervals from '
-                f'{_RESAMPLES} bootstrap resamples')
-        return '\n'.join([*_aligned(accuracy), '', *_aligned(table), '', note])
+        accuracy: list[tuple[str, ...]] = [('NETWORK', 'POOLING', f'{self.accuracy_name} ↑', 'probability')]
+        accuracy += [(self.network, p.upper(), str(self.accuracy[p]), str(self.confidence[p])) for p in self.poolings]
+        table: list[tuple[str, ...]] = [('NETWORK', 'METHOD', 'POOLING', *(METRICS[k].heading for k in self.metrics))]
+        for m in self.methods:
+            title = METHODS[m].title if m in METHODS else m
+            table += [(self.network, title, p.upper(), *(str(self[p, m, k]) for k in self.metrics))
+                      for p in self.poolings]
+            if self.differences:
+                table.append((self.network, title, 'CA - GAP', *(_signed(self.difference(m, k)) for k in self.metrics)))
+        if self.differences:
+            accuracy.append((self.network, 'CA - GAP', *(_signed(self.differences[k,]) for k in (
+                'accuracy', 'confidence'))))
+        notes = [f'{self.num_images} images, class: {self.settings.get("target")}; in percent, with 95 % intervals '
+                 f'from {RESAMPLES} bootstrap resamples; probability: mean of the class explained']
+        if self.differences:
+            notes.append('CA - GAP: paired by image')
+        temperatures = self.settings.get('temperatures')
+        if temperatures:
+            notes.append('Temperatures: ' + ', '.join(f'{p.upper()} {t:.3f}' for p, t in temperatures.items()))
+        if self.unreadable:
+            names = ', '.join(list(self.unreadable)[:3]) + (', ...' if len(self.unreadable) > 3 else '')
+            notes.append(f'{len(self.unreadable)} images could not be read and are in no figure: {names}')
+        return '\n'.join([*_aligned(accuracy), '', *_aligned(table), '', *notes])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, all but the values of single images."""
+        """Plain data for JSON: everything but the values of single images."""
         return {
             'network': self.network,
             'num_images': self.num_images,
             self.accuracy_name: {p: estimate.value for p, estimate in self.accuracy.items()},
+            'confidence': {p: estimate.value for p, estimate in self.confidence.items()},
             'rows': self._table_rows(),
+            'unreadable': self.unreadable,
             'settings': self.settings,
         }
 
@@ -161,62 +152,30 @@ class Report:
             file.write('\n')
 
     def _table_rows(self) -> list[dict[str, Any]]:
-        rows = []
-        for m in self.methods:
-            for p in self.poolings:
-                row: dict[str, Any] = {'network': self.network, 'method': m, 'pooling': p}
-                figures = {self.accuracy_name: self.accuracy[p], **{k: self[p, m, k] for k in METRICS}}
-                for name, (value, low, high) in figures.items():
-                    row |= {name: value, f'{name}_low': low, f'{name}_high': high}
-                rows.append(row)
+        rows = [
+            self._table_row(m, p, {
+                self.accuracy_name: self.accuracy[p], **{k: self[p, m, k] for k in self.metrics},
+                'confidence': self.confidence[p]})
+            for m in self.methods for p in self.poolings
+        ]
+        if self.differences:
+            rows += [
+                self._table_row(m, _DIFFERENCE, {
+                    self.accuracy_name: self.differences['accuracy',],
+                    **{k: self.difference(m, k) for k in self.metrics}, 'confidence': self.differences['confidence',]})
+                for m in self.methods
+            ]
         return rows
 
-
-def _bootstrap(poolings: Sequence[str], values: ImageValues, seed: int) -> np.ndarray:
-    """(3, figures): each figure of all images, and the ends of its interval."""
-    num_images = len(values.images)
-    # Resampled are images, not rows: the labels of an image are no independent observations.
-    image_of_row = np.searchsorted(values.images[:, 0], values.rows[:, 0])
-    columns = [i for i, name in enumerate(values.row_names) if name.rpartition('/')[2] in METRICS]
-    sums = np.zeros((num_images, len(columns)))
-    np.add.at(sums, image_of_row, values.rows[:, columns])
-    counts = np.bincount(image_of_row, minlength=num_images).astype(float)
-
-    def figures(weights: np.ndarray) -> np.ndarray:
-        with np.errstate(invalid='ignore'):
-            means = (weights @ sums) / (weights @ counts)[:, None]
-        return np.concatenate([means, _accuracy(poolings, values, weights)], axis=1)
-
-    point = figures(np.ones((1, num_images)))
-    draws = np.concatenate([figures(weights) for weights in _resamples(num_images, seed)])
-    return np.concatenate([point, np.nanquantile(draws, _LEVELS, axis=0)])
+    def _table_row(self, method: str, pooling: str, figures: Mapping[str, Estimate]) -> dict[str, Any]:
+        row: dict[str, Any] = {'network': self.network, 'method': method, 'pooling': pooling}
+        for name, (value, low, high) in figures.items():
+            row |= {name: value, f'{name}_low': low, f'{name}_high': high}
+        return row
 
 
-def _figure_names(poolings: Sequence[str], values: ImageValues) -> list[str]:
-    metrics = [name for name in values.row_names if name.rpartition('/')[2] in METRICS]
-    return [*metrics, *(f'{p}/accuracy' for p in poolings)]
-
-
-def _resamples(num_images: int, seed: int) -> Iterator[np.ndarray]:
-    """`_RESAMPLES` draws of N images with replacement, as counts (S, N), in blocks that fit in memory."""
-    rng = np.random.default_rng(seed)
-    block = max(1, 4_000_000 // num_images)
-    for start in range(0, _RESAMPLES, block):
-        size = min(block, _RESAMPLES - start)
-        drawn = rng.integers(num_images, size=(size, num_images)) + np.arange(size)[:, None] * num_images
-        yield np.bincount(drawn.ravel(), minlength=size * num_images).reshape(size, num_images).astype(float)
-
-
-def _accuracy(poolings: Sequence[str], values: ImageValues, weights: np.ndarray) -> np.ndarray:
-    """(S, P) top-1 accuracy or mean average precision, in percent."""
-    if not _is_multilabel(values):
-        return weights @ values.images[:, 1:] / weights.sum(1, keepdims=True)
-    labels, *scores = np.split(values.images[:, 1:], 1 + len(poolings), axis=1)
-    return np.stack([mean_average_precision(labels, score, weights) for score in scores], axis=1)
-
-
-def _is_multilabel(values: ImageValues) -> bool:
-    return any(name.startswith('label/') for name in values.image_names)
+def _signed(estimate: Estimate) -> str:
+    return '{:+.2f} [{:+.2f}, {:+.2f}]'.format(*estimate)
 
 
 def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:

@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .attach import POOLINGS, attention_maps, forward_both
-from .attribution import METHOD_NAMES, METHODS, attention_identity, attribute_all
+from .attribution import attention_identity, attribute_all
 from .backbone import eval_mode
-from .cam import probabilities, scale_maps
+from .cam import scale_maps
 from .files import write_whole
 from .images import normalisation, resize_saliency
+from .methods import METHODS, PAPER_METHODS
 from .mixin import castream_model
+from .probabilities import probabilities
 
 POOLING_NAMES = {'gap': 'GAP', 'ca': 'CA'}
 ROWS_PER_GRID = 50
@@ -161,7 +163,7 @@ def read_image(path: str | Path, mode: str = 'RGB') -> Image.Image:
 def saliency_row(
         model: nn.Module,
         x: Tensor,
-        methods: Sequence[str] = METHODS,
+        methods: Sequence[str] = PAPER_METHODS,
         poolings: Sequence[str] = POOLINGS,
         layer: str | None = None,
         batch_size: int | None = None,
@@ -193,9 +195,9 @@ def saliency_row(
     image = denormalised(network, x)[0]
     row = [Panel('\n'.join([_cut(name, _NAME_LETTERS), *predictions.values()]), image)]
     for stage, attention in zip(network.castream_stages, stages, strict=False):
-        row.append(Panel(f'{METHOD_NAMES["attention"]}\n{stage}', overlay(image, scale_maps(attention.mean(1)[0]))))
+        row.append(Panel(f'{METHODS["attention"].title}\n{stage}', overlay(image, scale_maps(attention.mean(1)[0]))))
     row += [
-        Panel(f'{METHOD_NAMES[method]}\n{predictions[pooling]}', overlay(image, maps[pooling, method][0]))
+        Panel(f'{METHODS[method].title}\n{predictions[pooling]}', overlay(image, maps[pooling, method][0]))
         for method in methods if method != 'attention' for pooling in poolings
     ]
     return row

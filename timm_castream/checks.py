@@ -1,0 +1,59 @@
+"""Checks of arguments. Each raises a ValueError that names the bad value and the valid ones."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_names(kind: str, names: Sequence[str], valid: Sequence[str]) -> None:
+    """Raises ValueError unless `names` is a sequence of valid names without repetitions.
+
+    Args:
+        kind: Word for one name in the error, `'method'`.
+        names: The given names.
+        valid: All valid names.
+    """
+    if isinstance(names, str) or not names:
+        raise ValueError(f'{kind}s must be a sequence of names, got {names!r}.')
+    for name in names:
+        if name not in valid:
+            raise ValueError(f'{kind} {name!r} is unknown, valid ones: {", ".join(map(repr, valid))}.')
+    repeated = next((name for name in names if list(names).count(name) > 1), None)
+    if repeated is not None:
+        raise ValueError(f'{kind} {repeated!r} is given twice.')
+
+
+def check_count(name: str, value: int) -> None:
+    """Raises ValueError unless the value is a positive int."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f'{name} must be a positive int, got {value!r}.')
+
+
+def check_unit_range(name: str, value: Tensor) -> None:
+    """Raises ValueError unless all values lie in [0, 1]. NaN does not."""
+    inside = (value >= 0) & (value <= 1)
+    if not inside.all():
+        raise ValueError(f'{name} must lie in [0, 1], got {value[~inside][0].item():g}.')
+
+
+def check_class_indices(name: str, value: Any, num_classes: int | None = None) -> None:
+    """Raises ValueError unless a tensor holds class indices: integers from 0 to `num_classes` - 1.
+
+    Args:
+        name: Name of the argument in the error.
+        value: A tensor of any shape.
+        num_classes: C, or None to check the type and the sign alone.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f'{name} must be a tensor of class indices, got {type(value).__name__}.')
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f'{name} must hold class indices, got {value.dtype}.')
+    if not value.numel():
+        return
+    low, high = int(value.min()), int(value.max())
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        valid = 'class indices start at 0' if num_classes is None else f'the model has 0 to {num_classes - 1}'
+        raise ValueError(f'{name} has classes from {low} to {high}, {valid}.')

@@ -1,0 +1,139 @@
+"""The folder of an evaluation: records of finished batches, from which an interrupted evaluation goes on.
+
+`settings.json` has the settings. `finished.{rank}.jsonl` has one record a line, one file a process. A lock keeps other
+runs out; the operating system releases it when the process ends, however it ends.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .files import write_whole
+
+# Settings that 0.1 did not write, with the values that its evaluations had.
+_SETTINGS_OF_0_1: dict[str, Any] = {
+    'metrics': ['average_drop', 'average_gain', 'average_increase', 'insertion', 'deletion']}
+_WORDS = 60  # characters of one value in an error
+
+
+class Journal:
+    """Records of finished batches in a folder.
+
+    Args:
+        folder: Made where it is missing.
+        rank: Rank of the process.
+
+    Raises:
+        ValueError: If another run writes to the folder. Only the first process of a run takes the lock.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.path = folder / f'finished.{rank}.jsonl'
+        self._lock = FileLock(folder / '.lock', timeout=0)
+        if rank == 0:
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise ValueError(f'Another evaluation is writing to {folder}: wait for its end, or name another '
+                                 'folder.') from None
+
+    def close(self) -> None:
+        """Releases the lock."""
+        self._lock.release()
+
+    def resume(self, settings: Mapping[str, Any], widths: Mapping[str, int]) -> list[dict[str, Any]]:
+        """Records of finished images, each image once.
+
+        Args:
+            settings: Settings of this run, plain data.
+            widths: Number of columns of each table of a record.
+
+        Raises:
+            ValueError: If the folder holds an evaluation with other settings, or a file is damaged.
+        """
+        lines = [
+            (path, number, line)
+            for path in sorted(self.folder.glob('finished.*.jsonl'))
+            for number, line in enumerate(path.read_bytes().splitlines(), start=1) if line.strip()
+        ]
+        path = self.folder / 'settings.json'
+        wanted = json.loads(json.dumps(settings))
+        if lines:
+            self._check_settings(path, wanted)
+        else:
+            with write_whole(path) as file:
+                json.dump(wanted, file, indent=2)
+        records: list[dict[str, Any]] = []
+        seen: set[int] = set()
+        for path, number, line in lines:
+            record = _parse(path, number, line, widths)
+            if record is None:
+                continue
+            new = {int(row[0]) for row in record['images']} - seen
+            seen |= new
+            records.append({
+                name: value if name == 'unreadable' else [row for row in value if int(row[0]) in new]
+                for name, value in record.items()})
+        return records
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds the record of a finished batch."""
+        # The line break in front ends a line that a kill cut off.
+        with open(self.path, 'ab') as file:
+            file.write(b'\n' + json.dumps(record).encode() + b'\n')
+
+    def _check_settings(self, path: Path, wanted: dict[str, Any]) -> None:
+        try:
+            found = json.loads(path.read_text(encoding='utf-8'))
+            if not isinstance(found, dict):
+                raise ValueError
+        except (OSError, ValueError):
+            raise ValueError(f'{path} is missing or damaged, so the finished batches beside it cannot be used: delete '
+                             f'{self.folder}, or name another folder.') from None
+        found = {**_SETTINGS_OF_0_1, **found}
+        if wanted.get('seed') is None:  # it changes no record
+            found.pop('seed', None)
+        if found.get('images') is None:  # 0.1 did not record the images
+            found['images'] = wanted.get('images')
+        if isinstance(found.get('stream'), dict):  # 0.1 recorded the dropout rate too
+            found['stream'] = {k: v for k, v in found['stream'].items() if k in (wanted.get('stream') or {})}
+        wrong = [key for key in sorted(found.keys() | wanted.keys())
+                 if found.get(key) != wanted.get(key) and (found.get(key) or wanted.get(key))]
+        if wrong == ['images']:
+            raise ValueError(f'The images have changed since the evaluation in {self.folder} began (their names, sizes '
+                             'or times): name another folder.')
+        if wrong:
+            theirs, ours = (_shown(side, wrong) for side in (found, wanted))
+            raise ValueError(
+                f'{self.folder} holds an evaluation with {theirs}, this one has {ours}: name another folder.')
+
+
+def _parse(path: Path, number: int, line: bytes, widths: Mapping[str, int]) -> dict[str, Any] | None:
+    """A record, or None for a line that a kill cut off."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        if line.startswith(b'{"'):
+            return None
+        record = None
+    try:
+        if all(len(row) == widths[name] for name in ('rows', 'images') for row in record[name]):
+            return record
+    except (KeyError, TypeError):
+        pass
+    raise ValueError(f'{path}, line {number}, is no record of this evaluation: delete that line, or name another '
+                     'folder.')
+
+
+def _shown(settings: Mapping[str, Any], keys: list[str]) -> str:
+    shown = []
+    for key in keys[:3]:
+        text = repr(settings.get(key))
+        shown.append(f'{key}={text if len(text) <= _WORDS else text[:_WORDS - 3] + "..."}')
+    return ', '.join(shown) + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')

@@ -1,0 +1,275 @@
+"""The table of attribution methods, and the methods of the user.
+
+A method is a function from a batch and a pooling to saliency maps. The batch computes the quantities that methods share
+once, when a method first asks for them.
+
+Letters: B images, K targets an image, D channels and h x w locations of the layer, H x W pixels.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import cam
+from .checks import check_names
+from .network import Network
+from .trace import Trace
+
+Maps = Callable[['Batch', str], Tensor]
+UserMethod = str | Callable[[Tensor, Tensor], Any] | np.ndarray | Tensor | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: Key in Python, on the command line and in files.
+        title: Name in tables and pictures.
+        maps: Maps of a batch under a pooling, (B, K, h, w) in [0, 1].
+        needs: Of `'stream'`, `'feature maps'`, `'gradients'`, `'masked forwards'`, `'seed'`.
+        in_paper: Whether the paper shows the method.
+        identity: Text that tells one method of the user from another, for the settings of an evaluation.
+    """
+
+    name: str
+    title: str
+    maps: Maps
+    needs: frozenset[str] = frozenset()
+    in_paper: bool = False
+    identity: str = ''
+
+
+class Batch:
+    """Images under explanation.
+
+    Args:
+        network: The network, in evaluation mode.
+        x: (B, 3, H, W) normalised images.
+        methods: The methods that will be asked for.
+        indices: (B,) positions of the images in their data set. None: 0 to B - 1.
+        seed: Seed of the method `random`.
+    """
+
+    def __init__(
+            self,
+            network: Network,
+            x: Tensor,
+            methods: Sequence[Method],
+            indices: Tensor | None = None,
+            seed: int = 0,
+    ) -> None:
+        self.network = network
+        self.x = x
+        self.indices = torch.arange(len(x)) if indices is None else indices
+        self.seed = seed
+        self.targets: dict[str, Tensor] = {}  # {pooling: (B, K)}, set before the first method runs
+        self._needs = frozenset().union(*(method.needs for method in methods))
+        self._gradients: dict[str, Tensor] = {}
+
+    @cached_property
+    def trace(self) -> Trace:
+        """The forward that gives feature maps, logits and attention."""
+        return Trace(self.network, self.x, attention='stream' in self._needs)
+
+    @cached_property
+    def score_cam_weights(self) -> dict[str, Tensor]:
+        """Score-CAM's w, {pooling: (B, K, D)}: one forward of a masked image serves all poolings."""
+        network = self.network
+
+        def predict(images: Tensor) -> dict[str, Tensor]:
+            return {name: network.probabilities(logits, name) for name, logits in network.logits(images).items()}
+
+        mean, std = network.normalisation(self.x)
+        return cam.score_cam_weights(
+            predict, self.x, self.trace.maps, self.targets, mean, std, network.batch_size(self.x))
+
+    def gradients(self, pooling: str) -> Tensor:
+        """Gradients of the logits of the targets with respect to the feature maps, (B, K, D, h, w)."""
+        if pooling not in self._gradients:
+            self._gradients[pooling] = self.trace.gradients(pooling, self.targets[pooling])
+        return self._gradients[pooling]
+
+    def every_target(self, maps: Tensor, pooling: str) -> Tensor:
+        """(B, h, w) maps that depend on no target, as (B, K, h, w)."""
+        return maps[:, None].expand(-1, self.targets[pooling].shape[1], -1, -1)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """(h, w): the locations of the feature maps, or one location for 32 x 32 pixels where there are none."""
+        if self.network.has_feature_maps:
+            return self.trace.maps.shape[-2:]
+        return tuple(max(1, side // 32) for side in self.x.shape[-2:])
+
+
+def _attention(batch: Batch, pooling: str) -> Tensor:
+    attention = batch.trace.attention
+    assert attention is not None  # the method needs a stream, so the trace has it
+    return batch.every_target(attention, pooling)
+
+
+def _grad_cam(batch: Batch, pooling: str) -> Tensor:
+    return cam.class_activation_map(batch.trace.maps, cam.grad_cam_weights(batch.gradients(pooling)))
+
+
+def _grad_cam_pp(batch: Batch, pooling: str) -> Tensor:
+    maps = batch.trace.maps
+    return cam.class_activation_map(maps, cam.grad_cam_pp_weights(maps, batch.gradients(pooling)))
+
+
+def _xgrad_cam(batch: Batch, pooling: str) -> Tensor:
+    maps = batch.trace.maps
+    return cam.class_activation_map(maps, cam.xgrad_cam_weights(maps, batch.gradients(pooling)))
+
+
+def _hires_cam(batch: Batch, pooling: str) -> Tensor:
+    return cam.class_activation_map(batch.trace.maps, batch.gradients(pooling))
+
+
+def _layer_cam(batch: Batch, pooling: str) -> Tensor:
+    return cam.class_activation_map(batch.trace.maps, batch.gradients(pooling).clamp(min=0))
+
+
+def _score_cam(batch: Batch, pooling: str) -> Tensor:
+    return cam.class_activation_map(batch.trace.maps, batch.score_cam_weights[pooling])
+
+
+def _random(batch: Batch, pooling: str) -> Tensor:
+    """One uniform number a location. It depends on the seed and on the position of the image in its data set alone."""
+    maps = [
+        torch.rand(batch.grid, generator=torch.Generator().manual_seed(batch.seed * 2**32 + index))
+        for index in batch.indices.tolist()
+    ]
+    return batch.every_target(cam.scale_maps(torch.stack(maps)).to(batch.x.device), pooling)
+
+
+def _centre(batch: Batch, pooling: str) -> Tensor:
+    """A Gaussian in the middle of the image. Its sigma is a quarter of the height and of the width."""
+    rows, columns = (torch.exp(-0.5 * (4 * ((torch.arange(n) + 0.5) / n - 0.5)) ** 2) for n in batch.grid)
+    maps = cam.scale_maps(torch.outer(rows, columns)).to(batch.x.device)
+    return batch.every_target(maps.expand(len(batch.x), -1, -1), pooling)
+
+
+_CAM = frozenset({'feature maps'})
+_GRADIENT = _CAM | {'gradients'}
+
+METHODS: dict[str, Method] = {method.name: method for method in (
+    Method('attention', 'Attention', _attention, _CAM | {'stream'}, in_paper=True),
+    Method('grad_cam', 'Grad-CAM', _grad_cam, _GRADIENT, in_paper=True),
+    Method('grad_cam_pp', 'Grad-CAM++', _grad_cam_pp, _GRADIENT, in_paper=True),
+    Method('score_cam', 'Score-CAM', _score_cam, _CAM | {'masked forwards'}, in_paper=True),
+    Method('layer_cam', 'Layer-CAM', _layer_cam, _GRADIENT),
+    Method('xgrad_cam', 'XGrad-CAM', _xgrad_cam, _GRADIENT),
+    Method('hires_cam', 'HiResCAM', _hires_cam, _GRADIENT),
+    Method('random', 'Random', _random, frozenset({'seed'})),
+    Method('centre', 'Centre', _centre),
+)}
+PAPER_METHODS = tuple(method.name for method in METHODS.values() if method.in_paper)
+# The methods of the paper's tables: those that explain a class.
+TABLE_METHODS = tuple(name for name in PAPER_METHODS if 'stream' not in METHODS[name].needs)
+
+
+def resolve_methods(methods: Sequence[str] | Mapping[str, UserMethod]) -> tuple[Method, ...]:
+    """The rows of the methods asked for.
+
+    Args:
+        methods: Names of `METHODS`, or a mapping from a label to a name, a callable or an array of maps; see
+            `evaluate.evaluate`.
+
+    Raises:
+        ValueError: If a name is unknown or repeated, or a value of the mapping is of another type.
+    """
+    if not isinstance(methods, Mapping):
+        check_names('method', methods, tuple(METHODS))
+        return tuple(METHODS[name] for name in methods)
+    if not methods:
+        raise ValueError('methods is empty: name one of ' + ', '.join(map(repr, METHODS)) + '.')
+    return tuple(_user_method(str(label), value) for label, value in methods.items())
+
+
+def _user_method(label: str, value: Any) -> Method:
+    if '/' in label:
+        raise ValueError(f'method {label!r} has a slash, which separates the columns of the result files.')
+    if isinstance(value, Method):
+        return value
+    if isinstance(value, str):
+        check_names('method', (value,), tuple(METHODS))
+        row = METHODS[value]
+        return Method(label, row.title if label == value else label, row.maps, row.needs, row.in_paper, value)
+    if callable(value):
+        name = getattr(value, '__qualname__', type(value).__qualname__)
+        return Method(label, label, _UserFunction(label, value), identity=f'{value.__module__}.{name}')
+    arrays = value if isinstance(value, Mapping) else {None: value}
+    try:
+        arrays = {pooling: np.asarray(array) for pooling, array in arrays.items()}
+        if not all(array.ndim == 3 and array.dtype.kind in 'fiu' for array in arrays.values()):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(
+            f'method {label!r} must be a name, a callable, an array of shape (N, h, w) or a mapping from a pooling to '
+            f'such arrays, got {type(value).__name__}.') from None
+    digest = hashlib.sha256()
+    for pooling, array in arrays.items():
+        digest.update(f'{pooling} {array.shape} {array.dtype}'.encode())
+        digest.update(np.ascontiguousarray(array).data)
+    maps = _SavedMaps(label, arrays)
+    return Method(label, label, maps, identity=f'maps {digest.hexdigest()}')
+
+
+@dataclass(frozen=True)
+class _UserFunction:
+    """A callable of the user as a method: it gets (R, 3, H, W) images and (R,) targets and runs with gradients."""
+
+    label: str
+    function: Callable[[Tensor, Tensor], Any]
+
+    def __call__(self, batch: Batch, pooling: str) -> Tensor:
+        targets = batch.targets[pooling]
+        count = targets.shape[1]
+        x = batch.x.repeat_interleave(count, 0) if count > 1 else batch.x
+        with batch.network.pooled_by(pooling), torch.enable_grad():
+            values = self.function(x.detach().clone(), targets.flatten())
+        values = torch.as_tensor(values).detach().to(batch.x.device)
+        if values.ndim == 4:
+            values = values.sum(1)
+        if values.ndim != 3 or len(values) != len(x):
+            raise ValueError(
+                f'method {self.label!r} returned shape {tuple(values.shape)} for {len(x)} images, valid ones: '
+                f'({len(x)}, h, w), ({len(x)}, 1, h, w) and ({len(x)}, C, H, W).')
+        return _scaled(self.label, values).unflatten(0, (-1, count))
+
+
+@dataclass(frozen=True)
+class _SavedMaps:
+    """Saved maps of all images of a data set as a method."""
+
+    label: str
+    arrays: dict[str | None, np.ndarray] = field(repr=False)
+
+    def check(self, num_images: int, poolings: Sequence[str]) -> None:
+        """Raises ValueError unless there is a map for every image under every pooling."""
+        missing = [name for name in poolings if None not in self.arrays and name not in self.arrays]
+        if missing:
+            raise ValueError(f'method {self.label!r} has no maps for pooling {missing[0]!r}.')
+        for array in self.arrays.values():
+            if len(array) != num_images:
+                raise ValueError(f'method {self.label!r} has {len(array)} maps, the data set has {num_images} images.')
+
+    def __call__(self, batch: Batch, pooling: str) -> Tensor:
+        array = self.arrays[None] if None in self.arrays else self.arrays[pooling]
+        chosen = torch.from_numpy(np.ascontiguousarray(array[batch.indices.tolist()], dtype=np.float32))
+        return batch.every_target(_scaled(self.label, chosen.to(batch.x.device)), pooling)
+
+
+def _scaled(label: str, maps: Tensor) -> Tensor:
+    """(R, h, w) maps clamped at 0 and scaled to [0, 1], as those of the paper."""
+    if not maps.isfinite().all():
+        raise ValueError(f'method {label!r} gave a map with NaN or infinity.')
+    return cam.scale_maps(maps.float().clamp(min=0))
