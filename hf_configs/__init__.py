@@ -1,1 +1,5 @@
-"""One JSON per published variant, from which the registry takes its pretrained cfgs, and the model card's template."""
+"""One JSON file for each variant of the paper, the list of the published ones, and the template of the model card."""
+from __future__ import annotations
+
+# Variants, as `architecture.tag`, whose weights are on the Hub. timm lists these alone as pretrained.
+PUBLISHED: frozenset[str] = frozenset()

@@ -13,9 +13,7 @@ from timm_castream.backbone import (
     head_pools,
     hook_target,
     is_norm,
-    load_gap_weights,
     one_location,
-    pretrained_name,
 )
 
 
@@ -117,28 +115,3 @@ def test_eval_mode_gives_every_module_its_own_mode_back_even_after_an_exception(
         raise KeyError
     assert modes == [module.training for module in model.modules()]
     assert torch.is_grad_enabled()
-
-
-def test_pretrained_names_are_timms():
-    assert pretrained_name('resnet50', 'a1_in1k') == 'resnet50.a1_in1k'
-    assert pretrained_name('resnet50', None) == 'resnet50'
-    with pytest.raises(ValueError, match=r"'a9' is no tag of resnet50, valid ones: .*a1_in1k"):
-        pretrained_name('resnet50', 'a9')
-
-
-def test_weights_by_tag_need_a_registered_network():
-    model = make_backbone('test_resnet')
-    model.pretrained_cfg = None
-    with pytest.raises(ValueError, match='backbone_checkpoint'):
-        load_gap_weights(model, pretrained=True)
-
-
-def test_nothing_is_loaded_of_a_checkpoint_that_does_not_fit(tmp_path):
-    model = make_backbone('test_resnet')
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    other = {k: v + 1 for k, v in before.items()}
-    del other['fc.bias']
-    torch.save(other, tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match=r'fc\.bias and 0 more'):
-        load_gap_weights(model, checkpoint=tmp_path / 'other.pth')
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

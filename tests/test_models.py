@@ -49,7 +49,7 @@ def weights_of_the_hub(monkeypatch) -> dict[str, Tensor]:
         assert name == 'test_resnet.r160_in1k'
         return {key: value.clone() for key, value in state_dict.items()}
 
-    monkeypatch.setattr('timm_castream.backbone.read_timm_weights', answer)
+    monkeypatch.setattr('timm_castream.loading.read_timm_weights', answer)
     monkeypatch.setattr('timm_castream.models.read_timm_weights', answer)
     yield state_dict
     assert asked
@@ -195,7 +195,7 @@ def test_a_checkpoint_of_another_network_is_refused_and_names_what_does_not_fit(
     state_dict = random_weights('test_resnet')
     change(state_dict)
     torch.save(state_dict, tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match=rf'other\.pth.* does not fit this ResNet: {message}'):
+    with pytest.raises(ValueError, match=rf'other\.pth.* does not fit this model: .*{message}'):
         timm.create_model('test_resnet_castream', num_classes=10, backbone_checkpoint=str(tmp_path / 'other.pth'))
 
 
@@ -241,20 +241,14 @@ def test_a_tag_that_timm_does_not_have_is_refused_naming_those_it_has():
         timm.create_model('test_resnet_castream', backbone_pretrained='nosuch')
 
 
-def test_other_gap_weights_bring_their_own_image_settings():
+def test_other_gap_weights_bring_their_own_image_settings(monkeypatch):
     tag = 'a1_in1k'
     own, other = timm.get_pretrained_cfg('resnet50.tv_in1k'), timm.get_pretrained_cfg(f'resnet50.{tag}')
     assert own.crop_pct != other.crop_pct or own.interpolation != other.interpolation
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, 'attach', lambda model, **kwargs: _attach_without_weights(model, kwargs))
-        model = timm.create_model('resnet50_castream', backbone_pretrained=tag, device='meta')
+    monkeypatch.setattr(models, 'read_timm_weights', lambda name: {})
+    model = timm.create_model('resnet50_castream', backbone_pretrained=tag, device='meta')
     for field in ('crop_pct', 'interpolation'):
         assert model.pretrained_cfg[field] == getattr(other, field)
-
-
-def _attach_without_weights(model: nn.Module, kwargs: dict[str, object]) -> nn.Module:
-    from timm_castream.attach import attach
-    return attach(model, **{**kwargs, 'backbone_pretrained': False})
 
 
 # Freezing

@@ -1,9 +1,7 @@
-"""Folders of Hub repositories, their model cards, and the checkpoints that they are made from."""
+"""Folders of Hub repositories and their model cards."""
 from __future__ import annotations
 
-import argparse
 import json
-import pickle
 import re
 import warnings
 
@@ -175,53 +173,3 @@ class TestCard:
         names = run_snippet(hub.repositories['org/net'].files['README.md'].decode())
         assert same(snapshot(model), snapshot(names['model']))
         assert names['probabilities'].shape == (1, 1000) and len(names['maps']) == 5
-
-
-@pytest.mark.filterwarnings('ignore:freeze_backbone freezes a classifier')
-class TestCheckpoints:
-    @pytest.fixture
-    def folder(self, tmp_path):
-        """What timm's train.py leaves behind."""
-        model = make_model(num_classes=5, stream_start=2, freeze_backbone=True)
-        ema = timm.utils.ModelEmaV3(model)
-        torch.nn.init.ones_(ema.module.castream.cls_token)
-        args = argparse.Namespace(
-            model='test_resnet_castream', num_classes=5, in_chans=None, gp=None,
-            model_kwargs={'stream_start': 2, 'freeze_backbone': True, 'backbone_checkpoint': '/gone.pth'})
-        saver = timm.utils.CheckpointSaver(
-            model, torch.optim.SGD(model.castream.parameters(), 0.1), args, model_ema=ema,
-            checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
-        saver.save_checkpoint(0, metric=1.0)
-        return tmp_path, model
-
-    def test_checkpoint_of_train_py_gives_its_model_back_with_the_arguments_it_remembers(self, folder):
-        path, model = folder
-        loaded = publish.load_checkpoint(path / 'last.pth.tar', 'test_resnet_castream', num_classes=None)
-        assert same(snapshot(model), snapshot(loaded))
-        assert loaded.conv1[0].weight.requires_grad
-
-    def test_averaged_weights_are_taken_where_asked_for(self, folder):
-        path, model = folder
-        loaded = publish.load_checkpoint(path / 'last.pth.tar', 'test_resnet_castream', use_ema=True)
-        assert torch.equal(loaded.castream.cls_token, torch.ones_like(model.castream.cls_token))
-
-    def test_averaged_weights_that_are_not_there_are_an_error(self, tmp_path):
-        torch.save({'state_dict': make_model().state_dict()}, tmp_path / 'last.pth.tar')
-        with pytest.raises(ValueError, match='has no EMA weights'):
-            publish.load_checkpoint(tmp_path / 'last.pth.tar', 'test_resnet_castream', use_ema=True)
-
-    def test_safetensors_file_brings_its_streams_arguments(self, tmp_path):
-        model = make_model(num_classes=5, stream_start=3)
-        publish.write_repository(model, tmp_path, 'org/net')
-        loaded = publish.load_checkpoint(tmp_path / 'model.safetensors', 'test_resnet_castream', num_classes=5)
-        assert same(snapshot(model), snapshot(loaded))
-
-    def test_checkpoint_of_another_model_is_refused(self, folder):
-        with pytest.raises(ValueError, match=r'last\.pth\.tar does not fit this model: it lacks stem\.0\.weight'):
-            publish.load_checkpoint(folder[0] / 'last.pth.tar', 'test_convnext_castream')
-
-    @pytest.mark.parametrize('content', [b'', b'not a checkpoint', pickle.dumps([1, 2])])
-    def test_file_that_is_no_checkpoint_is_refused(self, content, tmp_path):
-        (tmp_path / 'x.pth.tar').write_bytes(content)
-        with pytest.raises(ValueError, match=r'x\.pth\.tar (is damaged, or no checkpoint|has no state_dict)'):
-            publish.load_checkpoint(tmp_path / 'x.pth.tar', 'test_resnet_castream')

@@ -106,7 +106,7 @@ class TestStreamFiles:
             timm_castream.load_stream(other, tmp_path / 's.safetensors')
         assert same(before, snapshot(other))
 
-    def test_not_strict_loads_beside_other_weights_with_a_warning(self, tmp_path):
+    def test_not_strict_loads_on_other_weights_with_a_warning(self, tmp_path):
         model, other = make_model(), make_model(seed=1)
         timm_castream.save_stream(model, tmp_path / 's.safetensors')
         with pytest.warns(UserWarning, match='other weights of test_resnet') as caught:

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .backbone import find_stages, head_pools, hook_target, is_nhwc, load_gap_weights
+from .backbone import find_stages, head_pools, hook_target, is_nhwc
+from .loading import load_gap_weights
 from .mixin import (
     KEY_PREFIX,
     Attachment,

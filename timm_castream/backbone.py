@@ -1,4 +1,4 @@
-"""What a stream asks of the timm model beside it: its stages, its head, its normalisation layers, its GAP weights.
+"""What a stream asks of the timm model beside it: its stages, its head, its normalisation layers.
 
 Letters: B images, D channels, H x W locations, l a stage from 0 to L.
 """
@@ -8,16 +8,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.models import ConvNeXt, ResNet, load_state_dict
+from timm.models import ConvNeXt, ResNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-
-from .weights import read_timm_weights
 
 # timm's feature_info names `act1` for ResNet, whose F_0 is after the max pooling, and no stem for ConvNeXt.
 PAPER_STAGES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
@@ -240,61 +236,3 @@ def _check_pooled(model: Any, features: Any) -> None:
                for pooled in (mean, peak, (mean + peak) / 2)):
         raise ValueError(f'{kind} does not pool the feature map that its forward_features gives by average or maximum, '
                          'so a CA-Stream cannot take that place.')
-
-
-def pretrained_name(architecture: str, tag: str | None) -> str:
-    """timm's name of pretrained weights: `architecture.tag`, or `architecture` for its default ones.
-
-    Raises:
-        ValueError: If timm has no such weights.
-    """
-    name = f'{architecture}.{tag}' if tag else architecture
-    known = timm.list_models(f'{architecture}.*', pretrained=True)
-    if name not in (*known, architecture) or not known:
-        raise ValueError(f'backbone_pretrained {tag!r} is no tag of {architecture}, valid ones: '
-                         f'{", ".join(k.split(".", 1)[1] for k in known) or "none"}.')
-    return name
-
-
-def load_gap_weights(model: Any, pretrained: bool | str = False, checkpoint: str | Path | None = None) -> None:
-    """Loads the weights of the plain backbone.
-
-    Args:
-        model: A timm model without a stream.
-        pretrained: True for timm's weights of the model's cfg, or a tag of them. The classifier is left out where they
-            have other classes, the first convolution adapted to other image channels.
-        checkpoint: A checkpoint in any format that timm loads, classifier included. Goes before `pretrained`.
-
-    Raises:
-        ValueError: If the model is not registered, the tag is unknown, or the checkpoint is of another network; nothing
-            is loaded then.
-        FileNotFoundError: If there is no such checkpoint.
-    """
-    if checkpoint:
-        if not Path(checkpoint).is_file():
-            raise FileNotFoundError(f'There is no backbone_checkpoint {str(checkpoint)!r}.')
-        state_dict = load_state_dict(str(checkpoint))
-        source = f'backbone_checkpoint {str(checkpoint)!r}'
-    else:
-        cfg = getattr(model, 'pretrained_cfg', None) or {}
-        architecture = cfg.get('architecture')
-        if not architecture or not timm.is_model(architecture):
-            raise ValueError(f"backbone_pretrained needs a model of timm's registry, this {type(model).__name__} names "
-                             'none in its pretrained_cfg; use backbone_checkpoint.')
-        name = pretrained_name(architecture, pretrained if isinstance(pretrained, str) else cfg.get('tag'))
-        # timm's own path adapts in_chans and drops a classifier of other classes.
-        conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        donor: Any = timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay={'state_dict': read_timm_weights(name)},
-            num_classes=model.num_classes, in_chans=conv.in_channels if conv is not None else 3)
-        state_dict = donor.state_dict()
-        source = f'The pretrained weights {name!r}'
-    own = model.state_dict()
-    state_dict = {key: value for key, value in state_dict.items() if not key.startswith('castream.')}
-    # BatchNorm's counter, which old checkpoints lack, is torch's to fill in.
-    unmatched = (key for key in own.keys() ^ state_dict.keys() if not key.endswith('num_batches_tracked'))
-    wrong = sorted(unmatched) or [k for k, v in state_dict.items() if v.shape != own[k].shape]
-    if wrong:
-        raise ValueError(f'{source} does not fit this {type(model).__name__}: {wrong[0]} and {len(wrong) - 1} more '
-                         'keys are missing, unknown or of another shape.')
-    model.load_state_dict(state_dict)

@@ -93,7 +93,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     place = init_distributed_device_so(device=args.device)
     device = torch.device(place['device'])
-    model = _create_model(args).to(device).eval()
+    model = _open_model(args).to(device).eval()
     config = resolve_data_config({'img_size': args.img_size, 'crop_pct': args.crop_pct}, model=model)
     dataset: Any = create_dataset(args.dataset, args.data_dir, split=args.split, class_map=args.class_map)
     loader = create_loader(
@@ -126,7 +126,7 @@ def _explain(args: argparse.Namespace) -> int:
     if not paths:
         raise ValueError('Name images, or a folder of them with --images.')
     done = explain(
-        _create_model(args).to(args.device).eval(), paths, args.methods, args.output, args.poolings, args.layer,
+        _open_model(args).to(args.device).eval(), paths, args.methods, args.output, args.poolings, args.layer,
         identity=args.identity, activation='sigmoid' if args.multilabel else 'softmax')
     for path in [*done.pictures, *done.grids]:
         print(path)
@@ -135,9 +135,12 @@ def _explain(args: argparse.Namespace) -> int:
 
 def _push(args: argparse.Namespace) -> int:
     from .hub import push_to_hub
-    from .publish import load_checkpoint, write_repository
+    from .loading import open_model
+    from .publish import write_repository
 
-    model = load_checkpoint(args.checkpoint, args.model, use_ema=args.use_ema, **args.model_kwargs)
+    if not os.path.isfile(args.checkpoint):
+        raise FileNotFoundError(f'There is no file {args.checkpoint}.')
+    model = open_model(args.model, args.checkpoint, use_ema=args.use_ema, **args.model_kwargs)
     card = {
         'metrics': _read_json(args.metrics) if args.metrics else None,
         'dataset': args.dataset,
@@ -167,25 +170,14 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _create_model(args: argparse.Namespace) -> nn.Module:
-    """The model of `--model`, `--checkpoint`, `--pretrained` and `--model-kwargs`."""
-    from .download import read_architecture
-    from .publish import load_checkpoint
+def _open_model(args: argparse.Namespace) -> nn.Module:
+    """The model of `--model`, `--checkpoint`, `--pretrained`, `--use-ema`, `--num-classes` and `--model-kwargs`."""
+    from .loading import open_model
 
-    kwargs = {'num_classes': args.num_classes, **args.model_kwargs}
-    if args.checkpoint is None:
-        if args.model.startswith('hf-hub:'):
-            read_architecture(args.model.removeprefix('hf-hub:'))  # timm's own errors are several lines
-        return castream_model(timm.create_model(args.model, pretrained=args.pretrained, **kwargs))
-    if os.path.isfile(args.checkpoint):
-        return load_checkpoint(args.checkpoint, args.model, use_ema=args.use_ema, **kwargs)
-    repo_id = args.checkpoint.removeprefix('hf-hub:')
-    if repo_id.count('/') != 1:
-        raise FileNotFoundError(f'There is no file {args.checkpoint}, and a Hub repository is named org/name.')
-    architecture = read_architecture(repo_id)
-    if architecture != args.model:
-        raise ValueError(f'{repo_id} holds a {architecture}, not a {args.model}: name it with --model.')
-    return castream_model(timm.create_model(f'hf-hub:{repo_id}', pretrained=True, **kwargs))
+    model = open_model(
+        args.model, args.checkpoint, args.pretrained, args.use_ema,
+        **{'num_classes': args.num_classes, **args.model_kwargs})
+    return castream_model(model)
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -254,9 +246,9 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument('--use-ema', action='store_true', help='the averaged weights of the checkpoint')
     command.add_argument('--stream-only', action='store_true', help='leave the backbone out: it comes from timm')
     command.add_argument('--backbone-tag',
-                         help="timm's weights beside which the stream was trained (default: the variant's)")
+                         help="timm's weights on which the stream was trained (default: the variant's)")
     command.add_argument('--own-backbone', action='store_true',
-                         help="with --stream-only: it was trained beside weights that are not timm's")
+                         help="with --stream-only: it was trained on weights that are not timm's")
     command.add_argument('--metrics', metavar='FILE', help='evaluation.json of castream evaluate, for the model card')
     command.add_argument('--dataset', help='name of the training data on the Hub')
     command.add_argument('--private', action='store_true', help='make the repository private')

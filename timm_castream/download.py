@@ -1,6 +1,7 @@
-"""Files of the Hugging Face Hub, through its client, checked against the hash that the Hub gave."""
+"""Download files of the Hugging Face Hub by its client, and compare them with the hash that the Hub gave."""
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -20,18 +21,20 @@ from huggingface_hub.errors import (
 )
 
 WEIGHTS_NAME = 'model.safetensors'
+PICKLE_NAME = 'pytorch_model.bin'
 NO_PICKLE = (
     'Pickled weights are read only where a call asks for them by name, pretrained_cfg_overlay='
-    "dict(hf_hub_filename='pytorch_model.bin').")
+    f"dict(hf_hub_filename='{PICKLE_NAME}').")
 
 _logger = logging.getLogger(__name__)
 
 
 def download(repo_id: str, filename: str = WEIGHTS_NAME, cache_dir: str | Path | None = None) -> Path:
-    """Downloads a file from the Hub, or finds it in the cache, and checks it against the SHA-256 that the Hub gave.
+    """Downloads a file from the Hub, or finds it in the cache, and compares it with the SHA-256 that the Hub gave.
 
-    The client itself compares sizes alone. A damaged file is removed from the cache and downloaded once more. (A cache
-    without symbolic links, as on some Windows machines, does not keep the SHA-256, and is not checked.)
+    The client compares sizes alone (huggingface_hub 2.4, plain HTTP), so one wrong bit would load without an error. A
+    damaged file is removed from the cache and downloaded once more. A cache without symbolic links, as on some Windows
+    machines, does not keep the SHA-256, and is not checked. A process reads each file once for this.
 
     Args:
         repo_id: `org/name` or `org/name@revision`.
@@ -59,7 +62,7 @@ def download(repo_id: str, filename: str = WEIGHTS_NAME, cache_dir: str | Path |
 
 
 def read_architecture(repo_id: str, cache_dir: str | Path | None = None) -> str:
-    """The registered name that a repository's config.json gives, for a clear error before timm reads that file.
+    """Reads the registered name from a repository's config.json, for a clear error before timm reads that file.
 
     Args:
         repo_id: `org/name` or `org/name@revision`.
@@ -84,17 +87,17 @@ def _fetch(repo_id: str, filename: str, cache_dir: str | Path | None, force_down
         return Path(hf_hub_download(
             name, filename, revision=revision or None, cache_dir=cache_dir, force_download=force_download,
             library_name='timm_castream'))
-    except Exception as error:  # the client's HTTP library has its own, which change with the release
+    except Exception as error:  # the errors of the client's HTTP library change with its release
         raise hub_error(error, repo_id, filename) from error
 
 
 def hub_error(error: Exception, repo_id: str, filename: str = WEIGHTS_NAME) -> Exception:
-    """What a failed request to the Hub means, in one sentence that says what to do.
+    """Translates a failed request to the Hub into one sentence that says what to do.
 
     Args:
         error: As huggingface_hub raised it.
-        repo_id: The repository that was asked.
-        filename: The file that was asked for.
+        repo_id: The repository.
+        filename: The file that was requested.
 
     Returns:
         The exception to raise: a ValueError, RuntimeError or OSError.
@@ -117,24 +120,32 @@ def hub_error(error: Exception, repo_id: str, filename: str = WEIGHTS_NAME) -> E
                    'connection and try again.')
 
 
-def _blob(path: Path) -> Path | None:
-    """The blob that a file of the cache links to, named by its etag. One step: it may itself link to a shared store."""
-    return path.parent / os.readlink(path) if path.is_symlink() else None
+def _blob(path: Path) -> Path:
+    """The file that a file of the cache links to. The cache names it by the hash of its content, as the guide says:
+
+    https://huggingface.co/docs/huggingface_hub/guides/manage-cache. A cache without links keeps the content itself.
+    """
+    return path.parent / os.readlink(path) if path.is_symlink() else path
 
 
 def _is_intact(path: Path) -> bool:
     blob = _blob(path)
-    if blob is None or len(blob.name) != 64:  # 64 digits: the SHA-256 of an LFS file
+    if len(blob.name) != 64:  # 64 digits are the SHA-256 of a large file
         return True
+    state = blob.stat()
+    return _sha256(blob, state.st_size, state.st_mtime_ns) == blob.name
+
+
+@functools.lru_cache
+def _sha256(path: Path, size: int, modified: int) -> str:
+    """The hash of a file, computed once in a process while size and time of the file stay the same."""
     digest = hashlib.sha256()
     with path.open('rb') as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    return digest.hexdigest() == blob.name
+    return digest.hexdigest()
 
 
 def _discard(path: Path) -> None:
-    blob = _blob(path)
+    _blob(path).unlink(missing_ok=True)
     path.unlink(missing_ok=True)
-    if blob is not None:
-        blob.unlink(missing_ok=True)

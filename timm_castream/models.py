@@ -10,15 +10,15 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
-from timm.models import generate_default_cfgs, model_entrypoint, register_model, resolve_pretrained_cfg
-from torch import nn
+from timm.models import PretrainedCfg, generate_default_cfgs, model_entrypoint, register_model, resolve_pretrained_cfg
+from torch import Tensor, nn
 
-from . import hub
 from .attach import attach
-from .backbone import pretrained_name
-from .weights import read_timm_weights
+from .configs import read_configs
+from .loading import load_weights
+from .sources import read_cfg_weights, read_timm_weights, timm_weights_name
 
-# Backbone and the tag of the GAP weights beside which its stream is trained.
+# Backbone, and the tag of the GAP weights on which its stream is trained.
 BACKBONES = {
     'resnet18': 'tv_in1k',
     'resnet34': 'tv_in1k',
@@ -38,12 +38,13 @@ BACKBONES = {
 }
 
 _ATTACH_ARGS = inspect.signature(attach).parameters.keys() - {'model'}
-# What a pretrained cfg says of the images: with other GAP weights it is theirs.
-_DATA_FIELDS = (
-    'input_size', 'test_input_size', 'interpolation', 'crop_pct', 'test_crop_pct', 'crop_mode', 'mean', 'std')
+# Fields that must come from the weights that are loaded: they describe its images and its classes.
+_WEIGHTS_FIELDS = (
+    'input_size', 'test_input_size', 'interpolation', 'crop_pct', 'test_crop_pct', 'crop_mode', 'mean', 'std',
+    'num_classes')
 _NOT_SAVED = ('device', 'dtype', 'pretrained_model_args')
 
-default_cfgs = generate_default_cfgs(dict(hub.read_configs()))
+default_cfgs = generate_default_cfgs(dict(read_configs()))
 
 
 def _create_castream(
@@ -54,57 +55,83 @@ def _create_castream(
         cache_dir: str | None = None,
         **kwargs: Any,
 ) -> nn.Module:
-    backbone: str = variant.removesuffix('_castream')
+    """Creates the backbone by timm's entrypoint, attaches a stream, and loads the weights that are asked for.
+
+    Args:
+        variant: `<backbone>_castream`.
+        pretrained: Load the weights that the pretrained cfg names: a model, a stream alone, or a plain backbone.
+        pretrained_cfg, pretrained_cfg_overlay, cache_dir: As of `timm.create_model`.
+        **kwargs: Arguments of `attach`, and those that timm hands to the entrypoint of the backbone.
+    """
+    backbone = variant.removesuffix('_castream')
     attach_args = {name: kwargs.pop(name) for name in _ATTACH_ARGS & kwargs.keys()}
-    gap_weights = attach_args.get('backbone_pretrained', False)
-    saved_args = kwargs.get('pretrained_model_args') or {}
-    if gap_weights and not pretrained and gap_weights == saved_args.get('backbone_pretrained'):
-        # A stream's repository names the weights that its stream belongs to: without the stream nobody asked for them.
-        gap_weights = attach_args['backbone_pretrained'] = False
-    if isinstance(gap_weights, str):
-        pretrained_name(backbone, gap_weights)  # refuses a tag that timm does not have
-    gap_tag = gap_weights if isinstance(gap_weights, str) else BACKBONES[backbone]
-    gap_cfg = resolve_pretrained_cfg(backbone, gap_tag)
+    saved_args = {**kwargs, **attach_args}
+    gap_tag = _gap_tag(backbone, attach_args.pop('backbone_pretrained', False), pretrained, kwargs)
+    gap_cfg = resolve_pretrained_cfg(backbone, gap_tag or BACKBONES[backbone])
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
-    if isinstance(gap_weights, str) and not isinstance(pretrained_cfg, dict):
-        cfg = replace(cfg, **{name: getattr(gap_cfg, name) for name in _DATA_FIELDS})
-        cfg = replace(cfg, **(pretrained_cfg_overlay or {}))
+    if gap_tag and not isinstance(pretrained_cfg, dict):
+        fields = {name: getattr(gap_cfg, name) for name in _WEIGHTS_FIELDS}
+        cfg = replace(cfg, **{**fields, **(pretrained_cfg_overlay or {})})
     backbone_cfg = replace(
-        cfg, architecture=backbone, tag=gap_tag, source=None, file=None, url=gap_cfg.url, hf_hub_id=gap_cfg.hf_hub_id,
-        hf_hub_filename=None).to_dict()
-    create_backbone = model_entrypoint(backbone)
-    # Asked for by name, and never by what a repository says of itself.
+        cfg, architecture=backbone, tag=gap_cfg.tag, source=None, file=None, state_dict=None, url=gap_cfg.url,
+        hf_hub_id=gap_cfg.hf_hub_id, hf_hub_filename=None)
+    # The user names the file in the overlay. A repository cannot request a pickle in its config.json.
     allow_pickle = bool((pretrained_cfg_overlay or {}).get('hf_hub_filename'))
+    weights = read_cfg_weights(cfg.to_dict(), cache_dir, allow_pickle) if pretrained else None
 
-    if kwargs.get('features_only', False):  # the backbone's feature maps; nothing is pooled, so there is no stream
-        state_dict = hub.load_state_dict(cfg, cache_dir, allow_pickle) if pretrained else {}
-        if gap_weights and not state_dict:
-            state_dict = read_timm_weights(f'{backbone}.{gap_tag}')
-        if pretrained and not state_dict:
+    if kwargs.get('features_only', False):  # feature maps are not pooled, so there is no stream
+        state_dict = weights.backbone if weights else {}
+        if pretrained and not state_dict and not gap_tag:
             raise RuntimeError(f'{cfg.hf_hub_id or cfg.file} holds a stream alone, which has no weights of {backbone}.')
-        backbone_cfg['state_dict'] = state_dict
-        features: Any = create_backbone(
-            pretrained=bool(state_dict), pretrained_cfg=backbone_cfg, cache_dir=cache_dir, **kwargs)
-        features.pretrained_cfg.pop('state_dict', None)
-        return features
+        return _create_backbone(backbone_cfg, state_dict, gap_tag, cache_dir, kwargs)
 
-    model: Any = create_backbone(pretrained=False, pretrained_cfg=backbone_cfg, cache_dir=cache_dir, **kwargs)
+    model: Any = _create_backbone(backbone_cfg, {}, gap_tag, cache_dir, kwargs)
     attach(model, **attach_args)
     model._castream.restore = {'pretrained_cfg': model.pretrained_cfg, 'default_cfg': model.pretrained_cfg}
     model.pretrained_cfg = model.default_cfg = cfg.to_dict()
-    if pretrained:
-        hub.load_pretrained(
-            model, model.pretrained_cfg, num_classes=model.num_classes, in_chans=kwargs.get('in_chans', 3),
-            cache_dir=cache_dir, allow_pickle=allow_pickle)
-    loaded_classes = cfg.num_classes if pretrained else gap_cfg.num_classes if gap_weights else None
+    if weights:
+        load_weights(model, weights, model.pretrained_cfg, kwargs.get('in_chans', 3))
+    loaded_classes = cfg.num_classes if weights or gap_tag else None
     if attach_args.get('freeze_backbone') and not attach_args.get('backbone_checkpoint') \
             and model.num_classes != loaded_classes:
         warnings.warn(
             f'freeze_backbone freezes a classifier of {variant} that was never loaded: unless a checkpoint is loaded '
-            'next, the stream trains beside random weights. Start from backbone_pretrained or backbone_checkpoint.',
+            'next, the stream trains on random weights. Start from backbone_pretrained or backbone_checkpoint.',
             stacklevel=4)
-    # timm keeps create_model's arguments since 1.0.31; a saved model needs them to be built again.
-    model._model_args = {k: v for k, v in {**kwargs, **attach_args}.items() if k not in _NOT_SAVED}
+    # timm keeps the arguments of create_model since 1.0.31, and save_for_hf writes them.
+    model._model_args = {name: value for name, value in saved_args.items() if name not in _NOT_SAVED}
+    return model
+
+
+def _gap_tag(backbone: str, asked: bool | str, pretrained: bool, kwargs: dict[str, Any]) -> str | None:
+    """The tag of timm's GAP weights to load, or None."""
+    saved = (kwargs.get('pretrained_model_args') or {}).get('backbone_pretrained')
+    # The config.json of a stream alone names the weights that its stream needs. Without the stream they are not wanted.
+    if not asked or (asked == saved and not pretrained):
+        return None
+    if isinstance(asked, str):
+        timm_weights_name(backbone, asked)  # refuses an unknown tag
+        return asked
+    return BACKBONES[backbone]
+
+
+def _create_backbone(
+        cfg: PretrainedCfg,
+        state_dict: dict[str, Tensor],
+        gap_tag: str | None,
+        cache_dir: str | None,
+        kwargs: dict[str, Any],
+) -> nn.Module:
+    """The plain backbone, with this state dict or else timm's weights of this tag, which timm adapts to the model."""
+    architecture = str(cfg.architecture)
+    if not state_dict and gap_tag:
+        state_dict = read_timm_weights(f'{architecture}.{gap_tag}')
+    fields = cfg.to_dict()
+    if state_dict:
+        fields['state_dict'] = state_dict
+    model: Any = model_entrypoint(architecture)(
+        pretrained=bool(state_dict), pretrained_cfg=fields, cache_dir=cache_dir, **kwargs)
+    model.pretrained_cfg.pop('state_dict', None)
     return model
 
 

@@ -1,98 +1,34 @@
-"""A trained model as the folder of a Hub repository: config.json, model.safetensors and the model card."""
+"""Write the folder of a Hub repository: config.json, model.safetensors and the model card."""
 from __future__ import annotations
 
-import argparse
 import json
-import pickle
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import clean_state_dict, save_for_hf
-from torch import Tensor, nn
+from timm.models import save_for_hf
+from torch import nn
 
 from .download import WEIGHTS_NAME
+from .loading import NOT_SAVED
 from .mixin import CAStreamMixin, castream_model
+from .sources import read_timm_weights
 from .weights import (
     StreamHeader,
     backbone_name,
-    check_fit,
     fingerprint,
-    read_safetensors,
-    read_timm_weights,
     stream_state_dict,
     weights_hash,
     write_safetensors,
 )
 
-# How a model was trained; whoever loads it decides for themselves.
-_NOT_SAVED = ('freeze_backbone', 'backbone_pretrained', 'backbone_checkpoint')
 _METRICS = {
     'average_drop': 'Average Drop', 'average_gain': 'Average Gain', 'average_increase': 'Average Increase',
     'insertion': 'Insertion', 'deletion': 'Deletion',
 }
 _METHODS = {'attention': 'raw attention', 'grad_cam': 'Grad-CAM', 'grad_cam_pp': 'Grad-CAM++', 'score_cam': 'Score-CAM'}
-
-
-def load_checkpoint(
-        path: str | Path,
-        model_name: str,
-        use_ema: bool = False,
-        **model_args: Any,
-) -> CAStreamMixin:
-    """The model of a checkpoint that timm's train.py wrote, or of a safetensors file.
-
-    Nothing but tensors and plain data is unpickled.
-
-    Args:
-        path: `model_best.pth.tar`, `last.pth.tar`, `*.safetensors`.
-        model_name: Registered name, `resnet50_castream`.
-        use_ema: Take the averaged weights.
-        model_args: Arguments of `create_model`, before those that the checkpoint remembers (classes, image channels,
-            `--model-kwargs`); None leaves the choice to the checkpoint.
-
-    Raises:
-        ValueError: If the file is no such checkpoint, has no averaged weights where they were asked for, or is of
-            another model.
-        OSError: If there is no such file.
-    """
-    if Path(path).suffix == '.safetensors':
-        state_dict, metadata = read_safetensors(path, str(path))
-        remembered = StreamHeader.parse(metadata, str(path)).stream_args if 'castream_format' in metadata else {}
-        if use_ema:
-            raise ValueError(f'{path} holds one set of weights, so there are no EMA weights to take.')
-    else:
-        state_dict, remembered = _read_train_checkpoint(path, use_ema)
-    model_args = {**remembered, **{name: value for name, value in model_args.items() if value is not None}}
-    model: Any = timm.create_model(model_name, **model_args)
-    if not hasattr(model, '_model_args'):  # timm before 1.0.31
-        model._model_args = model_args
-    check_fit(state_dict, model.state_dict(), str(path))
-    model.load_state_dict(state_dict)
-    return castream_model(model)
-
-
-def _read_train_checkpoint(path: str | Path, use_ema: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged, or no checkpoint of timm's train.py: more than tensors and plain data is "
-                         'not unpickled.') from error
-    key = 'state_dict_ema' if use_ema else 'state_dict'
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict):
-        raise ValueError(f'{path} has no {"EMA weights, train with --model-ema" if use_ema else "state_dict"}.')
-    args = vars(checkpoint.get('args') or argparse.Namespace())
-    remembered = {
-        'num_classes': args.get('num_classes'),
-        'in_chans': args.get('in_chans'),
-        'global_pool': args.get('gp'),
-        **(args.get('model_kwargs') or {}),
-    }
-    remembered = {k: v for k, v in remembered.items() if v is not None and k not in _NOT_SAVED}
-    return clean_state_dict(checkpoint[key]), remembered
 
 
 def write_repository(
@@ -108,12 +44,12 @@ def write_repository(
 
     Args:
         model: A model with a stream.
-        folder: Where to write config.json, model.safetensors and README.md; made if need be.
+        folder: Folder for config.json, model.safetensors and README.md, made if it does not exist.
         repo_id: The repository's name, `org/name`, for the card.
         stream_only: Leave the backbone out; `timm.create_model('hf-hub:org/name', pretrained=True)` takes it from timm.
-        backbone_pretrained: With `stream_only`, the weights of timm that the stream was trained beside: True for those
-            that the model's own cfg names, or a tag. They are compared. False: they are not timm's, but the users' own.
-        metrics: What `castream evaluate` measured of this very model, as its JSON holds it.
+        backbone_pretrained: With `stream_only`, timm's weights on which the stream was trained: True for those of the
+            model's own cfg, or a tag. They are compared with the model's. False: the weights are not timm's.
+        metrics: The figures of this very model, as `castream evaluate` writes them to evaluation.json.
         dataset: Name of the training data on the Hub. None: `imagenet-1k` where there are 1000 classes. The figures are
             said to be of the data set that the metrics name, and of this one where they name none.
 
@@ -122,7 +58,7 @@ def write_repository(
 
     Raises:
         ValueError: If the model has no stream, has no name to be created by (whole models), its frozen weights are not
-            timm's (streams alone), or the metrics are none or of other weights.
+            timm's (streams alone), or the metrics hold no figures or those of other weights.
     """
     model = castream_model(model)
     backbone = backbone_name(model)
@@ -138,13 +74,13 @@ def write_repository(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    args = {**model.castream_config, **dict.fromkeys(_NOT_SAVED)}
+    args = {**model.castream_config, **dict.fromkeys(NOT_SAVED)}
     config_alone: Any = None  # neither safetensors nor pickle: the weights below have a header
     save_for_hf(model, str(folder), model_args=args, safe_serialization=config_alone)
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     config['architecture'] = architecture
     config['model_args'] = {**_remembered(model), **config['model_args'], 'num_classes': model.num_classes}
-    for name in _NOT_SAVED:
+    for name in NOT_SAVED:
         config['model_args'].pop(name, None)
     if tag:
         config['model_args']['backbone_pretrained'] = tag
@@ -179,7 +115,7 @@ def write_repository(
 
 
 def _remembered(model: nn.Module) -> dict[str, Any]:
-    """Arguments of `create_model`, as timm keeps them from 1.0.31 on and writes them itself."""
+    """Arguments of `create_model`. timm keeps them since 1.0.31, and its save_for_hf writes them."""
     return {k: v for k, v in getattr(model, '_model_args', {}).items() if not k.endswith('drop_rate')}
 
 
@@ -193,7 +129,7 @@ def _timm_tag(model: CAStreamMixin, backbone: str, backbone_pretrained: bool | s
     name = f'{backbone}.{tag}'
     if name not in timm.list_models(f'{backbone}.*', pretrained=True):
         raise ValueError(f'{name} are no weights of timm: name a tag with backbone_pretrained, or pass False if the '
-                         'stream was trained beside other weights.')
+                         'stream was trained on other weights.')
     overlay = {'state_dict': read_timm_weights(name)}
     reference: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     own: Any = model
@@ -248,7 +184,7 @@ def _card(
 
 
 def _figures(metrics: dict[str, Any], model: nn.Module) -> list[tuple[str, str, float]]:
-    """What was measured, as (metric, name, value in percent): accuracies, then every metric of every row."""
+    """The figures as (metric, name, value in percent): accuracies, then every metric of every row."""
     try:
         figures = [
             (key, f'{name}, {pooling.upper()}', round(value, 2))

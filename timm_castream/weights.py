@@ -1,4 +1,7 @@
-"""Weights on disk: safetensors with a header that says what stream they hold, and trained beside what."""
+"""Read and write weights as safetensors files.
+
+The header of a file with a stream stores the stream's arguments and the fingerprint of the backbone's weights.
+"""
 from __future__ import annotations
 
 import hashlib
@@ -7,19 +10,14 @@ import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .download import WEIGHTS_NAME, download
 from .files import write_whole
-
-if TYPE_CHECKING:  # attach loads GAP weights with what is here
-    from .mixin import CAStreamMixin
 
 FORMAT_VERSION = 1
 # Arguments of attach that older files lack, with the values that their streams were made with.
@@ -31,12 +29,12 @@ STREAM_PREFIX = 'castream.'
 
 @dataclass(frozen=True)
 class StreamHeader:
-    """What a stream was trained as, and beside.
+    """Metadata of a saved stream.
 
     Attributes:
         backbone: timm's name of the backbone, `resnet50`.
         stream_args: The `stream_*` keyword arguments.
-        fingerprint: `fingerprint(model)` of the model that it was trained in.
+        fingerprint: `fingerprint(model)` of the model that the stream was trained in.
     """
 
     backbone: str
@@ -44,20 +42,20 @@ class StreamHeader:
     fingerprint: str
 
     @classmethod
-    def of(cls, model: CAStreamMixin) -> StreamHeader:
-        """The header of a model that carries a stream."""
+    def of(cls, model: Any) -> StreamHeader:
+        """The header of a model with a stream."""
         return cls(backbone_name(model), json.loads(json.dumps(model.castream_config)), fingerprint(model))
 
     @classmethod
     def parse(cls, metadata: Mapping[str, str], origin: str) -> StreamHeader:
-        """The header in the metadata of a safetensors file.
+        """Reads the header from the metadata of a safetensors file.
 
         Args:
             metadata: As `read_safetensors` gives it.
             origin: The file, as an error should name it.
 
         Raises:
-            ValueError: If there is none, or one of a later format.
+            ValueError: If there is no header, or its format is a later one.
         """
         try:
             version = int(metadata['castream_format'])
@@ -70,7 +68,7 @@ class StreamHeader:
                          'install a newer one.')
 
     def to_metadata(self) -> dict[str, str]:
-        """The header as the metadata of a safetensors file: text alone."""
+        """The header as the metadata of a safetensors file, which are strings."""
         return {
             'format': 'pt',
             'castream_format': str(FORMAT_VERSION),
@@ -79,7 +77,7 @@ class StreamHeader:
             'fingerprint': self.fingerprint,
         }
 
-    def check_arguments(self, model: CAStreamMixin, origin: str) -> None:
+    def check_arguments(self, model: Any, origin: str) -> None:
         """Refuses a model of another backbone or with another stream. Dropout and initialisation may differ.
 
         Raises:
@@ -96,7 +94,7 @@ class StreamHeader:
             raise ValueError(f"{origin} holds a stream with {theirs}, this model's has {ours}.")
 
     def check_fingerprint(self, model: nn.Module, origin: str, strict: bool = True) -> None:
-        """Refuses a model whose frozen weights are not those of the training; warns where not `strict`.
+        """Refuses a model with other frozen weights than those of the training. Warns where not `strict`.
 
         Raises:
             ValueError: Naming both fingerprints.
@@ -104,7 +102,7 @@ class StreamHeader:
         own = fingerprint(model)
         if own == self.fingerprint:
             return
-        message = (f'{origin} was trained beside other weights of {self.backbone}: their fingerprint is '
+        message = (f'{origin} was trained on other weights of {self.backbone}: their fingerprint is '
                    f"{self.fingerprint}, this model's is {own}.")
         if strict:
             raise ValueError(f'{message[:-1]}; load those weights first, or pass strict=False.')
@@ -118,11 +116,11 @@ def backbone_name(model: nn.Module) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the weights that a stream is trained beside: backbone and normalisation statistics.
+    """SHA-256 of the backbone's weights and normalisation statistics.
 
-    Left out are the stream, the classifier (another number of classes is the same backbone) and integer counters.
-    Values are rounded to bfloat16, so that copies in float64, float32 and bfloat16 agree; float16 rounds to other
-    values, and such a copy differs. Memory format, device and the order of the keys do not matter.
+    The stream, the classifier (another number of classes is the same backbone) and integer counters are left out.
+    Values are rounded to bfloat16, so that copies in float64, float32 and bfloat16 agree. float16 rounds to other
+    values, so a float16 copy differs. Memory format, device and the order of the keys do not matter.
 
     Args:
         model: A timm model, with a stream or without.
@@ -142,7 +140,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of every weight, bit for bit: which model was measured."""
+    """SHA-256 of every weight, bit for bit. It identifies the model that was measured."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
@@ -189,32 +187,17 @@ def read_safetensors(path: str | Path, origin: str) -> tuple[dict[str, Tensor], 
         raise ValueError(f'{origin} is damaged or no safetensors file ({error}).') from error
 
 
-def read_timm_weights(name: str) -> dict[str, Tensor]:
-    """timm's own weights of a plain backbone; timm itself goes on to a pickle when a request for the safetensors fails.
-
-    Args:
-        name: `architecture.tag`.
-
-    Raises:
-        ValueError, RuntimeError, OSError: As `download` and `read_safetensors`.
-    """
-    repo_id = timm.get_pretrained_cfg_value(name, 'hf_hub_id')
-    if repo_id is None:
-        raise RuntimeError(f'timm has no {name} on the Hub: download the weights, and pass backbone_checkpoint.')
-    return read_safetensors(download(repo_id), f'{WEIGHTS_NAME} of {repo_id}')[0]
-
-
 def check_fit(
         state_dict: Mapping[str, Tensor],
         own: Mapping[str, Tensor],
         origin: str,
         adapted: Collection[str] = (),
 ) -> None:
-    """Refuses a state dict that does not fit, before any of it is loaded: torch finds a wrong shape only half way.
+    """Refuses a state dict that does not fit, before any of it is loaded. torch finds a wrong shape only half way.
 
     Args:
-        state_dict: What is to be loaded.
-        own: What the model has there.
+        state_dict: The state dict to load.
+        own: The model's own.
         origin: The file, as an error should name it.
         adapted: Keys that will be dropped or changed to fit.
 
@@ -228,7 +211,7 @@ def check_fit(
     unknown = [key for key in state_dict if key not in own and key not in adapted]
     shapes = [f'{key} is {tuple(value.shape)}, not {tuple(own[key].shape)}' for key, value in state_dict.items()
               if key in own and key not in adapted and value.shape != own[key].shape]
-    problems = [f'{what} {some(keys)}' for what, keys in
+    problems = [f'{problem} {some(keys)}' for problem, keys in
                 (('it lacks', missing), ('the model lacks', unknown), ('of another shape:', shapes)) if keys]
     if problems:
         raise ValueError(f'{origin} does not fit this model: {"; ".join(problems)}.')
