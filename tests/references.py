@@ -18,6 +18,12 @@ def devkit_average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
     return area
 
 
+def devkit_mean_average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
+    """In percent, over the classes with a positive; (N, C) labels are 1, 0 or, where an image does not count, -1."""
+    columns = [(label[label >= 0], score[label >= 0]) for label, score in zip(labels.T, scores.T, strict=True)]
+    return 100 * float(np.mean([devkit_average_precision(*column) for column in columns if (column[0] == 1).any()]))
+
+
 def resized_bilinearly(saliency: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bilinear, half-pixel centres, clamped at the edges: align_corners=False."""
     h, w = saliency.shape

@@ -51,3 +51,10 @@ def publish_weights(hub: Hub, repo_id: str, model: Any, **config: Any) -> None:
 def cached_files() -> list[Path]:
     """The files of the Hub client's cache."""
     return [path for path in Path(constants.HF_HUB_CACHE).glob('models--*/blobs/*')]
+
+
+def make_file(path: Path, content: str = 'x = 1') -> Path:
+    """Writes a text file and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return path

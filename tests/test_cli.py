@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import csv
 import json
+import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 from PIL import Image
 
 import timm_castream
-from timm_castream import cli, demo
+from timm_castream import cli, commands, demo
 
 
 @pytest.fixture(scope='module')
@@ -31,16 +34,16 @@ def model_options(checkpoint: Path) -> list[str]:
 
 
 def test_list_prints_the_parameters_of_the_papers_table(capsys):
-    assert cli.main(['list', 'resnet50*']) == 0
+    assert cli.main(['list', 'resnet50_castream', '--parameters']) == 0
     heading, row = capsys.readouterr().out.splitlines()
-    assert heading.split() == ['variant', 'stages', 'stream', 'total']
+    assert heading.split() == ['model', 'stream', 'total', 'stages']
     assert row.split() == [
-        'resnet50_castream', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4', '6,969,152', '32,526,184']
+        'resnet50_castream', '6,969,152', '32,526,184', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4']
 
 
 def test_list_shows_every_registered_variant(capsys):
     assert cli.main(['list', 'test_*']) == 0
-    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    names = capsys.readouterr().out.splitlines()
     assert names == timm.list_models('test_*_castream')
 
 
@@ -77,10 +80,49 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, words, capsys):
     assert error.count('\n') == 1 and words in error and error.startswith(f'castream {argv[0]}: ')
 
 
-def test_an_unknown_option_is_one_line_and_exit_code_2(capsys):
+def test_an_unknown_option_is_one_line_that_names_the_help_of_the_command(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(['demo', '--speed', 'fast'])
-    assert stop.value.code == 2 and capsys.readouterr().err.count('\n') == 1
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1
+    assert error.startswith('castream demo: ') and error.endswith('(see castream demo --help)\n')
+
+
+@pytest.mark.parametrize('argv', [[], ['paint']])
+def test_an_unknown_command_is_one_line(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1 and 'castream --help' in error
+
+
+def test_the_version_is_printed_with_timms(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(['--version'])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f'timm_castream {timm_castream.__version__}, timm {timm.__version__}\n'
+
+
+def test_the_commands_are_the_modules_and_each_is_in_the_help(capsys):
+    modules = {module.name for module in pkgutil.iter_modules(commands.__path__)} - {'options'}
+    assert modules | {'train', 'validate'} == set(commands.COMMANDS)
+    with pytest.raises(SystemExit):
+        cli.main(['--help'])
+    out = capsys.readouterr().out
+    assert all(f'\n    {name} ' in out for name in commands.COMMANDS)
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    done = subprocess.run(
+        f'{sys.executable} -m timm_castream.cli list | head -n 1; echo ${{PIPESTATUS[0]}}', shell=True, text=True,
+        executable='/bin/bash', capture_output=True)
+    assert done.stderr == '' and len(done.stdout.splitlines()) == 2
+
+
+def test_a_command_imports_the_heavy_modules_only_when_it_needs_them():
+    code = ("import sys; from timm_castream import cli; cli.main(['list', 'test_*']); "
+            "assert not {'torchmetrics', 'matplotlib', 'sklearn', 'scipy'} & sys.modules.keys()")
+    subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
 
 
 def test_debug_shows_the_traceback():
@@ -144,4 +186,3 @@ def test_the_installed_command_is_this_one():
 
     command, = entry_points(group='console_scripts', name='castream')
     assert command.load() is cli.main
-    assert timm_castream.__version__ == '0.1.0'

@@ -4,7 +4,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from .run import run_script
+from timm_castream.timm_scripts.run import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int:

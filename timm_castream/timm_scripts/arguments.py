@@ -1,14 +1,15 @@
-"""What the wrappers do to the command line before timm's script reads it.
+"""Prepare the command line of timm's scripts.
 
-timm lets `--model-kwargs` on the command line replace the mapping of the config file, so `freeze_backbone` of a recipe
-would vanish without a word; here the two are merged. Recipes are found by name, options that would quietly skip the
-stream are refused, as is what is not there, and the statistics of a frozen backbone are left alone.
+timm replaces the `model_kwargs` of a config file by `--model-kwargs` of the command line, so `freeze_backbone` of a
+recipe would be lost without a word. Here the two are merged. Recipes are found by name. Options that would skip the
+stream, and files and folders that do not exist, are refused. The statistics of a frozen backbone are not averaged.
 """
 from __future__ import annotations
 
 import ast
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ import timm
 import torch
 import yaml
 
-RECIPES = Path(__file__).parent / 'recipes'
+RECIPES = Path(str(files('train_wrappers') / 'recipes'))
 
 
 class ParseKwargs(Action):
-    """Reads `key=value` words: Python literals, or else strings. timm's own, before 1.0.30, breaks on a path."""
+    """Reads `key=value` words: Python literals, or else strings.
+
+    timm's own ParseKwargs fails on a path before timm 1.0.30, and ends in a traceback where `=` is missing.
+    """
 
     def __call__(
             self,
@@ -46,14 +50,14 @@ def prepare(script: Mapping[str, Any], argv: Sequence[str]) -> list[str]:
 
     Args:
         script: The globals of the script: its `parser`, and `config_parser` where it takes a config file.
-        argv: What the user typed, less the wrapper's own options.
+        argv: The user's options without those of the wrapper.
 
     Returns:
         `argv`, followed by the path of a recipe given by name, by the merged `--model-kwargs` and by `--dist-bn ''`
-        for a frozen backbone: the last one counts.
+        for a frozen backbone. argparse takes the last one.
 
     Raises:
-        ValueError: Something that an option names is not there, or the option does not go with a stream.
+        ValueError: A file, folder or name in an option does not exist, or the option does not work with a stream.
     """
     recipe: dict[str, Any] = {}
     added: list[str] = []
@@ -100,7 +104,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _check_there(args: Namespace) -> None:
-    """Raises for what timm answers with a traceback, some of it late: both scripts have other options."""
+    """Raises one sentence for mistakes that timm answers with a traceback. The two scripts have different options."""
     model, folder = args.model, getattr(args, 'data_dir', None) or getattr(args, 'data', None)
     # validate.py also takes a wildcard, a file of names, and `all`.
     if not (':' in model or timm.is_model(model) or timm.list_models(model) or Path(model).is_file() or model == 'all'):

@@ -1,9 +1,9 @@
-"""Finds timm's train.py and validate.py, which its pip package does not carry.
+"""Find timm's train.py and validate.py, which timm's pip package does not contain.
 
-A script is looked for, in this order: at the path given; in `TIMM_TRAIN_SCRIPT` or `TIMM_VALIDATE_SCRIPT`; beside an
-editable install of timm; in the user's cache; on GitHub. An old script runs with a newer timm but not the reverse, so
-the cache and GitHub are asked for releases that are not newer than the installed timm, and only for files whose SHA-256
-is listed here. It is checked each time, before the file is run.
+The places, in this order: the path given; `TIMM_TRAIN_SCRIPT` or `TIMM_VALIDATE_SCRIPT`; the folder of an editable
+install of timm; the user's cache; GitHub. An old script runs with a newer timm, but a newer script does not run with an
+older timm. Therefore cache and GitHub are searched for releases that are not newer than the installed timm, and for
+files whose SHA-256 is listed here. The SHA-256 is compared each time, before the file is run.
 """
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from pathlib import Path
 
 import timm
 
-from timm_castream.files import write_whole
+from ..files import write_whole
 
 SCRIPTS = ('train.py', 'validate.py')
 
-# SHA-256 of the scripts by release, oldest first.
+# SHA-256 of the scripts by release, oldest first. The table ends at 1.0.28: its scripts were tried with timm 1.0.28 to
+# 1.0.31, and a later script is listed after it was read and tried. Until then a later timm runs those of 1.0.28.
 KNOWN_SHA256 = {
     '1.0.27': {
         'train.py': '1fb02d26fe16536bc7de2c987980644353117c2b2b8046532261464093cd1ac6',
@@ -38,7 +39,7 @@ _MAX_BYTES = 2**20  # the scripts have about 80 kB
 
 
 class ScriptNotFoundError(RuntimeError):
-    """timm's script is nowhere to be had; the message says how to get it."""
+    """timm's script was not found. The message explains how to get it."""
 
 
 def find_script(name: str, given: str | os.PathLike[str] | None = None) -> Path:
@@ -64,7 +65,7 @@ def find_script(name: str, given: str | os.PathLike[str] | None = None) -> Path:
 
 
 def script_release(path: Path) -> str:
-    """The release that a script belongs to, for messages: by its SHA-256, or by the timm folder of its clone."""
+    """The release of a script, for messages: by its SHA-256, or by the timm folder of its clone."""
     digest = _sha256(path.read_bytes())
     tags = [f'v{release}' for release, scripts in KNOWN_SHA256.items() if digest in scripts.values()]
     if tags:
@@ -75,7 +76,7 @@ def script_release(path: Path) -> str:
 
 
 def cache_dir() -> Path:
-    """The folder of downloaded scripts, one folder a release in it."""
+    """The folder of downloaded scripts, with one folder for each release."""
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_castream' / 'scripts'
 
 
@@ -115,7 +116,7 @@ def _download(name: str) -> Path:
     release = releases[0]
     url = f'{os.environ.get(URL_VARIABLE, DEFAULT_URL).rstrip("/")}/v{release}/{name}'
     advice = (
-        f"timm's pip package carries no {name}: take it from a clone of timm at tag v{release} and name it with "
+        f"timm's pip package has no {name}: take it from a clone of timm at tag v{release} and name it with "
         f'--timm-script or TIMM_{Path(name).stem.upper()}_SCRIPT.')
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:

@@ -1,8 +1,8 @@
 """Multi-label data in timm's scripts: dense targets from the loader, and the mean average precision of a validation.
 
-The scripts that timm 1.0.28 and older releases came with know one label an image. They are changed in four places, and
-only where targets are dense, (B, C): the loader's collation, the loss and the accuracy of a validation, and the
-function `validate`, whose results get an entry `map`. The training loss is timm's own, `--bce-loss`.
+The scripts of timm 1.0.28 and older releases support one label for each image. Four parts are replaced, for dense
+targets (B, C) alone: the loader's collation, the loss and the accuracy of a validation, and the function `validate`,
+which adds `map` to its results. The training loss is timm's own, `--bce-loss`.
 """
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from timm.utils import accuracy
 from torch import Tensor, nn
 from torch.nn import functional
 
-from timm_castream.average_precision import mean_average_precision
-from timm_castream.datasets import VOC_IGNORE
+from ..average_precision import mean_average_precision
+from ..datasets import VOC_IGNORE
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
 
 def collate(batch: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
-    """timm's `fast_collate` that keeps dense targets as float32; before timm 1.0.30 it makes integers of them."""
+    """timm's `fast_collate`, with dense targets as float32. Before timm 1.0.30 it turns them into integers."""
     if not np.ndim(batch[0][1]):
         return fast_collate(batch)
     images, _ = fast_collate([(image, 0) for image, _ in batch])
@@ -34,11 +34,11 @@ def collate(batch: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
 
 
 def leave_out_ignored(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and targets whose binary cross entropy is zero, gradient included, for the labels that are to be ignored.
+    """Replaces logits and targets of ignored labels, so that their binary cross entropy and its gradient are zero.
 
     Args:
         output: Logits, (B, C).
-        target: Dense targets, (B, C), `VOC_IGNORE` where a label is unknown; or class indices, (B,), left as they are.
+        target: Dense targets, (B, C), `VOC_IGNORE` where a label is unknown. Class indices, (B,), are not changed.
     """
     if target.ndim == 1:
         return output, target
@@ -48,7 +48,7 @@ def leave_out_ignored(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """torch's, with which both scripts validate; the mean binary cross entropy where targets are dense."""
+    """The loss of a validation: torch's for class indices, mean binary cross entropy for dense targets."""
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         if target.ndim == 1:
@@ -57,13 +57,13 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 class MultiLabelScore:
-    """Collects what a validation predicts for dense targets and scores all of it at the end, over all processes."""
+    """Collects the predictions of a validation with dense targets and scores them at its end, over all processes."""
 
     def __init__(self) -> None:
         self._predictions: Metric | None = None
 
     def accuracy(self, output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[Tensor]:
-        """timm's accuracy; with dense targets, the share of images with a label of theirs among the k best, in percent.
+        """timm's accuracy. For dense targets, the share of images with a positive label among the k best, in percent.
 
         Args:
             output: Logits, (B, C).
@@ -86,7 +86,7 @@ class MultiLabelScore:
         self._predictions.update(output, target)
 
     def scored(self, validate: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-        """The script's `validate` with `map` in its results where targets are dense."""
+        """Wraps the script's `validate`: its results get `map` where targets are dense."""
         @functools.wraps(validate)
         def scored_validate(*args: Any, **kwargs: Any) -> dict[str, Any]:
             self._predictions = None

@@ -8,16 +8,16 @@ from timm.loss import LabelSmoothingCrossEntropy
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
-from timm_castream import CAStream, class_labels
-
+from ..attach import class_labels
+from ..stream import CAStream
 from .multilabel import leave_out_ignored
 
 
 class CAStreamTask(ClassificationTask):
-    """Takes the place of `timm.task.ClassificationTask` in timm's train.py.
+    """Replaces `timm.task.ClassificationTask` in timm's train.py.
 
-    It hands the labels to a class specific stream (timm's task calls the model with the images alone), leaves ignored
-    labels of multi-label data out of the loss, and runs under DistributedDataParallel on CPUs too.
+    The task gives the labels to a class specific stream (timm's task calls the model with the images alone), leaves
+    ignored labels of multi-label data out of the loss, and runs under DistributedDataParallel on CPUs too.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:

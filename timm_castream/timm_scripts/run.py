@@ -1,10 +1,11 @@
-"""Runs a script of timm in this process with the plugin loaded."""
+"""Run a script of timm in this process with timm_castream loaded."""
 from __future__ import annotations
 
 import argparse
 import runpy
 import sys
 import traceback
+import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,7 @@ import timm.task
 import timm.utils
 import torch
 
-from timm_castream.datasets import create_dataset
-
+from ..datasets import create_dataset
 from . import multilabel
 from .arguments import ParseKwargs, prepare
 from .finder import ScriptNotFoundError, find_script, script_release
@@ -30,15 +30,15 @@ _EXAMPLES = {
 
 
 def run_script(name: str, argv: Sequence[str] | None = None) -> int:
-    """Runs timm's script `name`, handing it every option that is not the wrapper's own.
+    """Runs timm's script `name` with every option that is not the wrapper's own.
 
     Args:
         name: `train.py` or `validate.py`.
         argv: The command line after the program's name; `sys.argv[1:]` by default.
 
     Returns:
-        The exit code: 0; 2 for a mistake that one line on the standard error explains; 1 when the script crashed, after
-        its traceback; 130 when interrupted.
+        The exit code: 0; 2 for a mistake, explained in one line on the standard error; 1 after the traceback of a crash
+        of the script; 130 when interrupted.
     """
     parser = _parser(name)
     own, options = parser.parse_known_args(argv)
@@ -93,20 +93,27 @@ def _run(path: Path, options: list[str]) -> None:
             (sys, 'argv', [str(path)]),
             (timm.data, 'create_dataset', create_dataset),
             (timm.data.loader, 'fast_collate', multilabel.collate),
-            (torch.nn, 'CrossEntropyLoss', multilabel.CrossEntropyLoss),
             (timm.task, 'ClassificationTask', CAStreamTask),
             (timm.utils, 'ParseKwargs', ParseKwargs),
             (timm.utils, 'accuracy', score.accuracy),
     ):
-        # Not as __main__, which would start it at once: its parser and its `validate` are needed first.
+        # Under another name than __main__ the script defines its functions and does not start.
         defined = runpy.run_path(str(path), run_name=f'timm_{path.stem}')
         missing = [name for name in ('parser', 'main', 'validate') if name not in defined]
         if missing:
             raise ValueError(f'{path} is not a training or validation script of timm: it has no {missing[0]}')
         script = defined['main'].__globals__
         script['validate'] = score.scored(script['validate'])
+        script['nn'] = _nn_with(CrossEntropyLoss=multilabel.CrossEntropyLoss)
         sys.argv += prepare(script, options)
         script['main']()
+
+
+def _nn_with(**replacements: Any) -> types.ModuleType:
+    """A copy of the names of `torch.nn` with these replaced: the script alone sees them, not the whole process."""
+    module = types.ModuleType('torch.nn')
+    module.__dict__.update(vars(torch.nn), **replacements)
+    return module
 
 
 @contextmanager

@@ -1,0 +1,83 @@
+"""The command line that timm's scripts get."""
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+from states import make_file
+
+pytest_plugins = ('stand_in_scripts',)
+pytestmark = pytest.mark.usefixtures('no_script_of_this_machine')
+
+
+def test_model_kwargs_of_recipe_and_command_line_are_merged_and_the_command_line_wins(script, tmp_path):
+    kwargs = {'freeze_backbone': True, 'stream_start': 1, 'list': [1, 'a'], 'text': "it's 1e-3"}
+    recipe = make_file(tmp_path / 'mine.yaml', yaml.safe_dump({'lr': 0.25, 'model_kwargs': kwargs}))
+    code, seen = script('-c', str(recipe), '--model-kwargs', 'stream_start=3', 'backbone_checkpoint=/a/b-1.pth')
+    assert code == 0
+    assert seen['lr'] == 0.25
+    assert seen['model_kwargs'] == {**kwargs, 'stream_start': 3, 'backbone_checkpoint': '/a/b-1.pth'}
+
+
+@pytest.mark.parametrize('options', [[], ['--dist-bn', 'broadcast']])
+def test_the_statistics_of_a_frozen_backbone_are_never_distributed(script, options):
+    assert script(*options, '--model-kwargs', 'freeze_backbone=True')[1]['dist_bn'] == ''
+    expected = options[-1] if options else 'reduce'
+    assert script(*options, '--model-kwargs', 'freeze_backbone=False')[1]['dist_bn'] == expected
+
+
+def test_a_recipe_is_found_by_name_among_the_packaged_ones_unless_a_file_has_that_name(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('imagenet_sgd90.yaml', 'imagenet_sgd90'):
+        assert script('-c', name)[1]['model_kwargs'] == {'backbone_pretrained': True, 'freeze_backbone': True}
+    make_file(tmp_path / 'imagenet_sgd90.yaml', 'lr: 7.0')
+    assert script('-c', 'imagenet_sgd90.yaml')[1]['lr'] == 7.0
+
+
+@pytest.mark.parametrize(('name', 'content', 'message'), [
+    ('nowhere.yaml', None, 'imagenet_sgd90.yaml'),
+    ('list.yaml', '- 1', 'mapping'),
+    ('broken.yaml', 'a: [', 'not a YAML file'),
+])
+def test_a_recipe_that_cannot_be_read_is_one_line(script, tmp_path, capsys, name, content, message):
+    if content is not None:
+        make_file(tmp_path / name, content)
+    assert script('-c', str(tmp_path / name)) == (2, None)
+    line, = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (['--test-pool'], '--test-pool'),
+    (['--torchscript'], '--torchscript'),
+    (['--clip-grad', '1', '--clip-mode', 'agc'], 'last ones of the stream'),
+    (['--mixup', '0.2', '--model-kwargs', 'stream_class_specific=True'], '--mixup'),
+    (['--cutmix', '1', '--model-kwargs', 'stream_class_specific=True'], '--cutmix'),
+    (['--cutmix-minmax', '0', '1', '--model-kwargs', 'stream_class_specific=True'], '--cutmix'),
+    (['--kd-model-name', 'resnet50', '--model-kwargs', 'stream_class_specific=True'], '--kd-model-name'),
+])
+def test_options_that_would_skip_the_stream_are_refused_for_a_stream_alone(script, capsys, options, message):
+    assert script('--model', 'resnet50_castream', *options) == (2, None)
+    line, = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert script('--model', 'resnet50', *options)[0] == 0
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (['--data-dir', 'nowhere'], 'no folder nowhere'),
+    (['--dataset', ''], '--data-dir'),
+    (['--dataset', 'cub200'], '--data-dir'),
+    (['--model', 'resnet50_castrem'], 'no model resnet50_castrem'),
+    (['--resume', 'nowhere.pth.tar'], 'nowhere.pth.tar, which --resume names'),
+    (['--device', 'cuda'], '--device cpu'),
+])
+def test_what_is_not_there_is_one_line(script, capsys, monkeypatch, options, message):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert script(*options) == (2, None)
+    line, = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize('name', ['resnet50.tv_in1k', 'resnet50_castream', 'hf-hub:some/one', 'resnet*', 'all'])
+def test_every_name_of_a_model_that_timms_scripts_take_is_handed_on(script, name):
+    assert script('--model', name)[1]['model'] == name

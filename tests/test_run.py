@@ -1,0 +1,77 @@
+"""timm's scripts run in this process."""
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import timm
+import timm.data
+import timm.task
+import timm.utils
+from states import make_file
+from torch import nn
+
+from train_wrappers import train, validate
+
+pytest_plugins = ('stand_in_scripts',)
+pytestmark = pytest.mark.usefixtures('no_script_of_this_machine')
+
+
+def test_the_downloaded_script_runs_in_this_process_with_every_option_unchanged(
+        monkeypatch, releases, server, tmp_path):
+    monkeypatch.setattr(timm, '__version__', '1.0.31')
+    monkeypatch.setenv('SEEN', str(tmp_path / 'seen.json'))
+    options = ['--dataset', 'digits', '--model-kwargs', 'a=1', 'b=x/y', '--lr', '0.5']
+    assert train.main(options) == 0
+    seen = json.loads((tmp_path / 'seen.json').read_text())
+    assert seen['argv'][1:] == options
+    assert seen['model_kwargs'] == {'a': 1, 'b': 'x/y'}
+    assert seen['lr'] == 0.5
+    assert seen['dataset_from'] == 'timm_castream.datasets'
+    assert seen['task'] == 'CAStreamTask'
+
+
+@pytest.mark.parametrize('options', [[], ['--crash', 'ZeroDivisionError'], ['--no-such-option']])
+def test_timm_and_the_process_are_as_before_afterwards(script, options):
+    def state():
+        return (list(sys.argv), timm.data.create_dataset, timm.data.loader.fast_collate, timm.task.ClassificationTask,
+                timm.utils.ParseKwargs, timm.utils.accuracy, nn.CrossEntropyLoss)
+    before = state()
+    script(*options)
+    assert state() == before
+
+
+@pytest.mark.parametrize(('error', 'code', 'lines'), [('ValueError', 2, 1), ('ZeroDivisionError', 1, None)])
+def test_an_error_names_the_release_of_the_script_and_that_of_timm(script, capsys, error, code, lines):
+    make_file(script.path.parent / 'timm' / 'version.py', "__version__ = '9.8.7'\n")
+    assert script('--crash', error)[0] == code
+    err = capsys.readouterr().err.splitlines()
+    assert 'on purpose' in err[-1] and 'v9.8.7' in err[-1] and f'timm {timm.__version__}' in err[-1]
+    assert lines is None or len(err) == lines
+    assert ('Traceback' in err[0]) == (lines is None)
+
+
+def test_debug_shows_the_traceback_of_a_mistake(script, capsys):
+    script('--crash', 'ValueError', '--debug')
+    assert 'Traceback' in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_script_of_timm_is_named(script, capsys):
+    script.path.write_text('x = 1')
+    assert script() == (2, None)
+    assert 'it has no parser' in capsys.readouterr().err
+
+
+def test_help_shows_both_halves(script, capsys):
+    assert script('--help')[0] == 0
+    out = capsys.readouterr().out
+    assert '--timm-script' in out and 'example: castream train' in out
+    assert '--cutmix-minmax' in out
+
+
+def test_help_without_a_script_shows_its_own_half_and_how_to_get_the_other(capsys):
+    assert validate.main(['--help']) == 0
+    out = capsys.readouterr().out
+    assert 'example: castream validate' in out
+    assert 'clone of timm' in out

@@ -1,0 +1,19 @@
+"""The commands of `castream`, one module each: its options in `add_options(parser)`, its work in `run(args)`.
+
+A module also has `EXAMPLE`, a command line. `train` and `validate` are scripts of timm, see `timm_scripts`.
+"""
+from __future__ import annotations
+
+# Name and one line of each command, in the order of `castream --help`.
+COMMANDS = {
+    'list': 'show the models with a stream, by name or with their parameters and stages',
+    'train': "timm's train.py with the plugin loaded",
+    'validate': "timm's validate.py with the plugin loaded",
+    'evaluate': "the paper's interpretability protocol over a data set",
+    'explain': 'write saliency maps over images',
+    'push': 'publish a trained model on the Hugging Face Hub',
+    'demo': 'train a CA-Stream on real pixels and compare its saliency, in minutes',
+}
+
+SKIPPED = 1
+"""Exit code where a part of the work was skipped."""

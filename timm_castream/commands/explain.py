@@ -1,0 +1,35 @@
+"""`castream explain`: saliency maps over images."""
+from __future__ import annotations
+
+import argparse
+
+from ..mixin import castream_model
+from . import SKIPPED
+from .options import add_method_options, add_model_options, open_from
+
+EXAMPLE = 'castream explain cat.jpg dog.jpg --model resnet50_castream --checkpoint last.pth.tar'
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('paths', nargs='*', metavar='IMAGE')
+    parser.add_argument('--images', metavar='DIR', help='explain every image below this folder')
+    add_model_options(parser)
+    add_method_options(parser, ('attention', 'grad_cam'))
+    parser.add_argument('--identity', action='store_true', help='draw both sides of eq. (5) too, and their difference')
+    parser.add_argument('--multilabel', action='store_true', help='probabilities by sigmoid')
+    parser.add_argument('--output', default='explained', metavar='DIR', help='(default: %(default)s)')
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..visualize import explain, find_images
+
+    paths = [*args.paths, *(find_images(args.images) if args.images else ())]
+    if not paths:
+        raise ValueError('Name images, or a folder of them with --images.')
+    model = castream_model(open_from(args)).to(args.device).eval()
+    done = explain(
+        model, paths, args.methods, args.output, args.poolings, args.layer, identity=args.identity,
+        activation='sigmoid' if args.multilabel else 'softmax')
+    for path in [*done.pictures, *done.grids]:
+        print(path)
+    return SKIPPED if done.unreadable else 0
