@@ -1,8 +1,7 @@
-"""The paper's data sets in the layouts of their archives, the demo's scenes, and both through timm's loader."""
+"""The data sets in the layouts of their archives, made by name, and through timm's loader."""
 import inspect
 import os
-import pickle
-import sys
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import timm.data
 import timm.task
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, default_collate
 from torchmetrics.classification import BinaryAveragePrecision
 
@@ -21,6 +19,7 @@ from timm_castream.datasets import (
     VOC2012,
     VOC_IGNORE,
     DigitScenes,
+    TinyImageNet,
     create_dataset,
     write_image_folder,
 )
@@ -91,6 +90,22 @@ def mit(tmp_path):
     return folder
 
 
+@pytest.fixture
+def tiny(tmp_path):
+    """Two classes, listed out of order, with three training images and two for validation."""
+    folder = tmp_path / 'tiny-imagenet-200'
+    write(folder / 'wnids.txt', 'n02124075', 'n01443537')
+    write(folder / 'train/n02124075/n02124075_boxes.txt', 'n02124075_7.JPEG\t0\t10\t63\t58')
+    write(folder / 'train/n01443537/n01443537_boxes.txt', 'n01443537_2.JPEG\t0\t0\t63\t63',
+          'n01443537_0.JPEG\t3\t4\t3\t5')
+    write(folder / 'val/val_annotations.txt', 'val_0.JPEG\tn02124075\t0\t32\t44\t62',
+          'val_1.JPEG\tn01443537\t52\t55\t57\t59')
+    for i, name in enumerate(('train/n02124075/images/n02124075_7', 'train/n01443537/images/n01443537_2',
+                              'train/n01443537/images/n01443537_0', 'val/images/val_0', 'val/images/val_1')):
+        write_image(folder / f'{name}.JPEG', 30 * i)
+    return folder
+
+
 @pytest.fixture(scope='module')
 def scenes():
     return DigitScenes('train', num_images=64, seed=3)
@@ -134,6 +149,25 @@ class TestCUB200:
         with pytest.raises(ValueError, match="no images for split 'train'"):
             CUB200(cub)
 
+    @pytest.mark.parametrize('name, lines, message', [
+        ('images', ['1 a.jpg', '2 b.jpg', '1 c.jpg'], r'images\.txt, line 3: 1 is listed a second time'),
+        ('classes', ['1 a', '', '1 b'], r'classes\.txt, line 3: 1 is listed a second time'),
+        ('bounding_boxes', ['1 0 0 2 2', '2 nan 0 2 2'], r"boxes\.txt, line 2: '2 nan 0 2 2' is not of the form"),
+        ('bounding_boxes', ['1 0 0 inf 2'], r"line 1: '1 0 0 inf 2' is not of the form int, number, number, positive"),
+        ('bounding_boxes', ['1 0 0 0 2'], r"line 1: '1 0 0 0 2' is not of the form"),
+    ])
+    def test_images_listed_twice_and_boxes_that_are_none_are_refused_with_file_and_line(
+            self, cub, name, lines, message):
+        write(cub / f'{name}.txt', *lines)
+        with pytest.raises(ValueError, match=message):
+            CUB200(cub)
+
+    def test_a_byte_order_mark_is_no_part_of_the_first_row(self, cub):
+        expected = [(grey(image), label) for image, label in CUB200(cub)]
+        for file in cub.glob('*.txt'):
+            file.write_text(file.read_text(), encoding='utf-8-sig')
+        assert [(grey(image), label) for image, label in CUB200(cub)] == expected
+
 
 class TestVOC2012:
     def test_targets_are_present_absent_or_ignored_where_every_object_is_difficult(self, voc):
@@ -173,6 +207,11 @@ class TestVOC2012:
         with pytest.raises(ValueError, match='2008_000001 the label 2,'):
             VOC2012(voc)
 
+    def test_a_byte_order_mark_is_no_part_of_the_first_image(self, voc):
+        for file in (voc / 'ImageSets/Main').glob('*.txt'):
+            file.write_text(file.read_text(), encoding='utf-8-sig')
+        assert [grey(image) for image, _ in VOC2012(voc, 'train')] == [0, 20]
+
     def test_the_unpublished_test_split_is_refused(self, voc):
         with pytest.raises(ValueError, match="'test' is no split of VOC2012, which has train, val, trainval"):
             VOC2012(voc, 'test')
@@ -193,8 +232,44 @@ class TestMIT67:
             MIT67(mit)
 
 
+class TestTinyImageNet:
+    def test_classes_are_the_sorted_ids_and_each_image_has_its_box_as_corners(self, tiny):
+        train, validation = TinyImageNet(tiny, 'train'), TinyImageNet(tiny, 'validation')
+        assert train.classes == validation.classes == ['n01443537', 'n02124075']
+        assert [(grey(image), label) for image, label in train] == [(30, 0), (60, 0), (0, 1)]
+        assert [(grey(image), label) for image, label in validation] == [(90, 1), (120, 0)]
+        # The archive's corners, from 0 to 63, are the first and the last pixels inside.
+        assert train.boxes.tolist() == [[0, 0, 64, 64], [3, 4, 4, 6], [0, 10, 64, 59]]
+        assert validation.boxes.tolist() == [[0, 32, 45, 63], [52, 55, 58, 60]]
+        assert train.filename(2) == 'train/n02124075/images/n02124075_7.JPEG'
+
+    @pytest.mark.parametrize('name, split', [
+        ('train/n01443537/n01443537_boxes.txt', 'train'), ('train/n01443537/images/n01443537_0.JPEG', 'train'),
+        ('val/val_annotations.txt', 'val'), ('val/images/val_1.JPEG', 'val')])
+    def test_a_missing_file_is_named(self, tiny, name, split):
+        (tiny / name).unlink()
+        with pytest.raises(FileNotFoundError, match=f'{name} is missing'):
+            TinyImageNet(tiny, split)
+
+    def test_damaged_index_files_are_refused(self, tiny):
+        write(tiny / 'val/val_annotations.txt', 'val_0.JPEG n99 0 1 2 3')
+        with pytest.raises(ValueError, match=r'val_annotations\.txt gives val_0\.JPEG the class n99, .*wnids\.txt'):
+            TinyImageNet(tiny, 'val')
+        write(tiny / 'val/val_annotations.txt', 'val_0.JPEG n01443537 0 1 2 3', 'val_1.JPEG n01443537 0 1 2')
+        with pytest.raises(ValueError, match=r'val_annotations\.txt, line 2: '):
+            TinyImageNet(tiny, 'val')
+        write(tiny / 'val/val_annotations.txt', 'val_0.JPEG n01443537 0 5 2 3')
+        with pytest.raises(ValueError, match=r'the box of val/images/val_0\.JPEG .* has no area'):
+            TinyImageNet(tiny, 'val')
+
+    def test_the_unpublished_test_split_is_refused(self, tiny):
+        with pytest.raises(ValueError, match="'test' is no split of TinyImageNet, which has train, val"):
+            TinyImageNet(tiny, 'test')
+
+
 @pytest.mark.parametrize('fixture, data_set, roots', [
-    ('cub', CUB200, ('.', '..')), ('voc', VOC2012, ('.', '..', '../..')), ('mit', MIT67, ('Images', '.', '..'))])
+    ('cub', CUB200, ('.', '..')), ('voc', VOC2012, ('.', '..', '../..')), ('mit', MIT67, ('Images', '.', '..')),
+    ('tiny', TinyImageNet, ('.', '..'))])
 def test_root_is_the_unpacked_folder_or_its_parent(request, fixture, data_set, roots):
     folder = request.getfixturevalue(fixture)
     expected = [grey(image) for image, _ in data_set(folder)]
@@ -204,7 +279,7 @@ def test_root_is_the_unpacked_folder_or_its_parent(request, fixture, data_set, r
 
 @pytest.mark.parametrize('data_set, file, archive', [
     (CUB200, 'images.txt', 'CUB_200_2011.tgz'), (VOC2012, 'ImageSets/Main', 'VOCtrainval_11-May-2012.tar'),
-    (MIT67, 'TrainImages.txt', 'indoorCVPR_09.tar')])
+    (MIT67, 'TrainImages.txt', 'indoorCVPR_09.tar'), (TinyImageNet, 'wnids.txt', 'tiny-imagenet-200.zip')])
 def test_a_root_that_holds_something_else_is_refused_naming_file_and_archive(tmp_path, data_set, file, archive):
     with pytest.raises(FileNotFoundError, match=f'no {file}: .*{tmp_path.name}.*{archive}'):
         data_set(tmp_path)
@@ -229,106 +304,8 @@ def test_target_transform_applies_to_targets(voc):
     assert data[0][1].min() == 0 and data[0][1].sum() == 1
 
 
-class TestDigitScenes:
-    def test_an_image_depends_on_split_seed_and_index_alone(self, scenes):
-        fewer = DigitScenes('train', num_images=10, seed=3)
-        for name in ('images', 'labels', 'boxes', 'scans'):
-            assert np.array_equal(getattr(fewer, name), getattr(scenes, name)[:10])
-        for other in (DigitScenes('train', num_images=10, seed=4), DigitScenes('validation', num_images=10, seed=3)):
-            assert all((other.images[i] != fewer.images[i]).any() for i in range(10))
-
-    def test_no_scan_is_in_both_splits_whatever_the_seeds(self):
-        train = np.concatenate([DigitScenes('train', num_images=3000, seed=seed).scans for seed in range(2)])
-        validation = np.concatenate([DigitScenes('validation', num_images=2000, seed=seed).scans for seed in range(2)])
-        assert not set(train) & set(validation)
-        assert len(set(validation)) == 360 and len(set(train)) > 1350
-
-    def test_labels_are_the_scans_own_and_every_digit_occurs_about_equally(self):
-        data = DigitScenes('validation')
-        assert len(data) == 2000 and np.array_equal(data.labels, load_digits().target[data.scans])
-        assert np.bincount(data.labels, minlength=10).min() > 100
-        assert data.classes == [str(i) for i in range(10)]
-
-    def test_boxes_hold_the_digit_upright_and_lie_within_the_image(self, scenes):
-        x0, y0, x1, y1 = scenes.boxes.T
-        assert (x0 >= 0).all() and (y0 >= 0).all() and (x1 <= 64).all() and (y1 <= 64).all()
-        assert ((y1 - y0 >= 20) & (y1 - y0 <= 40)).all() and (x1 - x0 >= 5).all()
-
-    def test_the_scan_shows_inside_the_box_as_light_on_dark_or_dark_on_light(self, scenes):
-        """The ink's grey values follow the scan, resized by nearest neighbour here: positively, or negatively."""
-        correlations = []
-        for image, scan, (x0, y0, x1, y1) in zip(scenes.images, scenes.scans, scenes.boxes, strict=True):
-            stroke = load_digits().images[scan]
-            stroke = stroke[:, stroke.any(axis=0)]
-            rows = np.arange(y1 - y0) * len(stroke) // (y1 - y0)
-            columns = np.arange(x1 - x0) * stroke.shape[1] // (x1 - x0)
-            box = image[y0:y1, x0:x1].mean(axis=-1)
-            correlations.append(np.corrcoef(stroke[rows][:, columns].ravel(), box.ravel())[0, 1])
-        correlations = np.array(correlations)
-        assert np.median(np.abs(correlations)) > 0.8
-        assert 16 < (correlations > 0).sum() < 48
-        light = scenes.images[correlations > 0.8]
-        assert np.median(light) < 100 < 155 < np.median(scenes.images[correlations < -0.8])
-
-    def test_backgrounds_are_crops_of_photographs_not_plain(self, scenes):
-        assert np.median(scenes.images.std(axis=(1, 2))) > 15
-        assert len(np.unique(scenes.images.reshape(64, -1), axis=0)) == 64
-
-    def test_items_are_pil_images_and_ints_until_a_transform_is_set(self, scenes):
-        image, label = scenes[5]
-        assert image.size == (64, 64) and image.mode == 'RGB' and type(label) is int
-        assert np.array_equal(np.asarray(image), scenes.images[5])
-        assert DigitScenes(num_images=1, transform=lambda image: image.size)[0][0] == (64, 64)
-        assert DigitScenes(num_images=1, input_img_mode='L')[0][0].mode == 'L'
-
-    def test_it_survives_pickling_as_spawned_workers_need(self, scenes):
-        assert np.array_equal(pickle.loads(pickle.dumps(scenes)).images, scenes.images)
-
-    @pytest.mark.parametrize('kwargs, message', [
-        ({'split': 'test'}, "'test' is no split of DigitScenes, which has train, validation"),
-        ({'num_images': 0}, 'num_images=0 must be at least 1'), ({'seed': -1}, 'seed=-1 at least 0')])
-    def test_wrong_arguments_are_refused(self, kwargs, message):
-        with pytest.raises(ValueError, match=message):
-            DigitScenes(**kwargs)
-
-    def test_without_scikit_learn_the_error_names_the_extra(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
-        with pytest.raises(ImportError, match=r'timm_castream\[demo\]'):
-            DigitScenes(num_images=1)
-
-
-class TestImageFolder:
-    def test_timm_reads_the_same_pixels_and_labels_back(self, scenes, tmp_path):
-        validation = DigitScenes('validation', num_images=30)
-        write_image_folder({'train': scenes, 'validation': validation}, tmp_path / 'new' / 'digits')
-        for split, source in (('train', scenes), ('validation', validation)):
-            read = timm.data.create_dataset('', tmp_path / 'new' / 'digits', split=split)
-            pairs = {(image.tobytes(), label) for image, label in read}
-            assert len(read) == len(source) and pairs == {(image.tobytes(), label) for image, label in source}
-
-    def test_an_interrupted_write_leaves_nothing_behind(self, scenes, tmp_path, monkeypatch):
-        save, calls = Image.Image.save, []
-
-        def interrupted(image, *args, **kwargs):
-            calls.append(1)
-            if len(calls) == 10:
-                raise KeyboardInterrupt
-            save(image, *args, **kwargs)
-
-        monkeypatch.setattr(Image.Image, 'save', interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            write_image_folder({'train': scenes}, tmp_path / 'digits')
-        assert list(tmp_path.iterdir()) == []
-
-    def test_what_is_there_already_is_kept(self, scenes, tmp_path):
-        write(tmp_path / 'digits' / 'notes.txt', 'mine')
-        with pytest.raises(FileExistsError, match='digits exists already'):
-            write_image_folder({'train': scenes}, tmp_path / 'digits')
-        assert [file.name for file in (tmp_path / 'digits').rglob('*')] == ['notes.txt']
-
-
 class TestCreateDataset:
-    def test_it_takes_the_calls_of_timms_train_and_validate_scripts(self, cub, mit, voc):
+    def test_it_takes_the_calls_of_timms_train_and_validate_scripts(self, cub, mit, voc, tiny):
         """The keywords that train.py and validate.py of timm v1.0.28 pass, with their scripts' defaults."""
         train_call = dict(
             is_training=True, class_map='', download=False, batch_size=128, seed=42, repeats=0, input_img_mode='RGB',
@@ -337,6 +314,7 @@ class TestCreateDataset:
         assert isinstance(data, CUB200) and len(data) == 3
         data = create_dataset('voc2012', root=str(voc), split='trainval', **train_call)
         assert isinstance(data, VOC2012) and len(data) == 4
+        assert isinstance(create_dataset('tiny_imagenet', root=str(tiny), split='train', **train_call), TinyImageNet)
         validate_call = dict(
             download=False, load_bytes=False, class_map='', num_samples=None, input_key=None, input_img_mode='L',
             target_key=None, trust_remote_code=False, seed=42)
@@ -361,6 +339,39 @@ class TestCreateDataset:
         assert len(folder) == (scenes.labels == 7).sum() and {label for _, label in folder} == {0}
         with pytest.raises(AssertionError, match='Unknown torchvision dataset'):
             create_dataset('torch/nothing', tmp_path)
+
+    @pytest.mark.parametrize('name', ['cub', 'imagenet', 'CUB200', 'nothing/cub200', 'folder'])
+    def test_unknown_names_are_refused_with_the_known_ones(self, cub, name):
+        with pytest.raises(ValueError, match=f"there is no data set '{name}'; known are cub200, voc2012, mit67, "
+                                             'tiny_imagenet, digits, the names of timm that begin with torch/, hfds/'):
+            create_dataset(name, cub)
+
+    @pytest.mark.parametrize('present, split', [
+        (('train', 'test'), 'validation'), (('train',), 'val'), (('val',), 'train'), (('train', 'val'), 'test'),
+        (('train', 'val'), 'vlaidation'), (('valid', 'train'), 'dev[:10%]')])
+    def test_a_split_that_a_folder_lacks_is_refused_where_timm_would_read_all_others(self, tmp_path, present, split):
+        for folder in present:
+            write_image(tmp_path / folder / 'a' / '0.png', 1)
+        with pytest.raises(ValueError, match=rf'has no split .{re.escape(split)}., it has ({"|".join(present)}), ?'
+                           if len(present) > 1 else f'has no split .{split}., it has {present[0]}'):
+            create_dataset('', tmp_path, split)
+        assert len(create_dataset('', tmp_path, split, search_split=False)) == len(present)
+
+    def test_words_of_timm_find_their_folders_and_a_folder_without_splits_is_read_whole(self, tmp_path):
+        for name in ('splits/valid/a/0.png', 'splits/train/a/0.png', 'classes/car/0.png', 'classes/train/0.png'):
+            write_image(tmp_path / name, 1)
+        words = {'validation': 'valid', 'eval': 'valid', 'training': 'train', 'val[:1]': 'valid'}
+        for split, expected in words.items():
+            assert expected in create_dataset('', tmp_path / 'splits', split).filename(0, absolute=True)
+        assert len(create_dataset('', tmp_path / 'classes', 'validation')) == 2  # train is a class here
+        with pytest.raises(ValueError, match="has no split 'vlaidation'; with train or validation it is read whole"):
+            create_dataset('', tmp_path / 'classes', 'vlaidation')
+
+    def test_a_missing_folder_is_named(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r'there is no folder .*nothing'):
+            create_dataset('', tmp_path / 'nothing')
+        with pytest.raises(ValueError, match='a folder of images needs its path'):
+            create_dataset('', None)
 
     def test_it_can_stand_in_for_timms_function_without_calling_itself(self, scenes, tmp_path, monkeypatch):
         write_image_folder({'train': scenes}, tmp_path / 'digits')

@@ -1,0 +1,221 @@
+"""Data sets whose unreadable images are named, where timm's data sets put another image in their place."""
+from __future__ import annotations
+
+import copy
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from PIL import Image
+from timm.data import ImageDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An item that could not be read, in place of its image and target.
+
+    Attributes:
+        index: Of the item in the data set.
+        name: Of its file, as `image_name` gives it.
+        reason: The error, one sentence.
+    """
+
+    index: int
+    name: str
+    reason: str
+
+
+def without_substitutes(dataset: Dataset) -> Dataset:
+    """A data set of the same items in which one that cannot be read is an `Unreadable`, never another item.
+
+    timm's `ImageDataset` gives the next image with its label in place of an image that cannot be read, and fails where
+    many in a row cannot be read. Other data sets raise. The result gives an `Unreadable` for each such image.
+
+    The result has the attributes of the data set, such as `classes` and `boxes`. An attribute that is set, such as the
+    `transform` by timm's `create_loader`, changes the result alone. It can be pickled if the data set can.
+
+    Args:
+        dataset: A data set with indices, timm's, torchvision's or another one, or a `Subset` of it. An iterable data
+            set comes back as it is, since its items have no indices.
+    """
+    if isinstance(dataset, (IterableDataset, WithoutSubstitutes)):
+        return dataset
+    return WithoutSubstitutes(copy.copy(dataset))
+
+
+class SeparatingCollate:
+    """Collates the readable items of a batch and hands on the others.
+
+    Args:
+        collate_fn: Makes a batch of items: timm's `fast_collate`, torch's `default_collate` or the like.
+
+    Returns:
+        When called with a list of items: what `collate_fn` makes of the readable ones, or None if there are none, and
+        the list of the `Unreadable` ones.
+    """
+
+    def __init__(self, collate_fn: Callable[[list], Any]) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, items: list) -> tuple[Any, list[Unreadable]]:
+        readable = [item for item in items if not isinstance(item, Unreadable)]
+        unreadable = [item for item in items if isinstance(item, Unreadable)]
+        return self.collate_fn(readable) if readable else None, unreadable
+
+
+def read_batches(
+        loader: Any, batches: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Any, Any, list[Unreadable]]]:
+    """Reads chosen items of a loader's data set as the loader reads its own, without substitutes.
+
+    Args:
+        loader: A `DataLoader`, or timm's `PrefetchLoader` around one. It is left as it is.
+        batches: The indices of the items of each batch.
+
+    Returns:
+        An iterator with an element a batch: the indices of its readable items, their inputs, their targets (both None
+        if no item is readable), and the unreadable items.
+    """
+    inner = getattr(loader, 'loader', loader)  # timm's PrefetchLoader is around a DataLoader
+    reader = DataLoader(
+        without_substitutes(inner.dataset),
+        batch_sampler=[list(indices) for indices in batches],
+        num_workers=inner.num_workers,
+        collate_fn=SeparatingCollate(inner.collate_fn),
+        pin_memory=inner.pin_memory,
+        timeout=inner.timeout,
+        worker_init_fn=inner.worker_init_fn,
+        multiprocessing_context=inner.multiprocessing_context,
+    )
+    done: deque[tuple[bool, list[Unreadable]]] = deque()  # batches that are read and not yet given on
+
+    def readable() -> Iterator[Any]:
+        for batch, unreadable in reader:
+            done.append((batch is not None, unreadable))
+            if batch is not None:
+                yield batch
+
+    source = readable()
+    # timm's PrefetchLoader before 1.0.29 fails without a batch.
+    first = next(source, None)
+    prefetched: Any = () if first is None else chain((first,), source)
+    if inner is not loader and first is not None:
+        around = copy.copy(loader)
+        around.loader, prefetched = prefetched, around
+    remaining = iter(batches)
+    for inputs, targets in prefetched:
+        while True:
+            has_batch, unreadable = done.popleft()
+            lost = {item.index for item in unreadable}
+            indices = [index for index in next(remaining) if index not in lost]
+            if has_batch:
+                yield indices, inputs, targets, unreadable
+                break
+            yield indices, None, None, unreadable
+    for _, unreadable in done:
+        yield [], None, None, unreadable
+
+
+def image_name(dataset: Any, index: int, absolute: bool = False) -> str:
+    """The name of an image: its file, as the data set gives it, or `image INDEX`.
+
+    Args:
+        dataset: A data set of timm's or torchvision's, or another one.
+        index: Of the image.
+        absolute: With all folders, rather than relative to the data set's root.
+    """
+    dataset, index = innermost(dataset, index)
+    try:
+        return str(dataset.filename(index, absolute=absolute))
+    except (AttributeError, NotImplementedError, TypeError):
+        pass
+    try:
+        file = dataset.samples[index][0]
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return f'image {index}'
+    return str(file if absolute or not hasattr(dataset, 'root') else os.path.relpath(file, dataset.root))
+
+
+def innermost(dataset: Any, index: int) -> tuple[Any, int]:
+    """The data set that reads an item of a `Subset` or of `without_substitutes`, and the item's index there."""
+    while isinstance(dataset, (Subset, WithoutSubstitutes)):
+        if isinstance(dataset, Subset):
+            index = dataset.indices[index]
+        dataset = dataset.dataset
+    return dataset, index
+
+
+class WithoutSubstitutes(Dataset):
+    """See `without_substitutes`."""
+
+    def __init__(self, dataset: Any) -> None:
+        object.__setattr__(self, 'dataset', dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f'index {index} is out of range for {len(self)} items')
+        dataset, place = innermost(self, index)
+        try:
+            if not isinstance(dataset, ImageDataset):
+                return dataset[place]
+            single = copy.copy(dataset)
+            single.reader = _SingleRead(dataset.reader)
+            try:
+                return single[place]
+            except _SecondReadError:
+                _open(dataset, place)
+                raise
+        except MemoryError:
+            raise
+        except Exception as error:
+            reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+            return Unreadable(index, image_name(dataset, place), reason)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        # `dataset` is missing while a copy is made. Special methods, such as the __getitems__ of a Subset, are not its.
+        if name == 'dataset' or name.startswith('__'):
+            raise AttributeError(f'{type(self).__name__!r} object has no attribute {name!r}')
+        return getattr(self.dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.dataset, name, value)
+
+    def __getstate__(self) -> Any:
+        return self.dataset
+
+    def __setstate__(self, dataset: Any) -> None:
+        object.__setattr__(self, 'dataset', dataset)
+
+
+class _SecondReadError(Exception):
+    """timm's ImageDataset goes on to another image."""
+
+
+class _SingleRead:
+    """A reader of timm's that gives one image alone."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+        self.is_read = False
+
+    def __getitem__(self, index: int) -> Any:
+        if self.is_read:
+            raise _SecondReadError('the image cannot be opened')
+        self.is_read = True
+        return self.reader[index]
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+
+def _open(dataset: Any, index: int) -> None:
+    """Raises the error for which timm's ImageDataset left out an image; timm only logs it."""
+    image, *_ = dataset.reader[index]
+    with Image.open(image) as opened:
+        opened.load()
