@@ -390,7 +390,7 @@ def test_the_model_is_as_before_after_an_error(layer: str | None, broken: str, m
     model.train()
     model.get_submodule(broken).register_forward_pre_hook(fail)
     before = state_of(model)
-    with pytest.raises(RuntimeError, match='broken'):
+    with pytest.raises((RuntimeError, ValueError), match='broken'):
         attribute_all(model, x, layer=layer)
     assert state_of(model) == before
 
@@ -447,8 +447,8 @@ def test_attention_logits_are_the_class_agnostic_cam_of_eq_5(
     ({'pooling': 'max'}, "pooling 'max' is unknown, valid ones: 'gap', 'ca'"),
     ({'activation': 'relu'}, "activation 'relu' is unknown"),
     ({'layer': 'layer9'}, "layer 'layer9' is no module of ResNet; it has conv1"),
-    ({'layer': 'castream.blocks.0'}, r'CrossAttention gives \(2, 32\)'),
-    ({'layer': 'fc'}, "layer 'fc' ran 0 times before the pooling"),
+    ({'layer': 'castream.blocks.0'}, r'castream\.blocks\.0 of ResNet gives \(1, 32\) and not one feature map'),
+    ({'layer': 'fc'}, "layer 'fc' of ResNet runs 0 times before the pooling"),
     ({'layer': ''}, "layer '' is no module"),
     ({'batch_size': 0}, 'batch_size must be a positive int, got 0'),
     ({'target': torch.tensor([1, 10])}, 'target has classes from 1 to 10, the model has 0 to 9'),
@@ -476,7 +476,7 @@ def test_a_model_without_classes_or_without_a_map_is_refused(model: nn.Module, x
         model.reset_classifier(*arguments)
         with pytest.raises(ValueError, match='gives no class scores'):
             attribute(model, x, 'grad_cam')
-    with pytest.raises(ValueError, match=r'forward_features gives \(2, .*feature maps of 4 dimensions'):
+    with pytest.raises(ValueError, match=r'its forward_features gives \(1, 17, 64\)'):
         attribute(timm.create_model('test_vit', img_size=64), x, 'grad_cam', pooling='gap')
     with pytest.raises(ValueError, match='is no timm model'):
         attribute(nn.Conv2d(3, 3, 1), x, 'grad_cam', pooling='gap')
@@ -485,5 +485,5 @@ def test_a_model_without_classes_or_without_a_map_is_refused(model: nn.Module, x
 def test_a_layer_that_runs_more_than_once_is_refused(model: nn.Module, x: Tensor) -> None:
     shared = nn.Identity()
     model.layer3[0].drop_block, model.layer4[0].drop_block = shared, shared
-    with pytest.raises(ValueError, match='ran 2 times before the pooling'):
+    with pytest.raises(ValueError, match='runs 2 times before the pooling'):
         attribute(model, x, 'grad_cam', layer='layer4.0.drop_block')

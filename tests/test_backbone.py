@@ -1,20 +1,24 @@
-"""What a stream asks of the network beside it."""
+"""The stages of networks, their layouts, and how heads pool, as small forwards find them."""
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from conftest import make_backbone
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, LayerNorm2d
 from torch import nn
 
+from timm_castream import attach
 from timm_castream.backbone import (
     eval_mode,
+    find_stage,
     find_stages,
-    head_pools,
+    head_pooling,
     hook_target,
-    is_norm,
-    one_location,
+    pooled_stage,
 )
+from timm_castream.freezing import is_norm
+from timm_castream.layout import NCHW, NHWC
 
 
 @pytest.mark.parametrize('name, names, dims', [
@@ -26,8 +30,75 @@ from timm_castream.backbone import (
 ])
 def test_the_default_stages_end_in_the_map_that_is_pooled(name, names, dims):
     stages = find_stages(make_backbone(name))
-    assert stages.names == names
-    assert stages.dims == dims
+    assert tuple(stage.name for stage in stages) == names
+    assert tuple(stage.dim for stage in stages) == dims
+    assert {type(stage.layout) for stage in stages} == {NHWC if name == 'swin' else NCHW}
+
+
+def test_the_layout_is_a_fact_of_each_stage():
+    # The blocks of samvit give (B, H, W, D), and its neck gives (B, D, H, W).
+    stages = find_stages(timm.create_model('samvit_base_patch16', device='meta'))
+    assert [stage.dim for stage in stages] == [768] * (len(stages) - 1) + [256]
+    assert [type(stage.layout) for stage in stages] == [NHWC] * (len(stages) - 1) + [NCHW]
+
+
+class EqualSides(nn.Module):
+    """A network whose map has as many channels as rows and columns where the image has 64 pixels."""
+
+    def __init__(self, channels_last: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 8, 8)
+        self.channels_last = channels_last
+        self.stage = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = self.conv(x)
+        return self.stage(maps.permute(0, 2, 3, 1) if self.channels_last else maps)
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_a_second_image_tells_channels_from_locations_where_all_sides_are_equal(channels_last):
+    model = EqualSides(channels_last)
+    stage = find_stage(model, 'stage')
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 8, 8, 8)
+    assert stage.layout == (NHWC() if channels_last else NCHW())
+    assert stage.view(model(torch.zeros(1, 3, 64, 128)), (64, 128)).shape == (1, 8, 8, 16)
+
+
+@pytest.mark.parametrize('size', [(96, 64), (64, 96)])
+@pytest.mark.parametrize('name, layer, layout', [
+    ('swin', 'layers.1', NHWC()), ('test_convnext', 'stages.2', NCHW()),
+    ('test_convnext', 'stages.2.blocks.0.mlp', NHWC())])
+def test_an_image_that_is_not_square_tells_too(name, layer, layout, size):
+    model = make_backbone(name, **({'img_size': size} if name == 'swin' else {}))
+    assert find_stage(model, layer).layout == layout
+
+
+@pytest.mark.parametrize('stream', [False, True])
+@pytest.mark.parametrize('name, layer, dim, layout', [
+    ('test_resnet', 'layer3.0.conv1', 48, NCHW()), ('swin', 'layers.2.blocks.0.norm1', 32, NHWC())])
+def test_the_stage_of_any_module_and_of_the_pooled_tensor_is_found_with_a_stream_or_without(
+        name, layer, dim, layout, stream):
+    model = make_backbone(name)
+    width = model.num_features
+    if stream:
+        attach(model, stream_class_specific=True)
+    stage = find_stage(model, layer)
+    assert (stage.name, stage.dim, stage.layout) == (layer, dim, layout)
+    pooled = pooled_stage(model)
+    assert (pooled.dim, pooled.layout) == (width, layout)
+
+
+def test_a_module_that_gives_no_map_or_does_not_run_once_is_refused():
+    model = make_backbone('test_resnet')
+    with pytest.raises(ValueError, match=r"layer 'layer9' is no module of ResNet; it has conv1, bn1,"):
+        find_stage(model, 'layer9')
+    with pytest.raises(ValueError, match=r"layer '' is no module of ResNet"):
+        find_stage(model, '')
+    with pytest.raises(ValueError, match=r"layer 'fc' of ResNet runs 0 times before the pooling"):
+        find_stage(model, 'fc')
+    with pytest.raises(ValueError, match=r'1 of Sequential gives \(1, 12288\) and not one feature map'):
+        find_stage(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Flatten(), nn.ReLU()), '1')
 
 
 def test_finding_the_stages_moves_neither_statistics_nor_modes_nor_random_numbers_nor_hooks():
@@ -56,12 +127,12 @@ def test_hooks_are_taken_off_when_the_probe_fails():
         find_stages(model)
     handle.remove()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert len(find_stages(model).names) == 5
+    assert len(find_stages(model)) == 5
 
 
 @pytest.mark.parametrize('pool', ['avg', 'max', 'avgmax'])
 def test_heads_that_pool_by_average_or_maximum_are_served(pool):
-    assert find_stages(make_backbone('test_resnet', global_pool=pool)).dims[-1] == 96
+    assert find_stages(make_backbone('test_resnet', global_pool=pool))[-1].dim == 96
 
 
 def test_a_head_that_pools_otherwise_is_refused():
@@ -70,20 +141,28 @@ def test_a_head_that_pools_otherwise_is_refused():
 
 
 @pytest.mark.parametrize('name', ['test_resnet', 'test_convnext', 'test_efficientnet', 'swin'])
-def test_head_pools_until_the_pooling_is_taken_away(name):
+def test_heads_pool_until_the_pooling_is_taken_away(name):
     model = make_backbone(name)
-    assert head_pools(model, model.forward_head)
+    pooled = pooled_stage(model)
+    assert head_pooling(model, pooled, model.forward_head) == 'avg'
     model.reset_classifier(0)
-    assert head_pools(model, model.forward_head)
+    assert head_pooling(model, pooled, model.forward_head) == 'avg'
     model.reset_classifier(0, '')
-    assert not head_pools(model, model.forward_head)
+    assert head_pooling(model, pooled, model.forward_head) == ''
+
+
+@pytest.mark.parametrize('pool, expected', [('avg', 'avg'), ('max', 'max'), ('avgmax', 'avgmax'), ('catavgmax', None)])
+def test_the_head_itself_tells_how_it_pools(pool, expected):
+    model = make_backbone('test_resnet', global_pool=pool)
+    assert head_pooling(model, pooled_stage(model), model.forward_head) == expected
 
 
 @pytest.mark.parametrize('name', ['test_resnet', 'swin'])
 def test_pooling_one_location_gives_the_vector(name):
     model = make_backbone(name)
     vector = torch.randn(2, model.num_features)
-    assert torch.equal(model.forward_head(one_location(model, vector), pre_logits=True), vector)
+    location = pooled_stage(model).one_location(vector)
+    assert torch.equal(model.forward_head(location, pre_logits=True), vector)
 
 
 def test_a_sequential_is_hooked_at_its_last_block_but_not_at_a_normalisation():

@@ -11,19 +11,18 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .backbone import find_stages, head_pools, hook_target, is_nhwc
+from .backbone import find_stages, head_pooling
+from .freezing import freeze
 from .loading import load_gap_weights
 from .mixin import (
     KEY_PREFIX,
     Attachment,
     CAStreamMixin,
-    StageHook,
-    castream_class,
+    add_stream,
     castream_model,
     check_class_specific,
-    detach,
-    norm_layers,
-    travelling_query,
+    query_of,
+    remove_stream,
 )
 from .stream import CAStream
 
@@ -89,17 +88,21 @@ def attach(
             f'This {type(model).__name__} has a CA-Stream already; call timm_castream.detach(model) first.')
     backbone: Any = model  # torch types the attributes of a module as tensors or modules
     stages = find_stages(backbone, stream_stages)
-    if not isinstance(stream_start, int) or not 0 <= stream_start < len(stages.names):
+    if not isinstance(stream_start, int) or not 0 <= stream_start < len(stages):
         raise ValueError(
             f'stream_start {stream_start!r} is out of range: {type(model).__name__} has the stages 0 to '
-            f'{len(stages.names) - 1} ({", ".join(stages.names)}).')
-    pools = head_pools(backbone, backbone.forward_head)
+            f'{len(stages) - 1} ({", ".join(stage.name for stage in stages)}).')
+    stages = stages[stream_start:]
+    head = head_pooling(backbone, stages[-1], backbone.forward_head)
+    if stream_init == 'gap' and head not in ('avg', ''):
+        raise ValueError(f"stream_init 'gap' starts as average pooling, and this {type(model).__name__} pools by "
+                         f"{head!r}, valid ones: 'paper'.")
     if stream_class_specific:
-        check_class_specific(backbone.num_classes, None if pools else '')
+        check_class_specific(backbone.num_classes, head)
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     try:
         stream = CAStream(
-            stages.dims[stream_start:],
+            [stage.dim for stage in stages],
             num_classes=backbone.num_classes if stream_class_specific else None,
             num_heads=stream_heads,
             block=stream_block,
@@ -114,27 +117,31 @@ def attach(
     if backbone_pretrained or backbone_checkpoint:
         load_gap_weights(model, backbone_pretrained, backbone_checkpoint)
 
-    for name in stages.names[stream_start:-1]:
-        hook_target(model.get_submodule(name)).register_forward_hook(StageHook(is_nhwc(model)))
-    backbone._castream = Attachment(
-        config={
-            'stream_start': stream_start,
-            'stream_stages': None if stream_stages is None else list(stream_stages),
-            'stream_block': stream_block,
-            'stream_class_specific': stream_class_specific,
-            'stream_heads': stream_heads,
-            'stream_drop': stream_drop,
-            'stream_bias': stream_bias,
-            'stream_init': stream_init,
-        },
-        stages=stages.names[stream_start:],
-        pools=pools,
-    )
-    backbone.castream = stream
-    backbone.__class__ = castream_class(backbone.__class__)
+    config = {
+        'stream_start': stream_start,
+        'stream_stages': None if stream_stages is None else list(stream_stages),
+        'stream_block': stream_block,
+        'stream_class_specific': stream_class_specific,
+        'stream_heads': stream_heads,
+        'stream_drop': stream_drop,
+        'stream_bias': stream_bias,
+        'stream_init': stream_init,
+    }
+    add_stream(model, stream, Attachment(config, stages, head_pools=head != ''))
     if freeze_backbone:
         _freeze(backbone)
     return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Takes the stream off again: class, hooks, `requires_grad` flags and cfg are those of the model before `attach`.
+
+    Raises:
+        ValueError: If the model has no stream.
+    """
+    backbone = castream_model(model)
+    remove_stream(backbone)
+    return backbone
 
 
 @contextmanager
@@ -172,7 +179,7 @@ def forward_both(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     features = model.stream_features(x)
     return {
         'gap': model.forward_gap_head(features),
-        'ca': model.forward_ca_head(features, travelling_query(features)),
+        'ca': model.forward_ca_head(features, query_of(features)),
     }
 
 
@@ -189,8 +196,8 @@ def attention_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
     model = castream_model(model)
     maps: list[Tensor] = []
     features = model.stream_features(x, attention=maps)
-    last, block = model.to_nchw(features), model.castream.blocks[-1]
-    maps.append(block.attention(travelling_query(features), last).unflatten(2, last.shape[2:]))  # type: ignore[operator]
+    last = model.pooled_stage.view(features, x.shape[-2:])
+    model.castream.step(-1, query_of(features), last, attention=maps)
     return maps
 
 
@@ -239,10 +246,5 @@ def class_labels(model: nn.Module, target: Tensor) -> Iterator[None]:
 
 def _freeze(model: CAStreamMixin) -> None:
     state = model._castream
-    backbone = [(n, p) for n, p in model.named_parameters() if not n.startswith(KEY_PREFIX) and p.requires_grad]
-    state.trained = (*state.trained, *(name for name, _ in backbone))
+    state.frozen_names = (*state.frozen_names, *freeze(model, KEY_PREFIX))
     state.frozen = True
-    for _, parameter in backbone:
-        parameter.requires_grad_(False)
-    for module in norm_layers(model):
-        module.training = False

@@ -14,7 +14,7 @@ from .attach import POOLINGS
 from .checks import check_class_indices
 from .images import check_images
 from .methods import METHODS, PAPER_METHODS, Batch, Method, UserMethod, resolve_methods
-from .mixin import castream_model, travelling_query
+from .mixin import castream_model, query_of
 from .network import Network
 
 __all__ = ['METHODS', 'Identity', 'attention_identity', 'attribute', 'attribute_all']
@@ -155,7 +155,7 @@ def attention_identity(model: nn.Module, x: Tensor) -> Identity:
     with network.evaluating():
         backbone = network.backbone
         features = backbone.stream_features(x)
-        query, maps = travelling_query(features), backbone.to_nchw(features)
+        query, maps = query_of(features), backbone.pooled_stage.view(features, x.shape[-2:])
         block: Any = backbone.castream.blocks[-1]
         logits = block.attention_logits(query, maps).sum(1).unflatten(1, maps.shape[2:])
         if block.key is not None:

@@ -1,10 +1,10 @@
-"""What a stream asks of the timm model beside it: its stages, its head, its normalisation layers.
+"""Stages of a network, found by small forwards: which modules run, how their outputs lie, how the head pools.
 
-Letters: B images, D channels, H x W locations, l a stage from 0 to L.
+Letters: B images, D channels, H x W locations, N tokens, l a stage from 0 to L.
 """
 from __future__ import annotations
 
-import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,41 +13,18 @@ from typing import Any
 import torch
 from timm.models import ConvNeXt, ResNet
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+
+from .freezing import is_norm
+from .layout import NCHW, NHWC, ImageSize, Layout, Stage
+
+# Name of the pooled stage where it is the output of no named module.
+POOLED = 'forward_features'
 
 # timm's feature_info names `act1` for ResNet, whose F_0 is after the max pooling, and no stem for ConvNeXt.
 PAPER_STAGES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (ResNet, ('maxpool', 'layer1', 'layer2', 'layer3', 'layer4')),
     (ConvNeXt, ('stem', 'stages.0', 'stages.1', 'stages.2', 'stages.3')),
 )
-
-
-@dataclass
-class Stages:
-    """The stages of a backbone in the order in which they run.
-
-    Attributes:
-        names: Module names; the last one stands for the map that is pooled.
-        dims: Channels D_l of each.
-    """
-
-    names: tuple[str, ...]
-    dims: tuple[int, ...]
-
-
-def is_nhwc(model: nn.Module) -> bool:
-    """Whether a backbone's feature maps are (B, H, W, D), as timm's swin has them."""
-    return getattr(model, 'output_fmt', 'NCHW') == 'NHWC'
-
-
-def one_location(model: nn.Module, vector: Tensor) -> Tensor:
-    """(B, D) vectors as feature maps of one location, in the backbone's own layout."""
-    return vector[:, None, None, :] if is_nhwc(model) else vector[:, :, None, None]
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation layer. Ask when needed: SyncBatchNorm takes BatchNorm's place later."""
-    return isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm)) or hasattr(module, 'running_var')
 
 
 def hook_target(module: nn.Module) -> nn.Module:
@@ -79,22 +56,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.attention_bias_cache = {}
 
 
-def head_pools(model: Any, head: Callable[..., Tensor]) -> bool:
-    """Whether `head`, the model's own `forward_head`, pools: not so after `reset_classifier(0, '')`."""
-    location = one_location(model, torch.zeros(1, model.num_features, **_placement(model)))
-    with eval_mode(model):
-        return head(location, pre_logits=True).ndim == 2
-
-
-def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> Stages:
-    """Finds the stages of a model by one small forward.
+def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> tuple[Stage, ...]:
+    """Finds the stages of a timm model by one small forward.
 
     Args:
         model: A timm model without a stream.
         names: Module names in the order in which they run, or None for the default stages.
 
+    Returns:
+        The stages in the order in which they run. The last one is the tensor that the model pools.
+
     Raises:
-        ValueError: If the model pools no spatial feature map, or a name does not fit.
+        ValueError: If the model pools no feature map by average or maximum, or a name does not fit.
     """
     kind = type(model).__name__
     # Of the class: torch.compile's wrapper shows the attributes of the model inside.
@@ -107,43 +80,131 @@ def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> Stages:
     if names is not None:
         _check_names(model, chosen)
     with eval_mode(model):
-        visits, features = _run_stages(model, chosen)
-        _check_pooled(model, features)
-    pooled_last = names is None or (bool(visits) and visits[-1].output is features)
-    if names is None:
-        last_name = chosen[-1] if chosen else 'forward_features'
-        visits = [v for v in visits if v.name != last_name and not v.problem(kind)]
-    else:
-        for visit in visits:
-            if visit.problem(kind):
-                raise ValueError(visit.problem(kind))
-        if [v.name for v in visits] != chosen:
-            raise ValueError(f'stream_stages {chosen} must be modules that {kind} runs once, before its head, and in '
-                             f'the order in which it runs them: {[v.name for v in visits]}.')
-        last_name = visits.pop().name if pooled_last else 'forward_features'
-    channel_dim = -1 if is_nhwc(model) else 1
-    return Stages(
-        names=(*(v.name for v in visits), last_name),
-        dims=(*(v.output.shape[channel_dim] for v in visits), features.shape[channel_dim]),
-    )
+        probe = _run_probe(model, chosen)
+        pooled = _pooled_stage(model, probe)
+        if head_pooling(model, pooled, model.forward_head) is None:  # type: ignore[arg-type]
+            raise ValueError(f'{kind} does not pool the feature map that its forward_features gives by average or '
+                             'maximum, so a CA-Stream cannot take that place.')
+        if names is None:
+            last_name = chosen[-1] if chosen else POOLED
+            visits = [v for v in probe.visits if v.name != last_name and not v.problem(kind)]
+        else:
+            visits = list(probe.visits)
+            for visit in visits:
+                if visit.problem(kind):
+                    raise ValueError(visit.problem(kind))
+            if [v.name for v in visits] != chosen:
+                raise ValueError(f'stream_stages {chosen} must be modules that {kind} runs once, before its head, and '
+                                 f'in the order in which it runs them: {[v.name for v in visits]}.')
+            last_name = visits.pop().name if visits[-1].output is probe.features else POOLED
+        stages = [_stage(model, probe, visit) for visit in visits]
+    return (*stages, Stage(last_name, pooled.dim, pooled.layout))
+
+
+def find_stage(model: nn.Module, name: str) -> Stage:
+    """The stage of one module: of a timm model, with a stream or without, or of any network for images.
+
+    Raises:
+        ValueError: If there is no such module, it does not run once before the pooling, or it gives no feature map.
+    """
+    kind = type(model).__name__
+    if not _has_module(model, name):
+        children = ', '.join(child for child, _ in model.named_children())
+        raise ValueError(f'layer {name!r} is no module of {kind}; it has {children} and their submodules.')
+    with eval_mode(model):
+        probe = _run_probe(model, [name])
+        if len(probe.visits) != 1:
+            raise ValueError(f'layer {name!r} of {kind} runs {len(probe.visits)} times before the pooling: name a '
+                             'module that runs once.')
+        problem = probe.visits[0].problem(kind, in_place=False)
+        if problem:
+            raise ValueError(problem)
+        return _stage(model, probe, probe.visits[0])
+
+
+def pooled_stage(model: nn.Module) -> Stage:
+    """The tensor that a timm model gives to its head, with a stream or without.
+
+    Raises:
+        ValueError: If it is no feature map.
+    """
+    own = getattr(model, 'pooled_stage', None)  # attach found it
+    if isinstance(own, Stage):
+        return own
+    with eval_mode(model):
+        return _pooled_stage(model, _run_probe(model, []))
+
+
+def head_pooling(model: nn.Module, pooled: Stage, head: Callable[..., Tensor]) -> str | None:
+    """How a head pools.
+
+    The head is given a map, and maps of one location that hold the average or the maximum of the first: equal outputs
+    tell how it pools.
+
+    Args:
+        model: A timm model.
+        pooled: Its pooled stage.
+        head: Its own `forward_head`.
+
+    Returns:
+        `'avg'`, `'max'` or `'avgmax'`, None for another pooling, or `''` where the head hands the map on unpooled, as
+        after `reset_classifier(0, '')`. On the meta device, where no values can be compared, `'avg'`.
+    """
+    with eval_mode(model):
+        placement = _placement(model)
+        if head(pooled.one_location(torch.zeros(1, pooled.dim, **placement)), pre_logits=True).ndim > 2:
+            return ''
+        features = torch.linspace(0, 100, 18 * pooled.dim, dtype=torch.float32).sin().reshape(2, pooled.dim, 3, 3)
+        features = features.to(**placement)
+        mean, peak = features.mean((2, 3)), features.amax((2, 3))
+        output = head(pooled.layout.pack(features, -peak), pre_logits=True)
+        if output.is_meta:
+            return 'avg'
+        tolerance = 1e-4 if output.dtype in (torch.float32, torch.float64) else 2e-2
+        for name, vector in (('avg', mean), ('max', peak), ('avgmax', (mean + peak) / 2)):
+            other = head(pooled.one_location(vector), pre_logits=True)
+            if torch.allclose(output, other, rtol=tolerance, atol=tolerance):
+                return name
+    return None
 
 
 @dataclass
 class _Visit:
-    """What the probe saw of one stage."""
+    """The output of one module in the probe."""
 
     name: str
     output: Any
-    version: int  # counts changes in place
+    version: int
 
-    def problem(self, kind: str) -> str | None:
+    def problem(self, kind: str, in_place: bool = True) -> str | None:
         """Why the output cannot be a stage, or None."""
         if not isinstance(self.output, Tensor) or self.output.ndim != 4:
-            return f'{self.name} of {kind} does not give one 4-dimensional feature map, so it cannot be a stage.'
-        if self.output._version != self.version:
+            return (f'{self.name} of {kind} gives {_shape(self.output)} and not one feature map, (B, D, H, W) or '
+                    '(B, H, W, D).')
+        if in_place and self.output._version != self.version:
             return (f'The output of {self.name} is changed in place by the module that follows it in {kind}; name that '
                     'module instead.')
         return None
+
+
+@dataclass
+class _Probe:
+    """One forward of one small image: the modules in the order in which they ran, and the final feature map."""
+
+    image_size: ImageSize
+    visits: list[_Visit]
+    features: Any
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    try:
+        return bool(name) and model.get_submodule(name) is not None  # '' would be the model
+    except AttributeError:
+        return False
+
+
+def _shape(output: Any) -> str:
+    return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
 
 
 def _default_names(model: nn.Module) -> list[str]:
@@ -167,72 +228,104 @@ def _check_names(model: nn.Module, names: list[str]) -> None:
                          f'example {_default_names(model)}.')
 
 
+def _pooled_stage(model: nn.Module, probe: _Probe) -> Stage:
+    features = probe.features
+    if not isinstance(features, Tensor) or features.ndim != 4:
+        raise ValueError(f'{type(model).__name__} pools no spatial feature map: its forward_features gives '
+                         f'{_shape(features)}, a CA-Stream needs (B, C, H, W).')
+    return _stage(model, probe, _Visit(POOLED, features, 0))
+
+
+def _stage(model: nn.Module, probe: _Probe, visit: _Visit) -> Stage:
+    layout = _layout(model, probe, visit)
+    return Stage(visit.name, layout.view(layout.tensor(visit.output)).shape[1], layout)
+
+
+def _layout(model: nn.Module, probe: _Probe, visit: _Visit) -> Layout:
+    """Whether the channels of a map come before its locations or after them.
+
+    Locations follow the sides of the image. Where both readings do, a second image of twice the size tells: its map has
+    as many channels and other sides.
+    """
+    shape = visit.output.shape
+    first, last = _is_grid(shape[2:], probe.image_size), _is_grid(shape[1:3], probe.image_size)
+    if first == last:
+        height, width = probe.image_size
+        channels = _input_channels(model)[0]
+        try:
+            second = _run_image(model, [] if visit.name == POOLED else [visit.name], (channels, 2 * height, 2 * width))
+            other = second.features if visit.name == POOLED else second.visits[0].output
+            first, last = other.shape[3] != shape[3], other.shape[1] != shape[1]
+        except _PROBE_ERRORS:  # a network of one image size
+            last = getattr(model, 'output_fmt', 'NCHW') == 'NHWC'
+            first = not last
+    return NCHW() if first and not last else NHWC()
+
+
+def _is_grid(sides: Sequence[int], image_size: ImageSize) -> bool:
+    """Whether two sides follow those of an image, up to rounding by one location."""
+    (rows, columns), (height, width) = sides, image_size
+    return abs(rows * width - columns * height) < max(height, width)
+
+
+_PROBE_ERRORS = (AssertionError, RuntimeError, ValueError)
+
+
 def _placement(model: nn.Module) -> dict[str, Any]:
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     return {'device': parameter.device, 'dtype': parameter.dtype}
 
 
+def _input_channels(model: nn.Module) -> tuple[int, int]:
+    """Channels of the images that the model may take, the likely number first."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    in_chans = (cfg.get('input_size') or (3,))[0]
+    first_conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    # The first convolution has the channels of create_model(in_chans=...); some networks turn pixels into channels
+    # before it.
+    return (in_chans if first_conv is None else first_conv.in_channels, in_chans)
+
+
 def _image_sizes(model: Any) -> list[tuple[int, int, int]]:
     """Sizes (3, H, W) of images that the model may take, the cheapest first."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
-    in_chans, *full = cfg.get('input_size') or (3, 224, 224)
+    full = list(cfg.get('input_size') or (3, 224, 224))[1:]
     small = full if cfg.get('fixed_input_size', False) else [min(64, side) for side in full]
     embed: Any = getattr(model, 'patch_embed', None)
     if cfg.get('fixed_input_size', False) and isinstance(getattr(embed, 'img_size', None), tuple):
         small = list(embed.img_size)  # create_model(img_size=...) is not in the cfg
-    first_conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    # The first convolution knows create_model(in_chans=...), but in some networks pixels become channels before it.
-    channels = (in_chans if first_conv is None else first_conv.in_channels, in_chans)
-    return list(dict.fromkeys((c, height, width) for height, width in (small, full) for c in channels))
+    sizes = [(channels, *sides) for sides in (small, full) for channels in _input_channels(model)]
+    return list(dict.fromkeys(sizes))
 
 
-def _run_stages(model: nn.Module, names: list[str]) -> tuple[list[_Visit], Any]:
-    """One forward of a small image: the stages in the order in which they ran, and the final feature map."""
+def _run_probe(model: nn.Module, names: list[str]) -> _Probe:
+    """One forward of an image of the first size that the model takes."""
     failure: Exception | None = None
     for size in _image_sizes(model):
         try:
             return _run_image(model, names, size)
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except _PROBE_ERRORS as error:
             failure = failure or error
     raise ValueError(f'{type(model).__name__} takes none of the image sizes {_image_sizes(model)}, so its stages '
                      f'cannot be found: {failure}') from failure
 
 
-def _run_image(model: Any, names: list[str], size: tuple[int, int, int]) -> tuple[list[_Visit], Any]:
+def _run_image(model: Any, names: list[str], size: tuple[int, int, int]) -> _Probe:
     visits: list[_Visit] = []
+    thread = threading.get_ident()
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, output: visits.append(_Visit(name, output, getattr(output, '_version', 0)))
+        def visit(module: nn.Module, args: Any, output: Any) -> None:
+            if threading.get_ident() == thread:  # not another thread's forward of the same model
+                # torch has no public counter of the changes in place of a tensor.
+                visits.append(_Visit(name, output, getattr(output, '_version', 0)))
+        return visit
 
     handles = [hook_target(model.get_submodule(name)).register_forward_hook(hook(name)) for name in names]
+    forward = getattr(model, 'forward_features', model)
     try:
-        features = model.forward_features(torch.zeros(1, *size, **_placement(model)))
+        features = forward(torch.zeros(1, *size, **_placement(model)))
     finally:
         for handle in handles:
             handle.remove()
-    return visits, features
-
-
-def _check_pooled(model: Any, features: Any) -> None:
-    """Raises unless the head pools `features` first: then it gives the same for a map and for its pooled location."""
-    kind = type(model).__name__
-    if not isinstance(features, Tensor) or features.ndim != 4:
-        shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(f'{kind} pools no spatial feature map: its forward_features gives {shape}, a CA-Stream needs '
-                         '(B, C, H, W).')
-    location = one_location(model, torch.zeros(2, model.num_features, **_placement(model)))
-    head = model.forward_head(location, pre_logits=True)
-    if head.ndim == 4:  # global_pool='': nothing to compare
-        return
-    spatial = (1, 2) if is_nhwc(model) else (2, 3)
-    sides = [3 if dim in spatial else n for dim, n in enumerate(location.shape)]
-    probe = torch.linspace(0, 100, math.prod(sides), dtype=torch.float32).sin().reshape(sides).to(location)
-    mean, peak = probe.mean(spatial, keepdim=True), probe.amax(spatial, keepdim=True)
-    output = model.forward_head(probe, pre_logits=True)
-    if output.is_meta:
-        return
-    tolerance = 1e-4 if output.dtype in (torch.float32, torch.float64) else 2e-2
-    if not any(torch.allclose(output, model.forward_head(pooled, pre_logits=True), rtol=tolerance, atol=tolerance)
-               for pooled in (mean, peak, (mean + peak) / 2)):
-        raise ValueError(f'{kind} does not pool the feature map that its forward_features gives by average or maximum, '
-                         'so a CA-Stream cannot take that place.')
+    return _Probe(size[1:], visits, features)

@@ -1,4 +1,4 @@
-"""Meets timm: runs a CA-Stream beside a backbone and feeds its last query to the backbone's own head in GAP's place.
+"""Runs a CA-Stream beside a timm backbone and gives its last query to the backbone's own head in place of GAP.
 
 A network that carries a stream is still of its backbone's class, through a mixin and a subclass cached per class, as
 PyTorch's own parametrizations do it. `forward_features` opens a frame, the forward hook of each stage runs its block
@@ -13,63 +13,64 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .backbone import head_pools, hook_target, is_nhwc, is_norm, one_location
+from .backbone import head_pooling, hook_target
+from .freezing import hold_norms, unfreeze
+from .layout import ImageSize, Stage
 from .stream import CAStream
 
 KEY_PREFIX = 'castream.'  # of the stream's entries in a state dict
 
 
 class _Frame:
-    """What one call of `forward_features` knows of its stream; gone when the call returns.
+    """The state of one call of `forward_features`; gone when the call returns.
 
     Args:
         stream: The stream to run.
         query: q_0 of the batch, or None where the stages wait for `start`.
-        attention: A list that collects the attention of each stage, or None.
+        image_size: Height and width of the images.
+        attention: A list that receives the attention of each stage, or None.
     """
 
     def __init__(
             self,
             stream: CAStream,
             query: Tensor | None,
+            image_size: ImageSize,
             attention: list[Tensor] | None = None,
     ) -> None:
         self.stream = stream
         self.query = query
+        # Only attention maps have to be in image order.
+        self.image_size = None if attention is None else image_size
         self.attention = attention
         self.visited = 0
         self.waiting: list[Tensor] = []
 
-    def visit(self, features: Tensor) -> None:
-        """Takes the query through the block of the stage that has just made `features`, (B, D, H, W)."""
+    def visit(self, stage: Stage, output: Any) -> None:
+        """Takes the query through the block of the stage whose module has just returned `output`."""
+        features = stage.view(stage.tensor(output), self.image_size)
         if self.query is None:
             self.waiting.append(features)
-            return
-        self.query = self.step(self.query, features)
-        self.visited += 1
-
-    def step(self, query: Tensor, features: Tensor) -> Tensor:
-        """The next query, (B, D_{l+1}); keeps the attention on the way where it is asked for."""
-        block: Any = self.stream.blocks[self.visited]
-        if self.attention is None:
-            return block(query, features)
-        attention = block.attention(query, features)
-        self.attention.append(attention.unflatten(2, features.shape[2:]))
-        return block(query, features, attention)
+        else:
+            self._step(self.query, features)
 
     def start(self, query: Tensor) -> None:
         """Runs the stages that have waited for q_0."""
         self.query = query
         waiting, self.waiting = self.waiting, []
         for features in waiting:
-            self.visit(features)
+            self._step(self.query, features)
+
+    def _step(self, query: Tensor, features: Tensor) -> None:
+        self.query = self.stream.step(self.visited, query, features, self.attention)
+        self.visited += 1
 
 
 class _OpenFrame(threading.local):
@@ -93,40 +94,53 @@ def _call(frame: _Frame | None, forward: Callable[..., Any], *args: Any, **kwarg
 
 
 class StageHook:
-    """Forward hook of a stage. Holds no tensor and no model: copies, replicas and pickles share it safely."""
+    """Forward hook of a stage. It holds no tensor and no model: copies, replicas and pickles share it safely."""
 
-    def __init__(self, nhwc: bool) -> None:
-        self.nhwc = nhwc
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
 
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         frame = _open.frame
         if frame is not None:
-            frame.visit(output.permute(0, 3, 1, 2) if self.nhwc else output)
+            frame.visit(self.stage, output)
 
 
 @dataclass
 class Attachment:
-    """What `attach` knows of a model, apart from its stream."""
+    """The state of a model with a stream, apart from the stream itself. Only this module writes it.
+
+    Attributes:
+        config: The `stream_*` arguments of `attach`.
+        stages: The stages from `stream_start` on. The last one is the pooled tensor and has no hook.
+        head_pools: False while the head hands the map on unpooled, as after `reset_classifier(0, '')`.
+        pooling: `'ca'` or `'gap'`.
+        frozen: Whether the backbone is frozen.
+        frozen_names: Parameters that trained before they were frozen.
+        labels: (B,) class indices for a class specific stream, or None.
+        restore: Attributes that `remove_stream` gives back.
+    """
 
     config: dict[str, Any]
-    stages: tuple[str, ...]  # from stream_start on; the last one is pooled and has no hook
+    stages: tuple[Stage, ...]
+    head_pools: bool = True
     pooling: str = 'ca'
-    pools: bool = True  # False while the head hands the map on unpooled
     frozen: bool = False
-    trained: tuple[str, ...] = ()  # parameters that froze
+    frozen_names: tuple[str, ...] = ()
     labels: Tensor | None = None
-    restore: dict[str, Any] = field(default_factory=dict)  # attributes that detach gives back
+    restore: dict[str, Any] = field(default_factory=dict)
 
     @property
     def uses_stream(self) -> bool:
         """Whether the model's own forward pools by the stream."""
-        return self.pooling == 'ca' and self.pools
+        return self.pooling == 'ca' and self.head_pools
 
 
 if TYPE_CHECKING:
     class _Backbone(nn.Module):
         num_classes: int
         num_features: int
+        pretrained_cfg: Any
+        default_cfg: Any
 
         def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
         def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
@@ -138,7 +152,7 @@ else:
 
 
 class CAStreamMixin(_Backbone):
-    """What a timm model gains from `attach`: leftmost base of its class, beside the backbone's own.
+    """Adds a stream to a timm model: `attach` makes it the first base of the model's class, before the backbone's own.
 
     Attributes:
         castream: The `CAStream`.
@@ -154,8 +168,23 @@ class CAStreamMixin(_Backbone):
 
     @property
     def castream_stages(self) -> tuple[str, ...]:
-        """Names of the stages that the stream visits, in order; the output of the last one is what is pooled."""
-        return self._castream.stages
+        """Names of the stages that the stream visits, in order. The output of the last one is pooled."""
+        return tuple(stage.name for stage in self._castream.stages)
+
+    @property
+    def pooled_stage(self) -> Stage:
+        """The stage of the tensor that is pooled."""
+        return self._castream.stages[-1]
+
+    @property
+    def backbone_cfg(self) -> Any:
+        """timm's pretrained cfg of the model without its stream."""
+        return self._castream.restore.get('pretrained_cfg') or self.pretrained_cfg
+
+    def use_variant_cfg(self, cfg: dict[str, Any]) -> None:
+        """Gives the model the pretrained cfg of its `_castream` variant. `detach` gives it the backbone's own back."""
+        self._castream.restore = {'pretrained_cfg': self.pretrained_cfg, 'default_cfg': self.pretrained_cfg}
+        self.pretrained_cfg = self.default_cfg = cfg
 
     # timm's model contract
 
@@ -172,7 +201,7 @@ class CAStreamMixin(_Backbone):
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self._castream.uses_stream:
             return super().forward_head(x, *args, **kwargs)
-        return self.forward_ca_head(x, travelling_query(x), *args, **kwargs)
+        return self.forward_ca_head(x, query_of(x), *args, **kwargs)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, *args: Any, **kwargs: Any) -> None:
         if self.castream.class_specific:
@@ -180,14 +209,14 @@ class CAStreamMixin(_Backbone):
         # Before 1.0.29 some of timm's models take a missing global_pool and not None.
         pool = () if global_pool is None and not args else (global_pool,)
         super().reset_classifier(num_classes, *pool, *args, **kwargs)
-        self._castream.pools = head_pools(self, super().forward_head)
+        self._castream.head_pools = head_pooling(self, self.pooled_stage, super().forward_head) != ''
         if self.castream.class_specific:
             self.castream.reset_cls_token(num_classes)
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         kept = super().prune_intermediate_layers(*args, **kwargs)
-        if not self._castream.pools:  # without stages and head there is nothing left for a stream to meet
-            detach(self)
+        if not self._castream.head_pools:  # there is no pooling left that a stream could replace
+            remove_stream(self)
         return kept
 
     # torch's module contract
@@ -195,8 +224,7 @@ class CAStreamMixin(_Backbone):
     def train(self, mode: bool = True) -> CAStreamMixin:
         super().train(mode)
         if self._castream.frozen:
-            for module in norm_layers(self):
-                module.training = False
+            hold_norms(self)
         return self
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
@@ -220,37 +248,37 @@ class CAStreamMixin(_Backbone):
     # both poolings
 
     def stream_features(self, x: Tensor, attention: list[Tensor] | None = None) -> Tensor:
-        """`forward_features` with the stream, whatever `pooling` says.
+        """`forward_features` with the stream, under either pooling.
 
         Args:
             x: (B, 3, H, W).
-            attention: A list to which the attention of each stage but the last is added, (B, heads, H_l, W_l).
+            attention: A list that receives the attention of each stage but the last, (B, heads, H_l, W_l).
 
         Returns:
-            The feature map that is pooled, in the backbone's own layout; `travelling_query` takes q_L from it.
+            The tensor that is pooled, in the layout of `pooled_stage`; `query_of` takes q_L from it.
         """
         return self._run_stream(super().forward_features, x, attention=attention)
 
+    def gap_features(self, x: Tensor) -> Tensor:
+        """`forward_features` without the stream, under either pooling: the tensor that is pooled."""
+        return _call(None, super().forward_features, x)
+
     def forward_gap_head(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The backbone's own head on a feature map, whatever `pooling` says: (B, C) logits."""
+        """The backbone's own head, under either pooling: (B, C) logits."""
         return super().forward_head(features, *args, **kwargs)
 
     def forward_ca_head(self, features: Tensor, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The last block and the backbone's own head, whatever `pooling` says.
+        """The last block and the backbone's own head, under either pooling.
 
         Args:
-            features: F_L in the backbone's own layout.
+            features: The tensor that is pooled, in the layout of `pooled_stage`.
             query: q_L, (B, D_L).
 
         Returns:
             (B, C) logits.
         """
-        pooled = self.castream.blocks[-1](query, self.to_nchw(features))
-        return super().forward_head(one_location(self, pooled), *args, **kwargs)
-
-    def to_nchw(self, features: Tensor) -> Tensor:
-        """A feature map in the backbone's own layout as a (B, D, H, W) view."""
-        return features.permute(0, 3, 1, 2) if is_nhwc(self) else features
+        pooled = self.castream.step(-1, query, self.pooled_stage.view(features))
+        return super().forward_head(self.pooled_stage.one_location(pooled), *args, **kwargs)
 
     def _run_stream(
             self,
@@ -265,7 +293,7 @@ class CAStreamMixin(_Backbone):
             raise RuntimeError(
                 'FX symbolic tracing cannot follow a CA-Stream: it does not see forward hooks. Use torch.export.')
         query = self._initial_query(x)
-        frame = _Frame(self.castream, None if self._is_checkpointed() else query, attention)
+        frame = _Frame(self.castream, None if self._is_checkpointed() else query, x.shape[-2:], attention)
         output = _call(frame, forward, x, *args, **kwargs)
         features = output[0] if isinstance(output, tuple) else output
         if isinstance(features, list):  # forward_intermediates(intermediates_only=True): no map that a head could take
@@ -277,8 +305,8 @@ class CAStreamMixin(_Backbone):
                 'replaced after attach(). Call detach() and attach() again.')
         partial = ran != hooked  # forward_intermediates(stop_early=True)
         if query is None and not partial:
-            # The width tells where no stage is hooked, since then none can be missing.
-            partial = self.to_nchw(features).shape[1] != self.castream.dims[-1]
+            # Where no stage is hooked none can be missing: compare the channels.
+            partial = self.pooled_stage.view(features).shape[1] != self.castream.dims[-1]
         if partial:
             return output
         if frame.query is None:
@@ -315,35 +343,36 @@ class CAStreamMixin(_Backbone):
         return bool(getattr(self, 'grad_checkpointing', False)) and torch.is_grad_enabled()
 
 
-def detach(model: nn.Module) -> nn.Module:
-    """Takes the stream off again: class, hooks, `requires_grad` flags and cfg are those of the model before `attach`.
+def add_stream(model: nn.Module, stream: CAStream, attachment: Attachment) -> None:
+    """Puts a stream into a model that has none: class, hooks and attributes. In place."""
+    for stage in attachment.stages[:-1]:
+        hook_target(model.get_submodule(stage.name)).register_forward_hook(StageHook(stage))
+    backbone: Any = model  # torch types the attributes of a module as tensors or modules
+    backbone._castream = attachment
+    backbone.castream = stream
+    backbone.__class__ = castream_class(backbone.__class__)
 
-    Raises:
-        ValueError: If the model has no stream.
-    """
-    backbone: Any = castream_model(model)
-    state = backbone._castream
-    for name in state.stages[:-1]:
+
+def remove_stream(model: CAStreamMixin) -> None:
+    """Undoes `add_stream`: class, hooks, `requires_grad` flags and cfg are those of the model before. In place."""
+    state = model._castream
+    for stage in state.stages[:-1]:
         try:
-            hooks = hook_target(backbone.get_submodule(name))._forward_hooks
+            hooks = hook_target(model.get_submodule(stage.name))._forward_hooks
         except AttributeError:  # the stage was pruned away
             continue
         for key in [key for key, hook in hooks.items() if isinstance(hook, StageHook)]:
             del hooks[key]
     if state.frozen:
-        for name, parameter in backbone.named_parameters():
-            if name in state.trained:
-                parameter.requires_grad_(True)
-        for module in norm_layers(backbone):
-            module.training = backbone.training
+        unfreeze(model, state.frozen_names)
     for name, value in state.restore.items():
-        setattr(backbone, name, value)
-    if hasattr(backbone, '_model_args'):  # timm saves them as those of the backbone
+        setattr(model, name, value)
+    backbone: Any = model
+    if hasattr(backbone, '_model_args'):  # timm saves them as the arguments of the backbone
         ours = {*state.config, 'freeze_backbone', 'backbone_pretrained', 'backbone_checkpoint'}
         backbone._model_args = {key: value for key, value in backbone._model_args.items() if key not in ours}
     backbone.__class__ = _backbone_class(backbone)
     del backbone.castream, backbone._castream
-    return backbone
 
 
 def castream_model(model: nn.Module) -> CAStreamMixin:
@@ -358,8 +387,8 @@ def castream_model(model: nn.Module) -> CAStreamMixin:
     raise ValueError(f'This {type(model).__name__} has no CA-Stream; call timm_castream.attach(model) first.')
 
 
-def travelling_query(features: Tensor) -> Tensor:
-    """q_L, (B, D_L), which travels on the feature map that `forward_features` returned.
+def query_of(features: Tensor) -> Tensor:
+    """q_L, (B, D_L), which `forward_features` left on the tensor that it returned.
 
     Raises:
         RuntimeError: If this tensor carries none.
@@ -376,10 +405,6 @@ def check_class_specific(num_classes: int, global_pool: str | None) -> None:
     if num_classes < 1 or global_pool == '':
         raise ValueError("A class specific stream needs the GAP network's prediction, which "
                          f'num_classes={num_classes} and global_pool={global_pool!r} do not give.')
-
-
-def norm_layers(model: CAStreamMixin) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if is_norm(module))
 
 
 @functools.cache

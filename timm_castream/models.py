@@ -87,8 +87,7 @@ def _create_castream(
 
     model: Any = _create_backbone(backbone_cfg, {}, gap_tag, cache_dir, kwargs)
     attach(model, **attach_args)
-    model._castream.restore = {'pretrained_cfg': model.pretrained_cfg, 'default_cfg': model.pretrained_cfg}
-    model.pretrained_cfg = model.default_cfg = cfg.to_dict()
+    model.use_variant_cfg(cfg.to_dict())
     if weights:
         load_weights(model, weights, model.pretrained_cfg, kwargs.get('in_chans', 3))
     loaded_classes = cfg.num_classes if weights or gap_tag else None

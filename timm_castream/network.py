@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attach import POOLINGS, forward_both, pooling
-from .backbone import eval_mode
+from .backbone import eval_mode, find_stage, pooled_stage
 from .checks import check_count, check_names
 from .images import default_batch_size, fast_memory_format, mask_normalised, normalisation
+from .layout import Stage
 from .mixin import CAStreamMixin, castream_model
 from .probabilities import ACTIVATIONS, probabilities
 
@@ -101,6 +103,11 @@ class Network:
     def is_timm(self) -> bool:
         """Whether the model has the two halves of timm's forward, `forward_features` and `forward_head`."""
         return all(hasattr(self.backbone, name) for name in ('forward_features', 'forward_head', 'num_classes'))
+
+    @cached_property
+    def stage(self) -> Stage:
+        """The module whose output the CAM methods read, or the tensor that the model pools."""
+        return pooled_stage(self.backbone) if self.layer is None else find_stage(self.backbone, self.layer)
 
     @property
     def has_feature_maps(self) -> bool:

@@ -124,8 +124,7 @@ def _timm_tag(model: CAStreamMixin, backbone: str, backbone_pretrained: bool | s
     if backbone_pretrained is False:
         return None
     # A registered variant's own cfg names the stream's weights, so attach keeps the backbone's.
-    own_cfg: Any = model._castream.restore.get('pretrained_cfg') or model.pretrained_cfg
-    tag = own_cfg.get('tag') if backbone_pretrained is True else backbone_pretrained
+    tag = model.backbone_cfg.get('tag') if backbone_pretrained is True else backbone_pretrained
     name = f'{backbone}.{tag}'
     if name not in timm.list_models(f'{backbone}.*', pretrained=True):
         raise ValueError(f'{name} are no weights of timm: name a tag with backbone_pretrained, or pass False if the '

@@ -240,8 +240,27 @@ class CAStream(nn.Module):
             return self.cls_token[labels]
         return self.cls_token.expand(batch_size, -1)
 
+    def step(self, index: int, query: Tensor, features: Tensor, attention: list[Tensor] | None = None) -> Tensor:
+        """One step of eq. (10): q_{l+1} from q_l and F_l.
+
+        Args:
+            index: l, counted from the first stage of the stream, or from the last one if negative.
+            query: q_l, (B, D_l).
+            features: F_l, (B, D_l, H_l, W_l), in any memory format.
+            attention: A list that receives the attention of this stage, (B, h, H_l, W_l), or None.
+
+        Returns:
+            q_{l+1}, (B, D_{l+1}).
+        """
+        block: CrossAttention = self.blocks[index]  # type: ignore[assignment]
+        if attention is None:
+            return block(query, features)
+        weights = block.attention(query, features)
+        attention.append(weights.unflatten(2, features.shape[2:]))
+        return block(query, features, weights)
+
     def forward(self, features: Iterable[Tensor], labels: Tensor | None = None) -> Tensor:
-        """The pooled vector, q_{L+1}.
+        """The pooled vector, q_{L+1}: eq. (10) from the first stage to the last.
 
         Args:
             features: The feature maps of the stages in order, each (B, D_l, H_l, W_l), in any memory format.
@@ -251,7 +270,8 @@ class CAStream(nn.Module):
             (B, D_L).
         """
         query: Tensor | None = None
-        for block, stage in zip(self.blocks, features, strict=True):
-            query = block(self.initial_query(stage.shape[0], labels) if query is None else query, stage)
+        for index, stage in zip(range(len(self.blocks)), features, strict=True):
+            query = self.initial_query(stage.shape[0], labels) if query is None else query
+            query = self.step(index, query, stage)
         assert query is not None  # dims is never empty
         return query
