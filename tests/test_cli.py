@@ -67,6 +67,8 @@ def test_the_training_commands_show_their_own_half_even_without_a_script(command
 
 @pytest.mark.parametrize(('argv', 'words'), [
     (['list', 'nothing*'], 'nothing*'),
+    (['list', 'vgg16'], 'vgg16 takes no CA-Stream: layers stand between'),
+    (['evaluate', '--model', 'vgg16_castream', '--dataset', 'digits'], 'vgg16 takes no CA-Stream: layers stand'),
     (['evaluate', '--model', 'resnet50', '--dataset', 'digits'], 'has no CA-Stream'),
     (['evaluate', '--model', 'test_resnet_castream', '--checkpoint', 'missing.pth'], 'missing.pth'),
     (['evaluate', '--model', 'no_such_castream', '--dataset', 'digits'], 'no_such_castream'),

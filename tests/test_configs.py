@@ -33,9 +33,10 @@ class TestConfigs:
                      'first_conv', 'classifier', 'license', 'custom_load'):
             assert getattr(cfg, name) == getattr(reference, name), name
 
-    def test_there_is_one_config_for_every_registered_variant_and_no_other(self):
+    def test_there_is_one_config_for_every_variant_of_the_paper_and_no_other(self):
         architectures = sorted(cfg.architecture for cfg in read_configs().values())
-        assert architectures == sorted(timm.list_models('*_castream')) == sorted(f'{b}_castream' for b in GAP_TAGS)
+        assert architectures == sorted(f'{b}_castream' for b in GAP_TAGS)
+        assert set(architectures) <= set(timm.list_models('*_castream'))
 
     @pytest.mark.parametrize('backbone', GAP_TAGS)
     def test_config_holds_all_that_timm_needs_to_build_the_variant(self, backbone):

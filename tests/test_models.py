@@ -1,6 +1,8 @@
 """The registered variants, by name and through timm alone."""
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,11 @@ import timm
 import torch
 from conftest import make_backbone
 from safetensors.torch import save_file
-from timm.models import FeatureListNet
+from timm.models import FeatureListNet, PretrainedCfg
 from torch import Tensor, nn
 
-from timm_castream import detach, forward_both, models, pooling
+from hf_configs import PUBLISHED
+from timm_castream import detach, families, forward_both, models, pooling
 
 BACKBONES = (
     'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnext50_32x4d', 'resnext101_32x8d',
@@ -55,15 +58,66 @@ def weights_of_the_hub(monkeypatch) -> dict[str, Tensor]:
     assert asked
 
 
-def test_the_variants_are_listed_by_timm():
-    assert set(timm.list_models('*_castream*')) == {f'{name}_castream' for name in BACKBONES}
-    assert set(timm.list_models('*_castream', module='models')) == {f'{name}_castream' for name in BACKBONES}
-    assert timm.is_model('resnet50_castream')
+def in_a_fresh_process(code: str) -> str:
+    """Runs code in another process; returns its output."""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_architecture_that_takes_a_stream_has_a_variant_which_timm_lists():
+    names = {f'{name}_castream' for name in families.architectures()}
+    assert names >= {f'{name}_castream' for name in BACKBONES}
+    assert len(names) > 1000
+    assert set(timm.list_models('*_castream*')) == set(timm.list_models('*_castream', module='models')) == names
+    assert not any(timm.is_model(f'{name}_castream') for name in ('vgg16', 'crossvit_9_240', 'resnet50_clip'))
+
+
+def test_registering_builds_no_network():
+    assert in_a_fresh_process(
+        'import timm, torch\n'
+        'def refuse(self, *args, **kwargs): raise AssertionError(type(self))\n'
+        'torch.nn.Module.__init__ = refuse\n'
+        'import timm_castream\n'
+        "print(timm.is_model('resnet50_castream'))") == 'True\n'
+
+
+def test_an_architecture_that_timm_adds_to_a_known_file_gets_its_variant():
+    assert in_a_fresh_process(
+        'import timm\n'
+        'from timm.models import resnet, register_model\n'
+        'def resnet18_of_tomorrow(pretrained=False, **kwargs): return resnet.resnet18(pretrained, **kwargs)\n'
+        "resnet18_of_tomorrow.__module__ = 'timm.models.resnet'\n"
+        'register_model(resnet18_of_tomorrow)\n'
+        'import timm_castream\n'
+        "print(timm.create_model('resnet18_of_tomorrow_castream', device='meta').castream.dims)"
+    ) == '(64, 64, 128, 256, 512)\n'
+
+
+def test_every_variants_cfg_is_its_backbones_without_the_weights():
+    fields = set(PretrainedCfg.__dataclass_fields__) - {
+        'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'architecture', 'tag', 'custom_load', 'label_offset'}
+    for name in set(families.architectures()) - set(BACKBONES):
+        own, backbone = timm.get_pretrained_cfg(f'{name}_castream'), timm.get_pretrained_cfg(name) or PretrainedCfg()
+        assert {f: getattr(own, f) for f in fields} == {f: getattr(backbone, f) for f in fields}, name
+        assert (own.architecture, own.tag, bool(own.has_weights)) == (f'{name}_castream', None, False), name
+
+
+def test_published_weights_alone_are_advertised():
+    assert timm.list_pretrained('*_castream*') == timm.list_models('*_castream*', pretrained=True) == sorted(PUBLISHED)
+
+
+@pytest.mark.parametrize('name', ['test_efficientnet', 'test_vit', 'swin_tiny_patch4_window7_224'])
+def test_pretrained_without_published_weights_is_one_sentence(name):
+    message = rf'^No pretrained weights exist for {name}_castream\. .*backbone_pretrained'
+    with pytest.raises(RuntimeError, match=message) as caught:
+        timm.create_model(f'{name}_castream', pretrained=True)
+    assert '\n' not in str(caught.value)
 
 
 @pytest.mark.parametrize('name', BACKBONES)
 def test_a_variants_cfg_is_its_backbones(name):
-    tag = models.BACKBONES[name]
+    tag = models.GAP_TAGS[name]
     assert f'{name}.{tag}' in timm.list_pretrained(f'{name}.*')
     backbone, own = timm.get_pretrained_cfg(f'{name}.{tag}'), timm.get_pretrained_cfg(f'{name}_castream')
     assert own.architecture == f'{name}_castream'

@@ -64,7 +64,9 @@ class TestFolders:
         loaded = make_model(f'local-dir:{tmp_path / "net"}', pretrained=True, seed=1)
         assert same(snapshot(model), snapshot(loaded))
 
-    def test_attached_model_without_a_variant_publishes_its_stream_alone(self, hub, tmp_path):
+    def test_attached_model_without_a_variant_publishes_its_stream_alone(self, hub, monkeypatch):
+        is_model = timm.is_model  # as for an architecture that was registered after timm_castream was imported
+        monkeypatch.setattr(timm, 'is_model', lambda name: is_model(name) and name != 'test_efficientnet_castream')
         gap = timm.create_model('test_efficientnet')
         hub.add('timm/test_efficientnet.r160_in1k', model__safetensors=save(gap.state_dict()))
         model = timm_castream.attach(timm.create_model('test_efficientnet', pretrained=True))

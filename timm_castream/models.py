@@ -1,6 +1,7 @@
-"""Registered CA-Stream variants: `<backbone>_castream` for every backbone of `BACKBONES`.
+"""The registered models: `<architecture>_castream` for every architecture of timm that takes a stream, see `families`.
 
-Their pretrained cfgs are read from `hf_configs/`, one JSON a variant.
+The variants of the paper have their pretrained cfgs in `hf_configs/`. All others have those of their backbones, without
+the weights.
 """
 from __future__ import annotations
 
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 
 from .attach import attach
 from .configs import read_configs
+from .families import architectures
 from .loading import load_weights
 from .sources import read_cfg_weights, read_timm_weights, timm_weights_name
 
-# Backbone, and the tag of the GAP weights on which its stream is trained.
-BACKBONES = {
+# Backbones of the paper and of the tests, with the tag of the GAP weights on which their streams are trained. Other
+# backbones take timm's default tag.
+GAP_TAGS = {
     'resnet18': 'tv_in1k',
     'resnet34': 'tv_in1k',
     'resnet50': 'tv_in1k',
@@ -44,7 +47,6 @@ _WEIGHTS_FIELDS = (
     'num_classes')
 _NOT_SAVED = ('device', 'dtype', 'pretrained_model_args')
 
-default_cfgs = generate_default_cfgs(dict(read_configs()))
 
 
 def _create_castream(
@@ -66,10 +68,10 @@ def _create_castream(
     backbone = variant.removesuffix('_castream')
     attach_args = {name: kwargs.pop(name) for name in _ATTACH_ARGS & kwargs.keys()}
     saved_args = {**kwargs, **attach_args}
-    gap_tag = _gap_tag(backbone, attach_args.pop('backbone_pretrained', False), pretrained, kwargs)
-    gap_cfg = resolve_pretrained_cfg(backbone, gap_tag or BACKBONES[backbone])
+    gap_name = _gap_name(backbone, attach_args.pop('backbone_pretrained', False), pretrained, kwargs)
+    gap_cfg = resolve_pretrained_cfg(backbone, gap_name.partition('.')[2] or GAP_TAGS.get(backbone))
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
-    if gap_tag and not isinstance(pretrained_cfg, dict):
+    if gap_name and not isinstance(pretrained_cfg, dict):
         fields = {name: getattr(gap_cfg, name) for name in _WEIGHTS_FIELDS}
         cfg = replace(cfg, **{**fields, **(pretrained_cfg_overlay or {})})
     backbone_cfg = replace(
@@ -81,16 +83,16 @@ def _create_castream(
 
     if kwargs.get('features_only', False):  # feature maps are not pooled, so there is no stream
         state_dict = weights.backbone if weights else {}
-        if pretrained and not state_dict and not gap_tag:
+        if pretrained and not state_dict and not gap_name:
             raise RuntimeError(f'{cfg.hf_hub_id or cfg.file} holds a stream alone, which has no weights of {backbone}.')
-        return _create_backbone(backbone_cfg, state_dict, gap_tag, cache_dir, kwargs)
+        return _create_backbone(backbone_cfg, state_dict, gap_name, cache_dir, kwargs)
 
-    model: Any = _create_backbone(backbone_cfg, {}, gap_tag, cache_dir, kwargs)
+    model: Any = _create_backbone(backbone_cfg, {}, gap_name, cache_dir, kwargs)
     attach(model, **attach_args)
     model.use_variant_cfg(cfg.to_dict())
     if weights:
         load_weights(model, weights, model.pretrained_cfg, kwargs.get('in_chans', 3))
-    loaded_classes = cfg.num_classes if weights or gap_tag else None
+    loaded_classes = cfg.num_classes if weights or gap_name else None
     if attach_args.get('freeze_backbone') and not attach_args.get('backbone_checkpoint') \
             and model.num_classes != loaded_classes:
         warnings.warn(
@@ -102,36 +104,41 @@ def _create_castream(
     return model
 
 
-def _gap_tag(backbone: str, asked: bool | str, pretrained: bool, kwargs: dict[str, Any]) -> str | None:
-    """The tag of timm's GAP weights to load, or None."""
+def _gap_name(backbone: str, asked: bool | str, pretrained: bool, kwargs: dict[str, Any]) -> str:
+    """timm's name of the GAP weights to load, `architecture.tag` or `architecture`, or ''."""
     saved = (kwargs.get('pretrained_model_args') or {}).get('backbone_pretrained')
     # The config.json of a stream alone names the weights that its stream needs. Without the stream they are not wanted.
     if not asked or (asked == saved and not pretrained):
-        return None
-    if isinstance(asked, str):
-        timm_weights_name(backbone, asked)  # refuses an unknown tag
-        return asked
-    return BACKBONES[backbone]
+        return ''
+    return timm_weights_name(backbone, asked if isinstance(asked, str) else GAP_TAGS.get(backbone))
 
 
 def _create_backbone(
         cfg: PretrainedCfg,
         state_dict: dict[str, Tensor],
-        gap_tag: str | None,
+        gap_name: str,
         cache_dir: str | None,
         kwargs: dict[str, Any],
 ) -> nn.Module:
-    """The plain backbone, with this state dict or else timm's weights of this tag, which timm adapts to the model."""
-    architecture = str(cfg.architecture)
-    if not state_dict and gap_tag:
-        state_dict = read_timm_weights(f'{architecture}.{gap_tag}')
+    """The plain backbone with a state dict, or else with timm's weights of a name, which timm adapts to the model."""
+    if not state_dict and gap_name:
+        state_dict = read_timm_weights(gap_name)
     fields = cfg.to_dict()
     if state_dict:
         fields['state_dict'] = state_dict
-    model: Any = model_entrypoint(architecture)(
+    model: Any = model_entrypoint(str(cfg.architecture))(
         pretrained=bool(state_dict), pretrained_cfg=fields, cache_dir=cache_dir, **kwargs)
     model.pretrained_cfg.pop('state_dict', None)
     return model
+
+
+def _variant_cfg(backbone: str) -> PretrainedCfg:
+    """The backbone's cfg without its weights."""
+    # The cfgs of a timm module are read without a copy: timm.get_pretrained_cfg copies each one deeply.
+    cfgs = getattr(sys.modules[model_entrypoint(backbone).__module__], 'default_cfgs', {})
+    cfg = cfgs[backbone].default if backbone in cfgs else PretrainedCfg()
+    return replace(
+        cfg, url=None, file=None, hf_hub_id=None, hf_hub_filename=None, custom_load=False, label_offset=None)
 
 
 def _register(backbone: str) -> None:
@@ -141,10 +148,17 @@ def _register(backbone: str) -> None:
         return _create_castream(variant, pretrained, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = variant
-    entrypoint.__doc__ = f'{backbone} with a CA-Stream in place of its global average pooling, see `attach`.'
+    entrypoint.__doc__ = f'{backbone} with a CA-Stream in place of its pooling, see `attach`.'
     setattr(sys.modules[__name__], variant, entrypoint)
     register_model(entrypoint)
 
 
-for _backbone in BACKBONES:
+_backbones = architectures()
+_configs = read_configs()
+_in_paper = {cfg.architecture for cfg in _configs.values()}
+# timm's register_model reads this name.
+default_cfgs = generate_default_cfgs({
+    **_configs,
+    **{f'{name}_castream': _variant_cfg(name) for name in _backbones if f'{name}_castream' not in _in_paper}})
+for _backbone in _backbones:
     _register(_backbone)

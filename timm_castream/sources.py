@@ -192,7 +192,7 @@ def timm_weights_name(architecture: str, tag: str | None) -> str:
     name = f'{architecture}.{tag}' if tag else architecture
     known = timm.list_models(f'{architecture}.*', pretrained=True)
     if name not in (*known, architecture) or not known:
-        raise ValueError(f'backbone_pretrained {tag!r} is no tag of {architecture}, valid ones: '
+        raise ValueError(f'backbone_pretrained {tag or True!r} is no tag of {architecture}, valid ones: '
                          f'{", ".join(k.split(".", 1)[1] for k in known) or "none"}.')
     return name
 
@@ -201,12 +201,15 @@ def read_timm_weights(name: str) -> dict[str, Tensor]:
     """Reads timm's own weights of a plain backbone from the Hub.
 
     Args:
-        name: `architecture.tag`.
+        name: `architecture.tag`, or `architecture` for its default weights.
 
     Raises:
         ValueError, RuntimeError, OSError: As `download` and `read_safetensors`.
     """
-    repo_id = timm.get_pretrained_cfg_value(name, 'hf_hub_id')
-    if repo_id is None:
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or cfg.hf_hub_id is None:
         raise RuntimeError(f'timm has no {name} on the Hub: download the weights, and pass backbone_checkpoint.')
-    return read_safetensors(download(repo_id), f'{WEIGHTS_NAME} of {repo_id}')[0]
+    filename = cfg.hf_hub_filename or WEIGHTS_NAME
+    if not filename.endswith('.safetensors'):  # timm's repositories have safetensors beside the pickle
+        filename = WEIGHTS_NAME
+    return read_safetensors(download(cfg.hf_hub_id, filename), f'{filename} of {cfg.hf_hub_id}')[0]
