@@ -5,6 +5,7 @@ import configparser
 import re
 import subprocess
 import tomllib
+from fnmatch import fnmatch
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -98,6 +99,15 @@ def test_the_oldest_constraints_are_the_lower_bounds_of_setup_cfg():
     assert bounds
     for name, bound in bounds.items():
         assert numbers(pins[name]) == numbers(bound), name
+
+
+def test_every_file_of_a_package_is_in_the_wheel():
+    data = SETUP['options.package_data']
+    for path in tracked_files():
+        package, *inside = path.relative_to(ROOT).parts
+        if package in ('timm_castream', 'train_wrappers', 'hf_configs') and path.suffix != '.py':
+            patterns = data[package].replace(',', ' ').split()
+            assert any(fnmatch('/'.join(inside), pattern) for pattern in patterns), path
 
 
 def test_tested_pythons_are_those_of_the_classifiers_and_start_at_the_required_one():
