@@ -11,6 +11,7 @@ from documentation import Block, Session, commands, read_blocks
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+import timm_castream
 from timm_castream import demo
 from timm_castream.methods import METHODS
 from timm_castream.metrics import METRICS
@@ -128,6 +129,12 @@ def test_the_page_on_the_protocol_has_every_metric_and_its_direction():
     for name, metric in METRICS.items():
         assert metric.heading.startswith(rows[name]['heading']), name
         assert rows[name]['better'] == ('high' if metric.higher_is_better else 'low'), name
+
+
+def test_the_reference_has_every_public_name():
+    reference = (ROOT / 'docs/reference.md').read_text(encoding='utf-8')
+    names = {*timm_castream.__all__} - {'__version__'}
+    assert names <= set(re.findall(r'\w+', reference)), names
 
 
 def test_the_page_on_training_has_every_recipe():
