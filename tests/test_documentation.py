@@ -13,6 +13,7 @@ from sklearn.datasets import load_sample_image
 
 import timm_castream
 from timm_castream import demo
+from timm_castream.families import EXCLUDED_FILES, EXCLUDED_NAMES
 from timm_castream.methods import METHODS
 from timm_castream.metrics import METRICS
 from timm_castream.timm_scripts import finder
@@ -129,6 +130,11 @@ def test_the_page_on_the_protocol_has_every_metric_and_its_direction():
     for name, metric in METRICS.items():
         assert metric.heading.startswith(rows[name]['heading']), name
         assert rows[name]['better'] == ('high' if metric.higher_is_better else 'low'), name
+
+
+def test_the_page_on_limits_has_every_reason_for_an_exclusion():
+    reasons = {*EXCLUDED_FILES.values(), *(reason for *_, reason in EXCLUDED_NAMES)}
+    assert {row['reason'] for row in table('limits.md', 'reason').values()} == reasons
 
 
 def test_the_reference_has_every_public_name():
