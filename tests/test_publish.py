@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import timm_castream
 from timm_castream import publish, weights
 from timm_castream.evaluate import evaluate
+from timm_castream.methods import METHODS
+from timm_castream.metrics import METRICS
 
 pytest_plugins = ('hub_server',)
 
@@ -128,6 +130,17 @@ class TestCard:
         assert (result.dataset_name, result.dataset_split) == ('digits', 'validation')
         assert card.data.datasets == ['org/birds']
         assert 'measured on 3 images of digits, validation (`castream evaluate --target truth' in card.text
+        difference = report.difference('grad_cam', 'average_drop')
+        assert '| Average Drop, Grad-CAM, CA-GAP | {:+.2f} [{:+.2f}, {:+.2f}] |'.format(*difference) in card.text
+        assert not any('CA-GAP' in r.metric_name for r in card.data.eval_results)
+        assert {'Mean probability, GAP', 'Mean probability, CA'} <= {r.metric_name for r in card.data.eval_results}
+
+    def test_methods_and_metrics_are_named_by_their_tables(self, tmp_path):
+        rows = [{'pooling': 'gap', 'method': method, **dict.fromkeys(METRICS, 1.)} for method in (*METHODS, 'mine')]
+        publish.write_repository(make_model(num_classes=5), tmp_path / 'net', 'org/net', metrics={'rows': rows})
+        text = (tmp_path / 'net' / 'README.md').read_text()
+        for title in (*(method.title for method in METHODS.values()), 'mine'):
+            assert all(f'| {metric.title}, {title}, GAP | 1.0 |' in text for metric in METRICS.values())
 
     def test_figures_of_other_weights_are_refused_before_anything_is_written(self, evaluation, tmp_path):
         model, _, metrics = evaluation

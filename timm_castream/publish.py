@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -24,11 +24,21 @@ from .weights import (
     write_safetensors,
 )
 
-_METRICS = {
-    'average_drop': 'Average Drop', 'average_gain': 'Average Gain', 'average_increase': 'Average Increase',
-    'insertion': 'Insertion', 'deletion': 'Deletion',
-}
-_METHODS = {'attention': 'raw attention', 'grad_cam': 'Grad-CAM', 'grad_cam_pp': 'Grad-CAM++', 'score_cam': 'Score-CAM'}
+
+class _Figure(NamedTuple):
+    """A measured figure.
+
+    Attributes:
+        metric: Name of the metric.
+        name: Text of the table.
+        value: In percent.
+        interval: Bootstrap interval of a difference between the poolings, '' for a figure of one pooling.
+    """
+
+    metric: str
+    name: str
+    value: float
+    interval: str = ''
 
 
 def write_repository(
@@ -152,7 +162,7 @@ def _card(
         header: StreamHeader,
         config: dict[str, Any],
         dataset: str | None,
-        figures: list[tuple[str, str, float]],
+        figures: list[_Figure],
         metrics: dict[str, Any],
         **facts: Any,
 ) -> str:
@@ -162,9 +172,11 @@ def _card(
     settings = metrics.get('settings', {})
     measured_on = settings.get('dataset') or dataset or 'unknown'
     results = [
-        EvalResult(task_type='image-classification', dataset_type=measured_on, dataset_name=measured_on,
-                   dataset_split=settings.get('split'), metric_type=metric, metric_name=name, metric_value=value)
-        for metric, name, value in figures
+        EvalResult(
+            task_type='image-classification', dataset_type=measured_on, dataset_name=measured_on,
+            dataset_split=settings.get('split'), metric_type=figure.metric, metric_name=figure.name,
+            metric_value=figure.value)
+        for figure in figures if not figure.interval
     ]
     data = ModelCardData(
         license=config['pretrained_cfg'].get('license') or 'other',
@@ -182,17 +194,27 @@ def _card(
         measured_on=measured_on, num_images=metrics.get('num_images'), settings=settings, **facts))
 
 
-def _figures(metrics: dict[str, Any], model: nn.Module) -> list[tuple[str, str, float]]:
-    """The figures as (metric, name, value in percent): accuracies, then every metric of every row."""
+def _figures(metrics: dict[str, Any], model: nn.Module) -> list[_Figure]:
+    """The figures of an evaluation.json: accuracies, then every metric of every row."""
+    from .methods import METHODS
+    from .metrics import METRICS  # torchmetrics
+    from .report import DIFFERENCE
+
+    summary = {'accuracy': 'Top-1 accuracy', 'mAP': 'Mean average precision', 'confidence': 'Mean probability'}
+    titles = {name: row.title for name, row in METRICS.items()}
     try:
         figures = [
-            (key, f'{name}, {pooling.upper()}', round(value, 2))
-            for key, name in (('accuracy', 'Top-1 accuracy'), ('mAP', 'Mean average precision'))
-            for pooling, value in metrics.get(key, {}).items()
+            _Figure(key, f'{title}, {pooling.upper()}', round(value, 2))
+            for key, title in summary.items() for pooling, value in metrics.get(key, {}).items()
         ]
         for row in metrics.get('rows', ()):
-            where = f'{_METHODS.get(row["method"], row["method"])}, {row["pooling"].upper()}'
-            figures += [(key, f'{name}, {where}', round(row[key], 2)) for key, name in _METRICS.items() if key in row]
+            method, pooling = row['method'], row['pooling']
+            where = f'{METHODS[method].title if method in METHODS else method}, {pooling.upper()}'
+            for key in (key for key in titles if key in row):
+                value, interval = round(row[key], 2), ''
+                if pooling == DIFFERENCE:
+                    interval = f' [{row[f"{key}_low"]:+.2f}, {row[f"{key}_high"]:+.2f}]'
+                figures.append(_Figure(key, f'{titles[key]}, {where}', value, interval))
         measured = metrics.get('settings', {}).get('weights')
     except (AttributeError, KeyError, TypeError):
         figures, measured = [], None

@@ -18,7 +18,7 @@ from .metrics import METRICS
 
 __all__ = ['Estimate', 'ImageValues', 'Report']
 
-_DIFFERENCE = 'ca-gap'  # in the column `pooling` of the files
+DIFFERENCE = 'ca-gap'  # in the column `pooling` of the files
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Report:
         ]
         if self.differences:
             rows += [
-                self._table_row(m, _DIFFERENCE, {
+                self._table_row(m, DIFFERENCE, {
                     self.accuracy_name: self.differences['accuracy',],
                     **{k: self.difference(m, k) for k in self.metrics}, 'confidence': self.differences['confidence',]})
                 for m in self.methods
