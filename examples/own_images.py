@@ -2,7 +2,7 @@
 # # A CA-Stream on your own images
 #
 # From an image folder to a measured stream, in one file. Run it as a script, or cell by cell in an editor that
-# understands `# %%`.
+# supports `# %%`.
 #
 #     pip install 'timm_castream[demo]'
 #
