@@ -1,12 +1,13 @@
 # %% [markdown]
 # # A CA-Stream on your own images
 #
-# From an image folder to a measured stream, in one file. Run it as a script, or cell by cell in an editor that
-# supports `# %%`.
+# From an image folder to a measured stream, in one file. Run it as a script, or cell by
+# cell in an editor that supports `# %%`.
 #
 #     pip install 'timm_castream[demo]'
 #
-# The folder has one folder of images for each class: `my_images/train/cat/*.jpg`, `my_images/val/cat/*.jpg`, ...
+# The folder has one folder of images for each class:
+# `my_images/train/cat/*.jpg`, `my_images/val/cat/*.jpg`, ...
 
 # %% Imports
 import timm
@@ -32,16 +33,19 @@ torch.manual_seed(0)
 training_set = create_dataset('', IMAGES, split='train', is_training=True)
 validation_set = create_dataset('', IMAGES, split='val')
 classes = training_set.reader.class_to_idx
-print(f'{len(training_set)} training images, {len(validation_set)} validation images, classes: {", ".join(classes)}')
+print(f'{len(training_set)} training images, {len(validation_set)} validation images')
+print(f'classes: {", ".join(classes)}')
 
-model = timm.create_model(NETWORK, pretrained=PRETRAINED, num_classes=len(classes)).to(DEVICE)
+model = timm.create_model(NETWORK, pretrained=PRETRAINED, num_classes=len(classes))
+model = model.to(DEVICE)
 config = resolve_model_data_config(model, {'img_size': IMAGE_SIZE})
 
 
 def load(dataset, is_training):
     return create_loader(
-        dataset, config['input_size'], batch_size=16, is_training=is_training, mean=config['mean'], std=config['std'],
-        interpolation=config['interpolation'], crop_pct=config['crop_pct'], num_workers=2, persistent_workers=False,
+        dataset, config['input_size'], batch_size=16, is_training=is_training,
+        mean=config['mean'], std=config['std'], interpolation=config['interpolation'],
+        crop_pct=config['crop_pct'], num_workers=2, persistent_workers=False,
         use_prefetcher=False, device=torch.device(DEVICE))
 
 
@@ -61,7 +65,7 @@ def train(parameters, learning_rate, title):
         print(f'{title}, epoch {epoch + 1}: loss {total / len(loader):.3f}')
 
 
-# %% The plain network learns the classes: its classifier is fitted, the backbone stays as it is
+# %% The plain network learns the classes: only its classifier is fitted
 model.eval()
 for parameter in model.parameters():
     parameter.requires_grad_(False)
@@ -76,7 +80,8 @@ x, _ = next(iter(load(validation_set, is_training=False)))
 model.eval()
 with torch.no_grad():
     both = timm_castream.forward_both(model, x.to(DEVICE))
-print(f'Largest difference of the logits before training: {(both["ca"] - both["gap"]).abs().max():.1e}')
+difference = (both['ca'] - both['gap']).abs().max()
+print(f'Largest difference of the logits before training: {difference:.1e}')
 
 # %% The stream trains beside the frozen network
 model.train()
