@@ -21,10 +21,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.ops import box_area, box_iou
 
-from .images import check_unit_range
+from .checks import check_unit_range
+from .components import NUM_LEVELS, component_boxes
 
 __all__ = [
     'BOX_ACCURACY_IOUS', 'box_accuracy_hits', 'energy_pointing_game', 'has_box', 'localization_error',
@@ -33,8 +33,6 @@ __all__ = [
 
 BOX_ACCURACY_IOUS = (0.3, 0.5, 0.7)
 """Thresholds on the IoU that MaxBoxAccV2 averages over."""
-
-_NUM_LEVELS = 256
 
 
 def has_box(boxes: Tensor) -> Tensor:
@@ -128,7 +126,7 @@ def box_accuracy_hits(saliency: Tensor, boxes: Tensor) -> Tensor:
         False for a map without a box.
     """
     boxes = _check(saliency, boxes)
-    hits = torch.zeros(len(saliency), len(BOX_ACCURACY_IOUS), _NUM_LEVELS, dtype=torch.bool)
+    hits = torch.zeros(len(saliency), len(BOX_ACCURACY_IOUS), NUM_LEVELS, dtype=torch.bool)
     thresholds = torch.tensor(BOX_ACCURACY_IOUS, dtype=torch.float64)
     height, width = saliency.shape[1:]
     corner = torch.tensor([0, 0, 1, 1], dtype=torch.float64)
@@ -140,7 +138,7 @@ def box_accuracy_hits(saliency: Tensor, boxes: Tensor) -> Tensor:
             continue
         truth += corner  # inclusive corners, made those of a plain IoU
         min_area = float(thresholds[0] * box_area(truth).min())
-        levels, components = _component_boxes((values - values.min()) / spread, min_area)
+        levels, components = component_boxes((values - values.min()) / spread, min_area)
         best = box_iou(torch.minimum(components + corner, last) + corner, truth).amax(1)
         fits = best[:, None] >= thresholds
         for row in range(len(thresholds)):
@@ -162,7 +160,7 @@ def max_box_acc_v2(hits: Tensor, weights: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: A shape does not fit.
     """
-    if hits.ndim != 3 or hits.shape[1:] != (len(BOX_ACCURACY_IOUS), _NUM_LEVELS) or hits.dtype != torch.bool:
+    if hits.ndim != 3 or hits.shape[1:] != (len(BOX_ACCURACY_IOUS), NUM_LEVELS) or hits.dtype != torch.bool:
         raise ValueError(f'hits must be bool of shape (R, 3, 256), got {hits.dtype} of {tuple(hits.shape)}.')
     if weights is None:
         return max_box_acc_v2(hits, torch.ones(1, len(hits), device=hits.device))[0]
@@ -172,91 +170,6 @@ def max_box_acc_v2(hits: Tensor, weights: Tensor | None = None) -> Tensor:
     weights = weights.to(dtype)
     shares = weights @ hits.flatten(1).to(dtype) / weights.sum(1, keepdim=True)
     return 100 * shares.unflatten(1, hits.shape[1:]).amax(2).mean(1)
-
-
-def _component_boxes(values: Tensor, min_area: float) -> tuple[Tensor, Tensor]:
-    """The tight boxes of the 8-connected components of [floor(255 S) > k], for all k at once.
-
-    Steepest ascent divides the pixels into basins, one a local maximum. Above a level, a component is a union of the
-    remains of some basins. Two basins join at the highest level that a path between them keeps, so one pass over the
-    pairs of touching basins, highest first, gives the components above all levels (Kruskal's algorithm).
-
-    Args:
-        values: S, (H, W) float64 whose minimum is 0 and whose maximum is 1.
-        min_area: Components whose box, with one more row and column, has fewer pixels may be left out.
-
-    Returns:
-        (M,) the k of each component, and (M, 4) corners x0, y0, x1, y1 of its box; x1 and y1 lie inside.
-    """
-    height, width = values.shape
-    levels = (values * (_NUM_LEVELS - 1)).long()
-    rank = torch.empty(values.numel(), dtype=torch.float64)  # unlike values, ranks never tie
-    rank[values.flatten().argsort(stable=True)] = torch.arange(values.numel(), dtype=torch.float64)
-    ascent = F.max_pool2d(rank.view(1, 1, height, width), 3, 1, 1, return_indices=True)[1].flatten()
-    while not torch.equal(ascent, higher := ascent[ascent]):
-        ascent = higher
-    peaks, basin = ascent.unique(return_inverse=True)
-
-    # extents[i, level] holds -x0, -y0, x1, y1 of the pixels of component i of at least that level. Its index is that of
-    # one of its basins. Levels come first at the start, since numpy accumulates over a first axis fastest.
-    y, x = torch.meshgrid(*(torch.arange(size, dtype=torch.int16) for size in (height, width)), indexing='ij')
-    pixels = torch.stack((-x, -y, x, y), -1).flatten(0, 1)
-    slots = ((_NUM_LEVELS - 1 - levels.flatten()) * len(peaks) + basin)[:, None].expand(-1, 4)
-    falling = pixels.new_full((_NUM_LEVELS * len(peaks), 4), -height - width).scatter_reduce_(0, slots, pixels, 'amax')
-    extents = falling.view(_NUM_LEVELS, -1, 4).numpy()
-    extents = np.maximum.accumulate(extents, axis=0, out=extents)[::-1].transpose(1, 0, 2).copy()
-
-    root = list(range(len(peaks)))
-    top = levels.flatten()[peaks].tolist()  # component i is found at k < top[i]
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def find(i: int) -> int:
-        while root[i] != i:
-            root[i] = i = root[root[i]]
-        return i
-
-    def close(i: int, bottom: int) -> None:
-        """Notes the boxes of component i at all k from bottom to its top."""
-        if bottom < top[i]:
-            left, above, right, below = extents[i, bottom + 1].tolist()
-            if (right + left + 2) * (below + above + 2) >= min_area:
-                found.append((np.arange(bottom, top[i]), extents[i, bottom + 1:top[i] + 1].copy()))
-            top[i] = bottom
-
-    for level, a, b in _touching(basin.view(height, width), levels):
-        a, b = find(a), find(b)
-        if a != b:
-            close(a, level)
-            close(b, level)
-            root[b] = a
-            np.maximum(extents[a, :level + 1], extents[b, :level + 1], out=extents[a, :level + 1])
-    for i in set(map(find, root)):
-        close(i, 0)
-    ks = np.concatenate([np.arange(0), *(ks for ks, _ in found)])
-    corners = np.concatenate([np.empty((0, 4)), *(corners for _, corners in found)])
-    return torch.from_numpy(ks), torch.from_numpy(corners * (-1, -1, 1, 1))
-
-
-def _touching(basin: Tensor, levels: Tensor) -> list[list[int]]:
-    """The pairs of basins that touch above level 0, highest first: [level, a, b].
-
-    The level is the highest l such that a pixel of a and a pixel of b, both of at least l, are 8-neighbours.
-    """
-    num_basins = int(basin.max()) + 1
-    keys = []
-    for here, there in (
-            (np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:]),
-            (np.s_[:-1, :-1], np.s_[1:, 1:]), (np.s_[:-1, 1:], np.s_[1:, :-1])):
-        level = torch.minimum(levels[here], levels[there])
-        kept = (basin[here] != basin[there]) & (level > 0)
-        a, b = basin[here][kept], basin[there][kept]
-        keys.append((torch.minimum(a, b) * num_basins + torch.maximum(a, b)) * _NUM_LEVELS + level[kept])
-    key = torch.cat(keys).sort(descending=True).values
-    pair = key // _NUM_LEVELS
-    highest = torch.ones_like(pair, dtype=torch.bool)
-    highest[1:] = pair[1:] != pair[:-1]
-    level, pair = key[highest] % _NUM_LEVELS, pair[highest]
-    return torch.stack((level, pair // num_basins, pair % num_basins), 1)[level.argsort(descending=True)].tolist()
 
 
 def _is_box(boxes: Tensor) -> Tensor:
