@@ -1,10 +1,10 @@
-"""What attributions, metrics and the whole protocol cost over the bare forwards they need, and over pytorch-grad-cam.
+"""Cost of attributions, metrics and the whole protocol over the bare forwards that they need, and over the peers.
 
     python benchmarks/evaluation.py
     python benchmarks/evaluation.py --device cuda --models resnet50 --masks 2048 --images 8 --dtype bfloat16 --compile
 
-Bare are forwards of the plain backbone on NCHW images, in --dtype, in the fastest of several batch sizes. Weights and
-Score-CAM's maps are drawn at random, so that no channel is constant on an image: what skipping saves is not shown.
+A bare forward is one of the plain backbone on NCHW images, in --dtype, in the fastest of several batch sizes. Weights
+and the maps of Score-CAM are drawn at random, so that no channel is constant on an image and none is skipped.
 """
 from __future__ import annotations
 
@@ -25,15 +25,27 @@ from tqdm import tqdm
 from timm_castream import forward_both
 from timm_castream.attribution import attribute_all
 from timm_castream.cam import score_cam_weights
-from timm_castream.evaluate import METHODS, evaluate
-from timm_castream.images import normalisation
+from timm_castream.evaluate import evaluate
+from timm_castream.images import default_batch_size, fast_memory_format, normalisation
+from timm_castream.methods import METHODS, TABLE_METHODS
 from timm_castream.metrics import deletion_curve, insertion_curve
+from timm_castream.probabilities import probabilities
 
 try:
     from pytorch_grad_cam import ScoreCAM
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    from pytorch_grad_cam.metrics.cam_mult_image import DropInConfidence, IncreaseInConfidence
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget, ClassifierOutputTarget
 except ImportError:
     ScoreCAM = None
+try:
+    from captum.attr import IntegratedGradients
+except ImportError:
+    IntegratedGradients = None
+try:
+    from torchcam.methods import GradCAM as TorchCamGradCAM
+    from torchcam.metrics import ClassificationMetric
+except ImportError:
+    TorchCamGradCAM = None
 
 POOLINGS = ('gap', 'ca')
 BATCH_SIZES = (16, 32, 64, 128)
@@ -113,9 +125,13 @@ class Comparison:
         mean, std = normalisation(self.model, x)
 
         def ours(poolings: tuple[str, ...], forward: Callable[[Tensor], dict[str, Tensor]]) -> None:
+            def predict(images: Tensor) -> dict[str, Tensor]:
+                images = images.contiguous(memory_format=fast_memory_format(images))
+                return {p: probabilities(logits) for p, logits in forward(images).items()}
+
             chosen = {p: targets[p] for p in poolings}
             with torch.no_grad():
-                score_cam_weights(forward, x, maps, chosen, mean, std)
+                score_cam_weights(predict, x, maps, chosen, mean, std, default_batch_size(x))
 
         calls: dict[str, Callable[[], object]] = {
             'bare': lambda: self.bare(len(x) * maps.shape[1]),
@@ -158,6 +174,7 @@ class Comparison:
     def gradients(self) -> dict[str, float]:
         """Grad-CAM and Grad-CAM++ of a batch of 8."""
         x, methods = self.x[:8], ('grad_cam', 'grad_cam_pp')
+        every = tuple(name for name, method in METHODS.items() if 'gradients' in method.needs)
 
         def bare() -> None:
             with torch.no_grad():
@@ -167,11 +184,90 @@ class Comparison:
             'bare': bare,
             'one': lambda: attribute_all(self.model, x, methods, poolings=('gap',)),
             'both': lambda: attribute_all(self.model, x, methods),
+            'grad_cam': lambda: attribute_all(self.model, x, ('grad_cam',)),
+            'every': lambda: attribute_all(self.model, x, every),
         }, rounds=3 * self.rounds)
         return {
+            f'All {len(every)} gradient methods, GAP and CA / Grad-CAM, GAP and CA': ratio(
+                seconds, 'every', 'grad_cam'),
             'Grad-CAM and Grad-CAM++, GAP / one bare forward': ratio(seconds, 'one', 'bare'),
             'Grad-CAM and Grad-CAM++, GAP and CA / one bare forward': ratio(seconds, 'both', 'bare'),
         }
+
+    def masked(self) -> dict[str, float]:
+        """AD, AG and AI of Grad-CAM and Grad-CAM++ without curves: images, their maps, one masked image a map."""
+        x = self.x[:8]
+        loader = DataLoader(TensorDataset(x, torch.zeros(len(x), dtype=torch.long)), len(x))
+        methods, metrics = ('grad_cam', 'grad_cam_pp'), ('average_drop', 'average_gain', 'average_increase')
+        seconds = self.measure({
+            'bare': lambda: self.bare(len(x) * (2 + 2 * len(methods))),
+            'ours': lambda: evaluate(self.model, loader, methods, metrics=metrics, amp_dtype=self.amp_dtype),
+        })
+        return {
+            'AD, AG and AI of two methods, GAP and CA / bare forwards': ratio(seconds, 'ours', 'bare'),
+            'AD, AG and AI of two methods, GAP and CA: images/s': len(x) / statistics.median(seconds['ours']),
+        }
+
+    def callables(self) -> dict[str, float]:
+        """A method of captum through `evaluate`, over captum's own call and the forwards of AD, AG and AI."""
+        if IntegratedGradients is None:
+            return {}
+        x, target = self.x[:2], torch.zeros(2, dtype=torch.long, device=self.device)
+        loader = DataLoader(TensorDataset(x.cpu(), target.cpu()), len(x))
+        explainer = IntegratedGradients(self.plain)
+
+        def attribution(images: Tensor, target: Tensor) -> Tensor:
+            return explainer.attribute(images, target=target, n_steps=10, internal_batch_size=2)
+
+        def alone() -> None:
+            attribution(x, target)
+            self.bare(2 * len(x))  # the images and the masked images
+
+        seconds = self.measure({
+            'captum': alone,
+            'ours': lambda: evaluate(
+                self.plain, loader, {'IG': attribution}, metrics=('average_drop', 'average_gain', 'average_increase')),
+        })
+        name = "AD, AG and AI of captum's Integrated Gradients / captum and the forwards"
+        return {name: ratio(seconds, 'ours', 'captum')}
+
+    def peers_metrics(self) -> list[str]:
+        """AD and AI of the same Grad-CAM maps by the peers and by us, and the time of each."""
+        lines: list[str] = []
+        if ScoreCAM is None or TorchCamGradCAM is None:
+            return lines
+        x = self.x[:8]
+        with torch.no_grad():
+            target = self.plain(x).argmax(1)
+        loader = DataLoader(TensorDataset(x.cpu(), target.cpu()), len(x))
+        maps = attribute_all(self.plain, x, ('grad_cam',), target, ('gap',))['gap', 'grad_cam']
+        resized = nn.functional.interpolate(maps[:, None], x.shape[2:], mode='bilinear')[:, 0].cpu().numpy()
+        softmax = [ClassifierOutputSoftmaxTarget(int(c)) for c in target]
+        results: dict[str, tuple[float, float]] = {}
+
+        def ours() -> None:
+            report = evaluate(
+                self.plain, loader, {'maps': maps.cpu().numpy()}, metrics=('average_drop', 'average_increase'))
+            results['ours'] = tuple(report['gap', 'maps', name].value for name in report.metrics)
+
+        def pytorch_grad_cam() -> None:
+            drop = DropInConfidence()(x, resized, softmax, self.plain)
+            increase = IncreaseInConfidence()(x, resized, softmax, self.plain)
+            results['pytorch-grad-cam'] = (100 * float(drop.mean()), 100 * float(increase.mean()))
+
+        extractor = TorchCamGradCAM(self.plain, 'layer4')
+
+        def torch_cam() -> None:
+            metric = ClassificationMetric(extractor, lambda logits: logits.softmax(1))
+            metric.update(x, target.tolist())
+            summary = metric.summary()
+            results['torch-cam'] = (100 * summary['avg_drop'], 100 * summary['conf_increase'])
+
+        seconds = self.measure({'ours': ours, 'pytorch-grad-cam': pytorch_grad_cam, 'torch-cam': torch_cam})
+        extractor.remove_hooks()
+        for name, (drop, increase) in results.items():
+            lines.append(f'{name}: AD {drop:.2f}, AI {increase:.1f}, {1000 * statistics.median(seconds[name]):.0f} ms')
+        return lines
 
     def protocol(self) -> dict[str, float]:
         """Everything that `castream evaluate` does, with all masks."""
@@ -179,7 +275,7 @@ class Comparison:
         loader = DataLoader(TensorDataset(x, torch.zeros(len(x), dtype=torch.long)), len(x))
 
         def run(*poolings: str) -> None:
-            evaluate(self.model, loader, METHODS, poolings, amp_dtype=self.amp_dtype, torchcompile=self.compile)
+            evaluate(self.model, loader, TABLE_METHODS, poolings, amp_dtype=self.amp_dtype, torchcompile=self.compile)
 
         seconds = self.measure({'one': lambda: run('ca'), 'both': lambda: run(*POOLINGS)})
         per_second = len(x) / statistics.median(seconds['both'])
@@ -197,6 +293,10 @@ TARGETS = {
     'Insertion and Deletion / bare forwards': 'at most 1.05',
     'Grad-CAM and Grad-CAM++, GAP / one bare forward': 'at most 1.05',
     'Grad-CAM and Grad-CAM++, GAP and CA / one bare forward': '',
+    'All 5 gradient methods, GAP and CA / Grad-CAM, GAP and CA': 'at most 1.10',
+    'AD, AG and AI of two methods, GAP and CA / bare forwards': '',
+    'AD, AG and AI of two methods, GAP and CA: images/s': '',
+    "AD, AG and AI of captum's Integrated Gradients / captum and the forwards": 'at most 1.05',
     'Whole protocol, GAP and CA / twice one pooling': 'at most 0.75',
     'Whole protocol, GAP and CA: images/s': '',
     'Whole protocol, GAP and CA: hours for 50,000 images': '',
@@ -211,7 +311,9 @@ def main() -> None:
         case = CASES[name]
         case.masks, case.images = args.masks or case.masks, args.images or case.images
         compared = Comparison(name, case, args)
-        columns[name] = compared.score_cam() | compared.curves() | compared.gradients()
+        columns[name] = (
+            compared.score_cam() | compared.curves() | compared.gradients() | compared.masked() | compared.callables())
+        notes += [f'{name}, AD and AI of the same 8 Grad-CAM maps: {line}' for line in compared.peers_metrics()]
         if name in args.protocol:
             columns[name] |= compared.protocol()
         notes.append(

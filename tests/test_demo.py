@@ -65,22 +65,21 @@ def test_the_saved_gap_network_and_stream_are_those_of_the_saved_model(output):
     assert all(torch.equal(value, whole[key]) for key, value in (gap | stream).items())
 
 
-def test_box_shares_are_sums_over_the_pixels_of_the_boxes(make_model):
+def test_the_saliency_in_the_box_is_a_sum_over_the_pixels_of_the_boxes(make_model):
     model = make_model('test_resnet', backbone={
         'output_stride': 8, 'pretrained_cfg_overlay': {'input_size': (3, 64, 64), 'crop_pct': 1.}})
     scenes = DigitScenes('validation', 5, seed=1)
-    shares = demo.box_shares(model, scenes, batch_size=3)
+    shares = demo.saliency_in_box(model, scenes, batch_size=3, seed=0)
     target = torch.from_numpy(scenes.labels)
     maps = attribute(model, normalised(scenes, model, 5), 'grad_cam', target, 'gap')
     expected = []
-    for saliency, (x0, y0, x1, y1) in zip(maps, scenes.boxes.tolist(), strict=True):
+    for saliency, ((x0, y0, x1, y1),) in zip(maps, np.reshape(scenes.boxes, (5, 1, 4)).tolist(), strict=True):
         big = nn.functional.interpolate(saliency[None, None].double(), (64, 64), mode='bilinear')[0, 0].numpy()
-        inside = sum(big[row, column] for row in range(y0, y1) for column in range(x0, x1))
+        inside = sum(big[row, column] for row in range(int(y0), int(y1)) for column in range(int(x0), int(x1)))
         expected.append(inside / big.sum())
     assert shares['grad_cam/gap'] == pytest.approx(100 * np.mean(expected), rel=1e-4)
-    areas = [(x1 - x0) * (y1 - y0) / 64 ** 2 for x0, y0, x1, y1 in scenes.boxes.tolist()]
-    assert shares['box'] == pytest.approx(100 * np.mean(areas))
-    assert set(shares) == {'box', 'attention/ca', 'grad_cam/gap', 'grad_cam/ca'}
+    assert shares['attention/gap'] == pytest.approx(shares['attention/ca'])
+    assert shares.keys() == {f'{m}/{p}' for m in ('attention', 'grad_cam', 'centre') for p in ('gap', 'ca')}
 
 
 def test_a_second_run_with_the_seed_gives_the_same_metrics(output, tmp_path):

@@ -3,19 +3,22 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.data import create_loader, create_transform, resolve_model_data_config
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from timm_castream import datasets
+from timm_castream.attribution import attribute
 from timm_castream.evaluate import evaluate
+from timm_castream.metrics import pack_hits, unpack_hits
 from timm_castream.report import Report
 
 METHODS = ('grad_cam', 'score_cam')
@@ -257,3 +260,127 @@ def test_labels_none_of_which_is_positive_leave_nothing_to_explain(model) -> Non
     scenes.labels.zero_()
     with pytest.raises(ValueError, match='No image has a positive label'):
         evaluate(model, DataLoader(scenes, 2), METHODS)
+
+
+def write_images(folder: Path, num_images: int = 7, broken: Sequence[int] = ()) -> Path:
+    """An image folder of two classes; the broken files are cut, empty, or no image."""
+    rng = np.random.default_rng(0)
+    for index in range(num_images):
+        path = folder / f'class{index % 2}' / f'{index}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+        if index in broken:
+            path.write_bytes((path.read_bytes()[:300], b'', b'no image')[list(broken).index(index) % 3])
+    return folder
+
+
+def folder_loader(folder: Path, model: nn.Module, num_workers: int = 0) -> Any:
+    config = {**resolve_model_data_config(model), 'input_size': (3, 64, 64), 'crop_pct': 1.}
+    return create_loader(
+        datasets.create_dataset('', str(folder)), batch_size=2, device=torch.device('cpu'), num_workers=num_workers,
+        persistent_workers=False, **config)
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_unreadable_images_are_named_and_never_replaced(model, tmp_path, num_workers) -> None:
+    model.num_classes = 10
+    whole = evaluate(model, folder_loader(write_images(tmp_path / 'whole'), model), ('grad_cam',))
+    folder = write_images(tmp_path / 'broken', broken=(1, 2, 4))
+    report = evaluate(model, folder_loader(folder, model, num_workers), ('grad_cam',), output_dir=tmp_path / 'out')
+    assert len(report.unreadable) == 3 and report.num_images == 4
+    assert sorted(Path(name).name for name in report.unreadable) == ['1.png', '2.png', '4.png']
+    lost = {folder_loader(folder, model).dataset.filename(i, basename=True): i for i in range(7)}
+    kept = [row for row in whole.values.rows if row[0] not in {lost[f'{i}.png'] for i in (1, 2, 4)}]
+    np.testing.assert_allclose(report.values.rows, kept, atol=1e-2)
+    saved = json.loads((tmp_path / 'out' / 'evaluation.json').read_text())
+    assert saved['num_images'] == 4 and len(saved['unreadable']) == 3
+
+
+def test_ten_unreadable_images_in_a_row_do_not_end_an_evaluation(model, tmp_path) -> None:
+    folder = write_images(tmp_path, 14, broken=range(2, 14))
+    report = evaluate(model, folder_loader(folder, model), ('centre',), metrics=('average_drop',))
+    assert report.num_images == 2 and len(report.unreadable) == 12
+    with pytest.raises(ValueError, match='None of the images can be read'):
+        evaluate(model, folder_loader(write_images(tmp_path / 'all', 3, broken=range(3)), model))
+
+
+def test_images_replaced_between_two_starts_are_noticed(model, tmp_path) -> None:
+    folder = write_images(tmp_path / 'images')
+    arguments = {'methods': ('centre',), 'metrics': ('average_drop',), 'output_dir': tmp_path / 'out'}
+    evaluate(model, folder_loader(folder, model), **arguments)
+    evaluate(model, folder_loader(folder, model), **arguments)
+    Image.new('RGB', (64, 64), 'red').save(folder / 'class0' / '0.png')
+    with pytest.raises(ValueError, match='The images have changed since the evaluation'):
+        evaluate(model, folder_loader(folder, model), **arguments)
+
+
+def test_classes_of_the_data_set_are_compared_with_those_of_the_model(model, make_model, tmp_path) -> None:
+    folder = write_images(tmp_path)
+    with pytest.warns(UserWarning, match='The data set has 2 classes, the model has 10'):
+        evaluate(model, folder_loader(folder, model), ('centre',), metrics=('average_drop',))
+    one_class = make_model('test_resnet', {'num_classes': 1})
+    with pytest.raises(ValueError, match='The data set has 2 classes, the model has 1'):
+        evaluate(one_class, folder_loader(folder, model), ('centre',), metrics=('average_drop',))
+
+
+def test_a_seed_changes_the_intervals_of_finished_values(model, tmp_path) -> None:
+    arguments = {'methods': ('grad_cam',), 'metrics': ('insertion',), 'output_dir': tmp_path}
+    first = evaluate(model, DataLoader(Scenes(), 2), **arguments)
+    again = Scenes()
+    second = evaluate(model, DataLoader(again, 2), **arguments, seed=5)
+    assert set(again.read) == {0}
+    one, other = (report['ca', 'grad_cam', 'insertion'] for report in (first, second))
+    assert one.value == other.value and one != other
+    with pytest.raises(ValueError, match='seed must be an int of at least 0, got -1'):
+        evaluate(model, DataLoader(Scenes(), 2), **arguments, seed=-1)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(model, tmp_path) -> None:
+    class Second(Scenes):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            if index == 5:
+                with pytest.raises(ValueError, match='Another evaluation is writing to'):
+                    evaluate(model, DataLoader(Scenes(), 2), METHODS, output_dir=tmp_path)
+            return super().__getitem__(index)
+
+    report = evaluate(model, DataLoader(Second(), 2), METHODS, output_dir=tmp_path)
+    assert_equal(report, evaluate(model, DataLoader(Scenes(), 2), METHODS))
+
+
+def test_metrics_that_need_no_curve_cost_one_masked_forward_a_map(model) -> None:
+    forwards = []
+    model.conv1.register_forward_hook(lambda module, args, output: forwards.append(len(output)))
+    evaluate(model, DataLoader(Scenes(), 7), ('grad_cam', 'layer_cam'),
+             metrics=('average_drop', 'average_gain', 'average_increase'))
+    assert sum(forwards) == 7 + 7 + 2 * 2 * 7  # images, their maps, and a masked image a pooling and method
+
+
+def test_localisation_metrics_use_the_boxes_of_the_data_set(model) -> None:
+    scenes = datasets.DigitScenes('validation', 6, seed=2)
+    config = {**resolve_model_data_config(model), 'input_size': (3, 64, 64), 'crop_pct': 1.}
+    scenes.transform = create_transform(**config)
+    metrics = ('pointing_game', 'energy_pointing_game', 'localization_error', 'max_box_acc_v2')
+    report = evaluate(model, DataLoader(scenes, 4), ('grad_cam', 'centre'), metrics=metrics)
+    for index in range(6):
+        (x0, y0, x1, y1), = np.reshape(scenes.boxes[index], (1, 4))
+        with torch.no_grad():
+            maps = attribute(model, scenes[index][0][None], 'grad_cam', torch.tensor([scenes[index][1]]))
+        big = torch.nn.functional.interpolate(maps[None].double(), (64, 64), mode='bilinear')[0, 0].numpy()
+        inside = big[int(y0):int(y1), int(x0):int(x1)]
+        expected = 100 * inside.sum() / big.sum() if big.sum() else 0.
+        column = report.values.row_columns.index(('ca', 'grad_cam', 'energy_pointing_game'))
+        assert report.values.rows[index, column] == pytest.approx(expected, abs=0.05)
+        column = report.values.row_columns.index(('ca', 'grad_cam', 'pointing_game'))
+        assert report.values.rows[index, column] == 100 * (big.max() > 0 and inside.max() == big.max())
+    assert 0 <= report['gap', 'centre', 'max_box_acc_v2'].value <= 100
+    assert report['gap', 'centre', 'max_box_acc_v2'].value == report['ca', 'centre', 'max_box_acc_v2'].value
+    with pytest.raises(ValueError, match="metric 'pointing_game' needs boxes"):
+        evaluate(model, DataLoader(Scenes(), 2), ('centre',), metrics=metrics)
+
+
+def test_packed_hits_unpack_to_the_same_hits() -> None:
+    hits = torch.rand(5, 3, 256, generator=torch.Generator().manual_seed(0)) < 0.3
+    defined = torch.tensor([True, True, False, True, True])
+    unpacked = unpack_hits(pack_hits(hits, defined).numpy())
+    assert np.isnan(unpacked[2]).all()
+    np.testing.assert_array_equal(np.delete(unpacked, 2, 0), np.delete(hits.flatten(1).numpy(), 2, 0))

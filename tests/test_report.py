@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -102,3 +103,83 @@ def test_saved_files_hold_the_figures_the_settings_and_the_values_of_every_image
     assert [line[0] for line in lines[1:]] == ['0', '0', '10', '20', '30']
     assert [len(line) for line in lines[1:]] == [9, 9, 2, 2, 9]
     assert [float(value) for value in lines[5][4:]] == pytest.approx(metrics[2])
+
+
+def make_pair(rng: np.random.Generator, num_images: int = 60) -> tuple[Report, dict[str, np.ndarray]]:
+    """Both poolings, CA better by about 5 on one metric, with noise that the images share."""
+    shared = rng.uniform(20, 80, num_images)
+    gap = shared + rng.normal(0, 1, num_images)
+    ca = shared + rng.normal(5, 1, num_images)
+    names = [('image',)]
+    columns = [np.arange(num_images)]
+    for p, values in (('gap', gap), ('ca', ca)):
+        names += [(p, 'class'), (p, 'prob'), (p, 'grad_cam', 'average_gain'), (p, 'grad_cam', 'average_drop')]
+        columns += [np.zeros(num_images), values / 100, values, values]
+    values = ImageValues(
+        row_columns=tuple(names), rows=np.column_stack(columns),
+        image_columns=(('image',), ('gap', 'accuracy'), ('ca', 'accuracy')),
+        images=np.column_stack([np.arange(num_images), np.full(num_images, 100.), np.full(num_images, 100.)]))
+    report = Report.from_values(
+        'tiny', ('gap', 'ca'), ('grad_cam',), ('average_gain', 'average_drop'), values, 0, {'target': 'truth'})
+    return report, {'gap': gap, 'ca': ca}
+
+
+def test_a_difference_is_paired_by_image() -> None:
+    stats = pytest.importorskip('scipy.stats')
+    rng = np.random.default_rng(7)
+    report, of = make_pair(rng)
+    estimate = report.difference('grad_cam', 'average_gain')
+    assert estimate.value == pytest.approx((of['ca'] - of['gap']).mean())
+    low, high = stats.bootstrap(
+        (of['ca'] - of['gap'],), np.mean, n_resamples=20000, method='percentile', rng=rng).confidence_interval
+    assert estimate[1:] == pytest.approx((low, high), abs=0.15 * (high - low))
+    marginal = report['ca', 'grad_cam', 'average_gain']
+    assert high - low < (marginal.high - marginal.low) / 5, 'the images share most of their spread'
+    assert report.differences['confidence',].value == pytest.approx((of['ca'] - of['gap']).mean())
+    assert report.confidence['ca'].value == pytest.approx(of['ca'].mean())
+
+
+def test_the_verdict_follows_the_direction_of_the_metric_and_the_interval() -> None:
+    report, _ = make_pair(np.random.default_rng(8))
+    assert report.verdict('grad_cam', 'average_gain') == 'better'
+    assert report.verdict('grad_cam', 'average_drop') == 'worse'
+    assert report.summary() == 'CA against GAP, Grad-CAM: AG better, AD worse'
+    same = dataclasses.replace(report, differences={('grad_cam', k): Estimate(1., -1., 3.) for k in report.metrics})
+    assert same.verdict('grad_cam', 'average_gain') == 'no difference seen'
+    one = make_report(np.zeros((3, 5)), np.zeros(3))
+    assert one.summary() == '' and not one.differences
+
+
+def test_differences_are_printed_and_saved(tmp_path) -> None:
+    report, of = make_pair(np.random.default_rng(9))
+    line = next(line for line in str(report).splitlines() if 'CA - GAP' in line and 'Grad-CAM' in line)
+    assert '{:+.2f} [{:+.2f}, {:+.2f}]'.format(*report.difference('grad_cam', 'average_gain')) in line
+    report.save(tmp_path)
+    with open(tmp_path / 'table.csv', newline='') as file:
+        rows = {row['pooling']: row for row in csv.DictReader(file)}
+    assert float(rows['ca-gap']['average_gain']) == pytest.approx((of['ca'] - of['gap']).mean())
+    assert float(rows['ca']['confidence']) == pytest.approx(of['ca'].mean())
+    saved = json.loads((tmp_path / 'evaluation.json').read_text())
+    assert saved['confidence']['gap'] == pytest.approx(of['gap'].mean())
+    assert [row['pooling'] for row in saved['rows']] == ['gap', 'ca', 'ca-gap']
+
+
+def test_unreadable_images_are_counted_in_print_and_json(tmp_path) -> None:
+    report = dataclasses.replace(
+        make_report(np.zeros((3, 5)), np.zeros(3)), unreadable={f'{i}.png': 'truncated' for i in range(5)})
+    assert str(report).splitlines()[-1] == (
+        '5 images could not be read and are in no figure: 0.png, 1.png, 2.png, ...')
+    assert report.to_dict()['unreadable'] == {f'{i}.png': 'truncated' for i in range(5)}
+
+
+def test_box_metrics_leave_out_maps_without_a_box() -> None:
+    rows = np.array([[0., 0, .5, 100, 3], [1, 0, .5, np.nan, np.nan], [2, 0, .5, 0, 5]])
+    values = ImageValues(
+        row_columns=(('image',), ('gap', 'class'), ('gap', 'prob'), ('gap', 'a', 'pointing_game'),
+                     ('gap', 'a', 'energy_pointing_game')),
+        rows=rows, image_columns=(('image',), ('gap', 'accuracy')),
+        images=np.array([[0., 0], [1, 0], [2, 0]]))
+    report = Report.from_values(
+        'tiny', ('gap',), ('a',), ('pointing_game', 'energy_pointing_game'), values, 0, {'target': 'truth'})
+    assert report['gap', 'a', 'pointing_game'].value == 50
+    assert report['gap', 'a', 'energy_pointing_game'].value == 4

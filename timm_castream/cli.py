@@ -9,9 +9,11 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import NoReturn
 
 import timm
@@ -43,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _command_parser(name, command).parse_args(argv[1:])
     logging.basicConfig(format='%(message)s')
     logging.getLogger('timm_castream').setLevel(logging.INFO)  # not the HTTP client's requests
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         code = command.run(args)
         sys.stdout.flush()
@@ -64,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f'castream {name}: {" ".join(str(error).split()) or type(error).__name__}', file=sys.stderr)
         return USER_ERROR
+
+
+def _terminate(signal_number: int, frame: FrameType | None) -> NoReturn:
+    """Ends the command as an exception does, so that it removes its temporary files."""
+    raise SystemExit(128 + signal_number)
 
 
 class _Parser(argparse.ArgumentParser):

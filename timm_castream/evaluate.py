@@ -4,13 +4,13 @@ Work is split into fixed batches. Results therefore do not depend on the number 
 """
 from __future__ import annotations
 
-import copy
+import functools
 import hashlib
 import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,16 @@ import numpy as np
 import timm
 import torch
 from torch import Tensor, distributed, nn
-from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from tqdm import tqdm
 
 from .bootstrap import ImageValues
+from .datasets import Unreadable, boxes_for, has_boxes, image_name, read_batches, without_substitutes
 from .files import write_whole
 from .journal import Journal
-from .methods import TABLE_METHODS, UserMethod, resolve_methods
-from .metrics import DEFAULT_METRICS
+from .methods import TABLE_METHODS, UserMethod, check_maps, resolve_methods
+from .metrics import DEFAULT_METRICS, METRICS
 from .network import Network
 from .protocol import Protocol
 from .report import Report
@@ -115,7 +115,7 @@ def evaluate(
     rows = resolve_methods(methods)
     batches, rest = _batches(loader, num_samples, seed)
     dataset = loader.dataset
-    first_image, first_label = dataset[batches[0][0]]  # they tell the size of the input and the kind of the labels
+    first_image, first_label = _first_item(dataset, batches)
     multilabel = np.ndim(first_label) > 0
     network = Network(
         model, poolings, layer=layer, activation='sigmoid' if multilabel else 'softmax', batch_size=batch_size,
@@ -124,9 +124,16 @@ def evaluate(
     protocol = Protocol(
         network, rows, metrics, target, setting, num_classes=num_classes, seed=seed, multilabel=multilabel,
         keep_curves=keep_curves)
-    for method in rows:
-        if hasattr(method.maps, 'check'):
-            method.maps.check(len(dataset), network.poolings)
+    check_maps(rows, len(dataset), network.poolings)
+    boxed = [name for name in metrics if 'boxes' in METRICS[name].needs]
+    if boxed and not has_boxes(dataset):
+        raise ValueError(f'metric {boxed[0]!r} needs boxes, which the data set lacks: set dataset.boxes with '
+                         'timm_castream.datasets.read_boxes.')
+    if temperature == 'fit' and not rest:
+        raise ValueError("temperature 'fit' needs images outside the sample: choose num_samples below "
+                         f'{len(dataset)}.')
+    if isinstance(temperature, str) and temperature != 'fit':
+        raise ValueError(f"temperature {temperature!r} is unknown, valid ones: 'fit', or a number for each pooling.")
     _check_classes(dataset, num_classes)
 
     is_distributed = distributed.is_available() and distributed.is_initialized()
@@ -176,13 +183,19 @@ def evaluate(
         bar = tqdm(
             desc='evaluate' if world_size == 1 else f'evaluate, process 1 of {world_size}',
             total=sum(map(len, remaining)), unit='image', disable=not progress or rank > 0)
+        unreadable: dict[str, str] = {}
         with bar, network.evaluating(), autocast:
-            for indices, (x, labels) in zip(remaining, _read(loader, remaining), strict=True):
-                record = protocol.measure(torch.tensor(indices, device=device), x.to(device), labels.to(device))
+            for indices, x, labels, lost in read_batches(loader, remaining):
+                unreadable |= {item.name: item.reason for item in lost}
+                bar.update(len(indices) + len(lost))
+                if not indices:
+                    continue
+                record = protocol.measure(
+                    torch.tensor(indices, device=device), x.to(device), labels.to(device),
+                    functools.partial(_boxes, dataset, indices))
                 if journal:
                     journal.append(record)
                 gathered.update(**record)
-                bar.update(len(indices))
 
         tables = gathered.compute()
         values = ImageValues(protocol.row_columns, protocol.image_columns, tables['rows'], tables['images'])
@@ -199,6 +212,7 @@ def evaluate(
             values=values,
             seed=seed,
             settings=settings | {'seed': seed, 'versions': versions},
+            unreadable=_everywhere(unreadable, world_size),
             curves=protocol.named_curves(tables['curves']) if keep_curves else None,
         )
         if output_dir is not None and rank == 0:
@@ -211,13 +225,26 @@ def evaluate(
 
 def _count_classes(network: Network, loader: Any, batches: list[list[int]]) -> int:
     """C of a model without `num_classes`, from the logits of one image."""
-    x, _ = next(iter(_read(loader, [batches[0][:1]])))
+    _, x, _, _ = next(item for item in read_batches(loader, [batch[:1] for batch in batches]) if item[0])
     with network.evaluating():
         logits = network.forward(x.to(next(network.model.parameters()).device))
     if logits.ndim != 2:
         raise ValueError(f'{network.name} gives {tuple(logits.shape)} for one image, an evaluation needs (1, C) '
                          'logits.')
     return logits.shape[1]
+
+
+def _first_item(dataset: Any, batches: list[list[int]]) -> tuple[Any, Any]:
+    """The first image that can be read, and its label: they give the size of the input and the kind of the labels."""
+    items = without_substitutes(dataset)
+    unreadable: list[Unreadable] = []
+    for index in (index for batch in batches for index in batch):
+        item = items[index]
+        if not isinstance(item, Unreadable):
+            return item
+        unreadable.append(item)
+    first = unreadable[0]
+    raise ValueError(f'None of the images can be read. The first is {first.name}: {first.reason}')
 
 
 def _stream_config(network: Network) -> dict[str, Any] | None:
@@ -240,17 +267,14 @@ def _check_classes(dataset: Any, num_classes: int) -> None:
 
 def _images_hash(dataset: Any, batches: list[list[int]]) -> str | None:
     """SHA-256 of the names, sizes and times of the image files, or None for images that are no files."""
-    filename = getattr(dataset, 'filename', None)
-    if filename is None:
-        return None
     digest = hashlib.sha256()
     for index in (index for batch in batches for index in batch):
         try:
-            path = filename(index, absolute=True)
-            status = os.stat(path)
-        except (AttributeError, NotImplementedError, OSError, TypeError):
+            status = os.stat(image_name(dataset, index, absolute=True))
+        except OSError:
             return None
-        digest.update(f'{filename(index)} {status.st_size} {status.st_mtime_ns}\n'.encode('utf-8', 'surrogateescape'))
+        line = f'{image_name(dataset, index)} {status.st_size} {status.st_mtime_ns}\n'
+        digest.update(line.encode('utf-8', 'surrogateescape'))
     return digest.hexdigest()
 
 
@@ -306,13 +330,14 @@ def _temperatures(
             return json.loads(path.read_text(encoding='utf-8'))
         order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed)).tolist()
         chosen = sorted(rest[i] for i in order[:_MAX_CALIBRATION_IMAGES])
-        size = len(chosen)
-        batches = [chosen[i:i + 64] for i in range(0, size, 64)]
+        batches = [chosen[i:i + 64] for i in range(0, len(chosen), 64)]
         logits: dict[str, list[Tensor]] = {name: [] for name in network.poolings}
         labels: list[Tensor] = []
         device = next(network.model.parameters()).device
         with network.evaluating(), autocast:
-            for x, target in _read(loader, batches):
+            for indices, x, target, _ in read_batches(loader, batches):
+                if not indices:
+                    continue
                 labels.append(target)
                 for name, value in network.all_logits(x.to(device)).items():
                     logits[name].append(value.cpu())
@@ -345,25 +370,18 @@ def _batches(loader: Any, num_samples: int | None, seed: int) -> tuple[list[list
     return [batch.tolist() for batch in indices.split(size)], rest.tolist()
 
 
-def _read(loader: Any, batches: list[list[int]]) -> Iterable[tuple[Tensor, Tensor]]:
-    """The batches, read as `loader` reads its own."""
-    if not batches:  # timm's PrefetchLoader fails without one, in 1.0.28 for instance
-        return ()
-    inner = getattr(loader, 'loader', loader)  # timm's PrefetchLoader wraps a DataLoader
-    reader = DataLoader(
-        inner.dataset,
-        batch_sampler=batches,
-        num_workers=inner.num_workers,
-        collate_fn=inner.collate_fn,
-        pin_memory=inner.pin_memory,
-        worker_init_fn=inner.worker_init_fn,
-        multiprocessing_context=inner.multiprocessing_context,
-    )
-    if inner is loader:
-        return reader
-    around = copy.copy(loader)
-    around.loader = reader
-    return around
+def _boxes(dataset: Any, indices: list[int], image_of_row: Tensor, classes: Tensor) -> Tensor:
+    """(R, J, 4) boxes of rows, in pixels of the input, on the device of the classes."""
+    images = [indices[i] for i in image_of_row.tolist()]
+    return boxes_for(dataset, images, classes.tolist()).to(classes.device)
+
+
+def _everywhere(mapping: dict[str, str], world_size: int) -> dict[str, str]:
+    """The mappings of all processes in one, in the order of their keys."""
+    everywhere: list[Any] = [mapping] * world_size
+    if world_size > 1:
+        distributed.all_gather_object(everywhere, mapping)
+    return dict(sorted((key, value) for one in everywhere for key, value in one.items()))
 
 
 def _check_same_weights(weights: str, world_size: int) -> None:

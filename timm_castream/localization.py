@@ -168,8 +168,19 @@ def max_box_acc_v2(hits: Tensor, weights: Tensor | None = None) -> Tensor:
         raise ValueError(f'weights must have shape (S, {len(hits)}), a weight an image, got {tuple(weights.shape)}.')
     dtype = torch.float32 if hits.device.type == 'mps' else torch.float64
     weights = weights.to(dtype)
-    shares = weights @ hits.flatten(1).to(dtype) / weights.sum(1, keepdim=True)
-    return 100 * shares.unflatten(1, hits.shape[1:]).amax(2).mean(1)
+    return best_levels(weights @ hits.flatten(1).to(dtype) / weights.sum(1, keepdim=True))
+
+
+def best_levels(shares: Tensor) -> Tensor:
+    """MaxBoxAccV2 of shares of hits, in percent: the best level of each IoU threshold, averaged over the thresholds.
+
+    Args:
+        shares: (S, 768) means of the hits of 3 thresholds at 256 levels, in [0, 1].
+
+    Returns:
+        (S,).
+    """
+    return 100 * shares.unflatten(1, (len(BOX_ACCURACY_IOUS), _NUM_LEVELS)).amax(2).mean(1)
 
 
 def _is_box(boxes: Tensor) -> Tensor:

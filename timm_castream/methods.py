@@ -143,8 +143,9 @@ def _score_cam(batch: Batch, pooling: str) -> Tensor:
 
 def _random(batch: Batch, pooling: str) -> Tensor:
     """One uniform number a location. It depends on the seed and on the position of the image in its data set alone."""
+    # numpy mixes both numbers into the state; torch's generator on the CPU keeps 32 bits of a seed.
     maps = [
-        torch.rand(batch.grid, generator=torch.Generator().manual_seed(batch.seed * 2**32 + index))
+        torch.from_numpy(np.random.default_rng((batch.seed, index)).random(tuple(batch.grid), dtype=np.float32))
         for index in batch.indices.tolist()
     ]
     return batch.every_target(cam.scale_maps(torch.stack(maps)).to(batch.x.device), pooling)
@@ -192,6 +193,13 @@ def resolve_methods(methods: Sequence[str] | Mapping[str, UserMethod]) -> tuple[
     if not methods:
         raise ValueError('methods is empty: name one of ' + ', '.join(map(repr, METHODS)) + '.')
     return tuple(_user_method(str(label), value) for label, value in methods.items())
+
+
+def check_maps(methods: Sequence[Method], num_images: int, poolings: Sequence[str]) -> None:
+    """Raises ValueError unless every method with saved maps has one for each image under each pooling."""
+    for method in methods:
+        if isinstance(method.maps, _SavedMaps):
+            method.maps.check(num_images, poolings)
 
 
 def _user_method(label: str, value: Any) -> Method:

@@ -25,6 +25,14 @@ from torchmetrics import Metric
 from .checks import check_unit_range
 from .curves import CURVE_SETTINGS, deletion_curve, insertion_curve
 from .images import mask_image
+from .localization import (
+    best_levels,
+    box_accuracy_hits,
+    energy_pointing_game,
+    has_box,
+    localization_error,
+    pointing_game,
+)
 
 __all__ = [
     'CURVE_SETTINGS',
@@ -195,6 +203,7 @@ class Deletion(_ImageMean):
 
 
 _EMPTY = torch.empty(0)
+_BITS = 48  # results in one number: float64 holds integers up to 2 ** 53
 
 
 @dataclass(frozen=True)
@@ -216,6 +225,28 @@ class Measurements:
     deletion_curve: Tensor = _EMPTY
     saliency: Tensor = _EMPTY
     boxes: Tensor = _EMPTY
+
+
+def pack_hits(hits: Tensor, defined: Tensor) -> Tensor:
+    """The results of `localization.box_accuracy_hits` as few numbers, for files.
+
+    Args:
+        hits: (R, 3, 256) bool.
+        defined: (R,) bool, False for a map without a box.
+
+    Returns:
+        (R, 16) in float64: 48 results a number, exact, and NaN for a map without a box.
+    """
+    powers = 2 ** torch.arange(_BITS, device=hits.device)
+    packed = (hits.flatten(1).unflatten(1, (-1, _BITS)) * powers).sum(2).double()
+    return packed.where(defined[:, None], torch.nan)
+
+
+def unpack_hits(values: np.ndarray) -> np.ndarray:
+    """The inverse of `pack_hits`: (R, 768) of 0 and 1, NaN where a map has no box."""
+    defined = ~np.isnan(values[:, :1])
+    bits = (np.where(defined, values, 0).astype(np.int64)[..., None] >> np.arange(_BITS)) & 1
+    return np.where(defined, bits.reshape(len(values), -1).astype(float), np.nan)
 
 
 def _single(values: np.ndarray) -> np.ndarray:
@@ -269,6 +300,14 @@ METRICS: dict[str, MetricRow] = {row.name: row for row in (
               lambda m: area_under_curve(m.insertion_curve)),
     MetricRow('deletion', 'Deletion', 'D', False, frozenset({'deletion_curve'}),
               lambda m: area_under_curve(m.deletion_curve)),
+    MetricRow('pointing_game', 'Pointing Game', 'SP', True, _BOXES, lambda m: pointing_game(m.saliency, m.boxes)),
+    MetricRow('energy_pointing_game', 'Energy Pointing Game', 'EP', True, _BOXES,
+              lambda m: energy_pointing_game(m.saliency, m.boxes)),
+    MetricRow('localization_error', 'Localisation Error', 'LE', False, _BOXES,
+              lambda m: localization_error(m.saliency, m.boxes)),
+    MetricRow('max_box_acc_v2', 'MaxBoxAccV2', 'MBA', True, _BOXES,
+              lambda m: pack_hits(box_accuracy_hits(m.saliency, m.boxes), has_box(m.boxes)),
+              columns=16, expand=unpack_hits, figure=lambda means: best_levels(torch.from_numpy(means)).numpy()),
 )}
 # The five metrics of the paper: those that need no boxes.
 DEFAULT_METRICS = tuple(row.name for row in METRICS.values() if 'boxes' not in row.needs)

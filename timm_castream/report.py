@@ -99,12 +99,27 @@ class Report:
         """
         return self.differences[method, metric]
 
+    def verdict(self, method: str, metric: str) -> str:
+        """`'better'`, `'worse'` or `'no difference seen'`: CA against GAP. The interval of a difference excludes 0."""
+        value, low, high = self.difference(method, metric)
+        if not (low > 0 or high < 0):
+            return 'no difference seen'
+        return 'better' if (value > 0) == METRICS[metric].higher_is_better else 'worse'
+
+    def summary(self) -> str:
+        """One line a method with the verdict of every metric, or nothing for a report of one pooling."""
+        if not self.differences:
+            return ''
+        return '\n'.join(
+            f'CA against GAP, {_title(m)}: '
+            + ', '.join(f'{METRICS[k].symbol} {self.verdict(m, k)}' for k in self.metrics) for m in self.methods)
+
     def __str__(self) -> str:
         accuracy: list[tuple[str, ...]] = [('NETWORK', 'POOLING', f'{self.accuracy_name} ↑', 'probability')]
         accuracy += [(self.network, p.upper(), str(self.accuracy[p]), str(self.confidence[p])) for p in self.poolings]
         table: list[tuple[str, ...]] = [('NETWORK', 'METHOD', 'POOLING', *(METRICS[k].heading for k in self.metrics))]
         for m in self.methods:
-            title = METHODS[m].title if m in METHODS else m
+            title = _title(m)
             table += [(self.network, title, p.upper(), *(str(self[p, m, k]) for k in self.metrics))
                       for p in self.poolings]
             if self.differences:
@@ -172,6 +187,10 @@ class Report:
         for name, (value, low, high) in figures.items():
             row |= {name: value, f'{name}_low': low, f'{name}_high': high}
         return row
+
+
+def _title(method: str) -> str:
+    return METHODS[method].title if method in METHODS else method
 
 
 def _signed(estimate: Estimate) -> str:

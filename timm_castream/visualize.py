@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
@@ -17,26 +18,32 @@ import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .attach import POOLINGS, attention_maps, forward_both
-from .attribution import attention_identity, attribute_all
-from .backbone import eval_mode
+from .attach import attention_maps
+from .attribution import attention_identity, saliency_maps
 from .cam import scale_maps
 from .files import write_whole
-from .images import normalisation, resize_saliency
-from .methods import METHODS, PAPER_METHODS
+from .images import check_images, normalisation, resize_saliency
+from .methods import METHODS, PAPER_METHODS, Method, UserMethod, check_maps, resolve_methods
 from .mixin import castream_model
-from .probabilities import probabilities
+from .network import Network
+from .plots import POOLING_NAMES, draw_curves, draw_differences
 
-POOLING_NAMES = {'gap': 'GAP', 'ca': 'CA'}
+__all__ = [
+    'POOLING_NAMES', 'ROWS_PER_GRID', 'Explained', 'Panel', 'class_name', 'denormalised', 'draw_curves',
+    'draw_differences', 'draw_grid', 'draw_identity', 'explain', 'find_images', 'overlay', 'read_image', 'saliency_row',
+    'save',
+]
+
 ROWS_PER_GRID = 50
 
 _PANEL_INCHES, _TITLE_INCHES, _GAP_INCHES = 1.8, 0.5, 0.08
 _LEAST_DPI = 80  # for the titles: smaller images are enlarged
 _LABEL_LETTERS, _NAME_LETTERS = 22, 30
+_MAX_STEM_BYTES = 200
 
 _logger = logging.getLogger(__name__)
 
@@ -65,14 +72,16 @@ class Explained(NamedTuple):
 def explain(
         model: nn.Module,
         paths: Sequence[str | Path],
-        methods: Sequence[str],
+        methods: Sequence[str] | Mapping[str, UserMethod],
         output_dir: str | Path,
-        poolings: Sequence[str] = POOLINGS,
+        poolings: Sequence[str] | None = None,
         layer: str | None = None,
         batch_size: int | None = None,
         *,
         activation: str = 'softmax',
         identity: bool = False,
+        img_size: int | None = None,
+        crop_pct: float | None = None,
 ) -> Explained:
     """Writes a row of overlays for each image as a PNG, and a grid of all rows, with a progress bar on a terminal.
 
@@ -80,26 +89,31 @@ def explain(
     is named in a warning and skipped.
 
     Args:
-        model: A model with a stream.
+        model: A model with a stream, or any timm model.
         paths: Image files, in any format that PIL opens.
-        methods: Of `attribution.METHODS`; `'attention'` gives a picture for every stage.
+        methods: As for `evaluate.evaluate`, an array with the maps of all `paths`. `'attention'` gives a picture for
+            every stage.
         output_dir: Made where it is missing. No file among `paths` is overwritten.
-        poolings: Of `'gap'` and `'ca'`.
+        poolings: Of `'gap'` and `'ca'`. None: both for a model with a stream, `'gap'` for others.
         layer: As for `attribution.attribute`.
         batch_size: As for `attribution.attribute`.
         activation: `'softmax'`, or `'sigmoid'` for multi-label models.
         identity: Write the figure of eq. (5) for each image too.
+        img_size: Side of the input in pixels. None: that of the model's `pretrained_cfg`.
+        crop_pct: Share of the image in the crop. None: that of the model's `pretrained_cfg`.
 
     Raises:
         ValueError: If there are no paths, an argument does not fit or the model has no stream.
     """
     if not paths:
         raise ValueError('There are no images to explain.')
-    network = castream_model(model)
-    config = resolve_model_data_config(network)
+    network = Network(model, poolings, layer=layer, activation=activation, batch_size=batch_size)
+    rows_of_methods = resolve_methods(methods)
+    check_maps(rows_of_methods, len(paths), network.poolings)
+    config = resolve_data_config({'img_size': img_size, 'crop_pct': crop_pct}, model=network.backbone)
     transform = create_transform(**config, is_training=False)
     mode = 'L' if config['input_size'][0] == 1 else 'RGB'
-    parameter = next(network.parameters())
+    parameter = next(model.parameters())
 
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,19 +122,18 @@ def explain(
     grid_paths = [_free_path(folder, 'grid', taken) for _ in range(0, len(images), ROWS_PER_GRID)]
     done = Explained([], [], {})
     rows: list[list[Panel]] = []
-    for path in tqdm(images, desc='explain', unit='image', disable=None):
+    for index, path in enumerate(tqdm(images, desc='explain', unit='image', disable=None)):
         try:
             image = read_image(path, mode)
         except Exception as error:  # PIL's decoders raise about anything on a broken file
             done.unreadable[path] = f'{type(error).__name__}: {error}'
-            _logger.warning('%s cannot be read and is skipped: %s', path, error)
+            _logger.warning('%s cannot be read and is skipped: %s', printable(path), error)
             continue
         x = transform(image)[None].to(parameter)
-        rows.append(saliency_row(
-            network, x, methods, poolings, layer, batch_size, activation=activation, name=path.name))
+        rows.append(_row(network, x, rows_of_methods, printable(path.name), index))
         done.pictures.append(save(draw_grid(rows[-1:]), _free_path(folder, path.stem, taken)))
         if identity:
-            done.pictures.append(save(draw_identity(network, x), _free_path(folder, f'{path.stem}_identity', taken)))
+            done.pictures.append(save(draw_identity(model, x), _free_path(folder, f'{path.stem}_identity', taken)))
         if len(rows) == ROWS_PER_GRID:
             done.grids.append(save(draw_grid(rows), grid_paths[len(done.grids)]))
             rows.clear()
@@ -163,8 +176,8 @@ def read_image(path: str | Path, mode: str = 'RGB') -> Image.Image:
 def saliency_row(
         model: nn.Module,
         x: Tensor,
-        methods: Sequence[str] = PAPER_METHODS,
-        poolings: Sequence[str] = POOLINGS,
+        methods: Sequence[str] | Mapping[str, UserMethod] = PAPER_METHODS,
+        poolings: Sequence[str] | None = None,
         layer: str | None = None,
         batch_size: int | None = None,
         *,
@@ -176,29 +189,37 @@ def saliency_row(
     A class activation map explains the class predicted under its pooling, which its title names with the probability.
 
     Args:
-        model: A model with a stream.
+        model: A model with a stream, or any timm model.
         x: (1, C, H, W), normalised as the model's `pretrained_cfg` says.
-        name: Of the image, for its title.
+        name: Name of the image, for its title.
 
-    The other arguments, and what is raised, are those of `explain`.
+    The other arguments, and the errors, are those of `explain`.
     """
-    network = castream_model(model)
-    maps = attribute_all(network, x, methods, None, poolings, layer, batch_size, activation=activation)
-    with eval_mode(network):
-        logits = forward_both(network, x)
-        stages = attention_maps(network, x) if 'attention' in methods else []
+    network = Network(model, poolings, layer=layer, activation=activation, batch_size=batch_size)
+    return _row(network, x, resolve_methods(methods), name)
+
+
+def _row(network: Network, x: Tensor, methods: Sequence[Method], name: str, index: int = 0) -> list[Panel]:
+    check_images(x)
+    backbone = network.backbone
+    with network.evaluating():
+        maps = saliency_maps(network, x, methods, indices=torch.tensor([index]))
+        logits = network.logits(x)
+        has_attention = any(method.maps is METHODS['attention'].maps for method in methods)
+        stages = attention_maps(backbone, x) if has_attention else []
     predictions = {}
-    for pooling in poolings:
-        probability, index = probabilities(logits[pooling], activation)[0].max(0)
-        label = _cut(class_name(network, int(index)), _LABEL_LETTERS)
+    for pooling in network.poolings:
+        probability, class_index = network.probabilities(logits[pooling], pooling)[0].max(0)
+        label = _cut(class_name(backbone, int(class_index)), _LABEL_LETTERS)
         predictions[pooling] = f'{POOLING_NAMES[pooling]}: {label} {probability:.2f}'
-    image = denormalised(network, x)[0]
+    image = denormalised(backbone, x)[0]
     row = [Panel('\n'.join([_cut(name, _NAME_LETTERS), *predictions.values()]), image)]
-    for stage, attention in zip(network.castream_stages, stages, strict=False):
-        row.append(Panel(f'{METHODS["attention"].title}\n{stage}', overlay(image, scale_maps(attention.mean(1)[0]))))
+    title = METHODS['attention'].title
+    for stage, attention in zip(backbone.castream_stages if stages else (), stages, strict=True):
+        row.append(Panel(f'{title}\n{stage}', overlay(image, scale_maps(attention.mean(1)[0]))))
     row += [
-        Panel(f'{METHODS[method].title}\n{predictions[pooling]}', overlay(image, maps[pooling, method][0]))
-        for method in methods if method != 'attention' for pooling in poolings
+        Panel(f'{method.title}\n{predictions[pooling]}', overlay(image, maps[pooling, method.name][0, 0]))
+        for method in methods if method.maps is not METHODS['attention'].maps for pooling in network.poolings
     ]
     return row
 
@@ -283,7 +304,8 @@ def save(figure: Figure, path: str | Path) -> Path:
         The path.
     """
     path = Path(path)
-    with write_whole(path, 'wb') as file:
+    with write_whole(path, 'wb') as file, warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph')  # matplotlib draws a box for a letter that its fonts lack
         figure.savefig(file, format='png')
     return path
 
@@ -305,12 +327,18 @@ def _cut(text: str, letters: int) -> str:
     return text if len(text) <= letters else f'{text[:letters - 1]}…'
 
 
+def printable(name: str | Path) -> str:
+    """A file name with a question mark for each byte that is not UTF-8."""
+    return str(name).encode('utf-8', 'replace').decode()
+
+
 def _path_key(path: Path) -> str:
     return str(path.resolve()).casefold()  # some file systems take A.png for a.png
 
 
 def _free_path(folder: Path, stem: str, taken: set[str]) -> Path:
-    """A PNG file's path that is not taken, and now is."""
+    """The path of a PNG file that is not taken, and now is. A long name is cut: file systems end at 255 bytes."""
+    stem = printable(stem).encode()[:_MAX_STEM_BYTES].decode(errors='ignore')
     candidates = (folder / f'{name}.png' for name in chain([stem], (f'{stem}_{n}' for n in count(2))))
     path = next(path for path in candidates if _path_key(path) not in taken)
     taken.add(_path_key(path))

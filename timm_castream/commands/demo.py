@@ -15,6 +15,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from .. import demo
 
+    if args.seed < 0:
+        raise ValueError(f'--seed must be at least 0, got {args.seed}.')
     report = demo.run(args.output, args.seed, demo.QUICK if args.quick else None)
-    print(f'\n{report}\n\nWritten to {args.output}: report.md, figure.png, metrics.json, images.csv and the weights')
+    print(f'\n{report}\n\n{report.summary()}\n')
+    print(f'Written to {args.output}: report.md, figure.png, metrics.json, images.csv and the weights')
     return 0

@@ -3,9 +3,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..mixin import castream_model
 from . import SKIPPED
-from .options import add_method_options, add_model_options, open_from
+from .options import add_method_options, add_model_options, add_size_options, methods_from, open_from
 
 EXAMPLE = 'castream explain cat.jpg dog.jpg --model resnet50_castream --checkpoint last.pth.tar'
 
@@ -15,21 +14,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--images', metavar='DIR', help='explain every image below this folder')
     add_model_options(parser)
     add_method_options(parser, ('attention', 'grad_cam'))
+    add_size_options(parser)
     parser.add_argument('--identity', action='store_true', help='draw both sides of eq. (5) too, and their difference')
     parser.add_argument('--multilabel', action='store_true', help='probabilities by sigmoid')
     parser.add_argument('--output', default='explained', metavar='DIR', help='(default: %(default)s)')
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..visualize import explain, find_images
+    from ..visualize import explain, find_images, printable
 
     paths = [*args.paths, *(find_images(args.images) if args.images else ())]
     if not paths:
         raise ValueError('Name images, or a folder of them with --images.')
-    model = castream_model(open_from(args)).to(args.device).eval()
+    model = open_from(args).to(args.device).eval()
     done = explain(
-        model, paths, args.methods, args.output, args.poolings, args.layer, identity=args.identity,
-        activation='sigmoid' if args.multilabel else 'softmax')
+        model, paths, methods_from(args, model), args.output, args.poolings, args.layer, identity=args.identity,
+        activation='sigmoid' if args.multilabel else 'softmax', img_size=args.img_size, crop_pct=args.crop_pct)
     for path in [*done.pictures, *done.grids]:
-        print(path)
+        print(printable(path))
     return SKIPPED if done.unreadable else 0

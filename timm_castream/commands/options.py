@@ -2,14 +2,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import functools
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..attach import POOLINGS
 from ..loading import open_model
-from ..methods import METHODS
+from ..methods import METHODS, UserMethod
 from ..timm_scripts.arguments import ParseKwargs
 
 
@@ -27,6 +34,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
                        help='(default: %(default)s)')
 
 
+def add_size_options(parser: argparse._ActionsContainer) -> None:
+    """The options of the eval transform."""
+    parser.add_argument('--img-size', type=int, metavar='N', help="side of the input in pixels (default: the model's)")
+    parser.add_argument('--crop-pct', type=float, metavar='X',
+                        help="share of the image in the crop (default: the model's)")
+
+
 def add_model_kwargs(parser: argparse._ActionsContainer) -> None:
     """`--model-kwargs`, as timm's scripts have it."""
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
@@ -41,13 +55,70 @@ def open_from(args: argparse.Namespace) -> nn.Module:
 
 
 def add_method_options(parser: argparse.ArgumentParser, methods: Sequence[str]) -> None:
-    """The options of saliency.
+    """The options of saliency, for `methods_from`.
 
     Args:
         parser: The parser of the command.
         methods: The methods by default.
     """
     group = parser.add_argument_group('saliency')
-    group.add_argument('--methods', nargs='+', default=list(methods), choices=METHODS, help='(default: %(default)s)')
-    group.add_argument('--poolings', nargs='+', default=list(POOLINGS), choices=POOLINGS, help='(default: %(default)s)')
+    group.add_argument(
+        '--methods', nargs='+', default=list(methods), metavar='METHOD',
+        help=f'of {", ".join(METHODS)}, or LABEL=package.module:function (default: {" ".join(methods)})')
+    group.add_argument(
+        '--maps', nargs='+', default=[], metavar='LABEL=FILE.npy',
+        help='saved maps of all images in their order, an array (N, h, w)')
+    group.add_argument(
+        '--poolings', nargs='+', choices=POOLINGS, help='(default: both, or gap for a model without a stream)')
     group.add_argument('--layer', help='another module than the pooled stage for the CAM methods')
+
+
+def methods_from(args: argparse.Namespace, model: nn.Module) -> dict[str, UserMethod]:
+    """The methods of `--methods` and `--maps`.
+
+    A function gets (x, target) as in `evaluate.evaluate`, and the model too if it has a parameter `model`.
+
+    Raises:
+        ValueError: If a label is repeated, or a function or a file is not there.
+    """
+    methods: dict[str, UserMethod] = {}
+    for word in (*args.methods, *args.maps):
+        label, equals, source = word.partition('=')
+        if label in methods:
+            raise ValueError(f'method {label!r} is given twice.')
+        if word in args.maps:
+            methods[label] = _load_maps(word, source)
+        elif equals:
+            methods[label] = _import_function(word, source, model)
+        else:
+            methods[label] = label
+    return methods
+
+
+def _load_maps(word: str, path: str) -> np.ndarray:
+    if not path:
+        raise ValueError(f'--maps takes LABEL=FILE.npy, got {word!r}.')
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise ValueError(f'There is no file {path}, which --maps names.') from None
+    except (EOFError, ValueError) as error:
+        raise ValueError(f'{path} is no array saved by numpy.save ({error}).') from error
+
+
+def _import_function(word: str, source: str, model: nn.Module) -> Callable[..., Any]:
+    module_name, colon, name = source.partition(':')
+    if not (module_name and colon and name):
+        raise ValueError(f'--methods takes a name or LABEL=package.module:function, got {word!r}.')
+    if '' not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # an installed command does not search the current folder
+    try:
+        function = functools.reduce(getattr, name.split('.'), importlib.import_module(module_name))
+    except (AttributeError, ImportError) as error:
+        raise ValueError(f'{source} of --methods cannot be imported: {error}') from error
+    if not callable(function):
+        raise ValueError(f'{source} of --methods is no function.')
+    if 'model' not in inspect.signature(function).parameters:
+        return function
+    bound = functools.partial(function, model=model)
+    return functools.update_wrapper(bound, function)
