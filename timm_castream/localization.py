@@ -180,7 +180,7 @@ def best_levels(shares: Tensor) -> Tensor:
     Returns:
         (S,).
     """
-    return 100 * shares.unflatten(1, (len(BOX_ACCURACY_IOUS), _NUM_LEVELS)).amax(2).mean(1)
+    return 100 * shares.unflatten(1, (len(BOX_ACCURACY_IOUS), NUM_LEVELS)).amax(2).mean(1)
 
 
 def _is_box(boxes: Tensor) -> Tensor:
