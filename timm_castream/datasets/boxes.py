@@ -98,7 +98,8 @@ def read_boxes(path: str | os.PathLike, dataset: Any) -> list[np.ndarray]:
     Args:
         path: Either a text file with a line `path,x0,y0,x1,y1` a box, as the `localization.txt` of the WSOL benchmark;
             its paths and the images' belong together where one ends in the other. Or a folder of XML files, such as
-            ImageNet's `Annotations/CLS-LOC/val`, with or without subfolders; `NAME.xml` belongs to `NAME.JPEG`.
+            ImageNet's `Annotations/CLS-LOC/val`, with or without subfolders; `NAME.xml` belongs to `NAME.JPEG`, and the
+            boxes of all its objects are taken, whatever their class.
         dataset: N images with file names: timm's `filename(index, absolute=True)`, or torchvision's `samples`.
 
     Returns:

@@ -213,6 +213,9 @@ class _SingleRead:
     def __len__(self) -> int:
         return len(self.reader)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.reader, name)
+
 
 def _open(dataset: Any, index: int) -> None:
     """Raises the error for which timm's ImageDataset left out an image; timm only logs it."""
