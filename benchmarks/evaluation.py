@@ -26,7 +26,13 @@ from timm_castream import forward_both
 from timm_castream.attribution import attribute_all
 from timm_castream.cam import score_cam_weights
 from timm_castream.evaluate import evaluate
-from timm_castream.images import default_batch_size, fast_memory_format, normalisation
+from timm_castream.images import default_batch_size, fast_memory_format, normalisation, resize_saliency
+from timm_castream.localization import (
+    box_accuracy_hits,
+    energy_pointing_game,
+    localization_error,
+    pointing_game,
+)
 from timm_castream.methods import METHODS, TABLE_METHODS
 from timm_castream.metrics import deletion_curve, insertion_curve
 from timm_castream.probabilities import probabilities
@@ -269,6 +275,34 @@ class Comparison:
             lines.append(f'{name}: AD {drop:.2f}, AI {increase:.1f}, {1000 * statistics.median(seconds[name]):.0f} ms')
         return lines
 
+    def localization(self) -> dict[str, float]:
+        """The localisation metrics of Grad-CAM maps and of pixel noise with two boxes each, on one core."""
+        x = self.x[:8]
+        maps = attribute_all(self.model, x, ('grad_cam',), poolings=('gap',))['gap', 'grad_cam']
+        maps = resize_saliency(maps, x.shape[2:]).cpu()
+        noise = torch.rand(maps.shape)
+        corners = torch.rand(len(x), 2, 2, 2).sort(2).values * self.case.size
+        boxes = corners.flatten(2)
+
+        def simple() -> None:
+            for metric in (pointing_game, energy_pointing_game, localization_error):
+                metric(maps, boxes)
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        seconds = self.measure({
+            'simple': simple,
+            'maps': lambda: box_accuracy_hits(maps, boxes),
+            'noise': lambda: box_accuracy_hits(noise, boxes),
+        })
+        torch.set_num_threads(threads)
+        per_map = {name: statistics.median(times) / len(x) for name, times in seconds.items()}
+        return {
+            'SP, EP and LE of a map on one core: seconds': per_map['simple'],
+            'MaxBoxAccV2 of a map on one core: seconds': per_map['maps'],
+            'MaxBoxAccV2 of pixel noise on one core: seconds': per_map['noise'],
+        }
+
     def protocol(self) -> dict[str, float]:
         """Everything that `castream evaluate` does, with all masks."""
         x = self.x[:self.case.images]
@@ -297,6 +331,9 @@ TARGETS = {
     'AD, AG and AI of two methods, GAP and CA / bare forwards': '',
     'AD, AG and AI of two methods, GAP and CA: images/s': '',
     "AD, AG and AI of captum's Integrated Gradients / captum and the forwards": 'at most 1.05',
+    'SP, EP and LE of a map on one core: seconds': '',
+    'MaxBoxAccV2 of a map on one core: seconds': 'at most 0.1',
+    'MaxBoxAccV2 of pixel noise on one core: seconds': 'at most 0.1',
     'Whole protocol, GAP and CA / twice one pooling': 'at most 0.75',
     'Whole protocol, GAP and CA: images/s': '',
     'Whole protocol, GAP and CA: hours for 50,000 images': '',
@@ -312,7 +349,8 @@ def main() -> None:
         case.masks, case.images = args.masks or case.masks, args.images or case.images
         compared = Comparison(name, case, args)
         columns[name] = (
-            compared.score_cam() | compared.curves() | compared.gradients() | compared.masked() | compared.callables())
+            compared.score_cam() | compared.curves() | compared.gradients() | compared.masked() | compared.callables()
+            | compared.localization())
         notes += [f'{name}, AD and AI of the same 8 Grad-CAM maps: {line}' for line in compared.peers_metrics()]
         if name in args.protocol:
             columns[name] |= compared.protocol()
