@@ -384,7 +384,10 @@ def castream_model(model: nn.Module) -> CAStreamMixin:
     for module in model.modules():
         if isinstance(module, CAStreamMixin):
             return module
-    raise ValueError(f'This {type(model).__name__} has no CA-Stream; call timm_castream.attach(model) first.')
+    architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
+    by_name = f', or open {architecture}_castream in place of {architecture}' if architecture else ''
+    raise ValueError(
+        f'This {type(model).__name__} has no CA-Stream; call timm_castream.attach(model) first{by_name}.')
 
 
 def query_of(features: Tensor) -> Tensor:
