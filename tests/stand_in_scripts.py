@@ -16,9 +16,11 @@ from train_wrappers import train
 SCRIPT = """
 import argparse, json, os, sys
 import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
 from timm import utils
 from timm.data import create_dataset
 from timm.task import ClassificationTask
+from timm_castream.sources import read_cfg_weights
 config_parser = argparse.ArgumentParser(add_help=False)
 config_parser.add_argument('-c', '--config', default='')
 parser = argparse.ArgumentParser()
@@ -27,6 +29,7 @@ parser.add_argument('--dataset', default='')
 parser.add_argument('--model', default='resnet50')
 parser.add_argument('--model-kwargs', nargs='*', default={}, action=utils.ParseKwargs)
 parser.add_argument('--lr', type=float)
+parser.add_argument('--pretrained', action='store_true')
 parser.add_argument('--mixup', type=float, default=0.)
 parser.add_argument('--cutmix', type=float, default=0.)
 parser.add_argument('--cutmix-minmax', nargs='+', default=None)
@@ -50,7 +53,10 @@ def main():
             parser.set_defaults(**yaml.safe_load(file))
     args = parser.parse_args(rest)
     if args.crash:
-        raise {'ValueError': ValueError, 'ZeroDivisionError': ZeroDivisionError}[args.crash]('on purpose')
+        if args.crash == 'ours':
+            read_cfg_weights({'architecture': 'on purpose'})
+        raise {'ValueError': ValueError, 'ZeroDivisionError': ZeroDivisionError, 'RuntimeError': RuntimeError,
+               'offline': LocalEntryNotFoundError}[args.crash]('on purpose')
     with open(os.environ['SEEN'], 'w') as file:
         json.dump(dict(vars(args), argv=sys.argv, dataset_from=create_dataset.__module__,
                        task=ClassificationTask.__name__), file)

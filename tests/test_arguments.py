@@ -1,10 +1,14 @@
 """The command line that timm's scripts get."""
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
 import yaml
 from states import make_file
+
+from timm_castream.timm_scripts.arguments import ParseKwargs, prepare
 
 pytest_plugins = ('stand_in_scripts',)
 pytestmark = pytest.mark.usefixtures('no_script_of_this_machine')
@@ -68,6 +72,9 @@ def test_options_that_would_skip_the_stream_are_refused_for_a_stream_alone(scrip
     (['--dataset', ''], '--data-dir'),
     (['--dataset', 'cub200'], '--data-dir'),
     (['--model', 'resnet50_castrem'], 'no model resnet50_castrem'),
+    (['--model', 'vgg16_castream'], 'vgg16 takes no CA-Stream: layers stand between'),
+    (['--model-kwargs', 'stream_start'], 'takes KEY=VALUE, not stream_start (see castream train --help)'),
+    (['--learning-rat', '1'], 'unrecognized arguments: --learning-rat 1 (see castream train --help)'),
     (['--resume', 'nowhere.pth.tar'], 'nowhere.pth.tar, which --resume names'),
     (['--device', 'cuda'], '--device cpu'),
 ])
@@ -81,3 +88,22 @@ def test_what_is_not_there_is_one_line(script, capsys, monkeypatch, options, mes
 @pytest.mark.parametrize('name', ['resnet50.tv_in1k', 'resnet50_castream', 'hf-hub:some/one', 'resnet*', 'all'])
 def test_every_name_of_a_model_that_timms_scripts_take_is_handed_on(script, name):
     assert script('--model', name)[1]['model'] == name
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    ([], '--checkpoint'), (['--pretrained'], None), (['--checkpoint', 'last.pth.tar'], None),
+    (['--model', 'resnet50'], None),
+])
+def test_a_validation_of_a_stream_needs_weights(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    make_file(tmp_path / 'last.pth.tar')
+    parser = argparse.ArgumentParser()
+    for name, default in (('--model', 'test_resnet_castream'), ('--checkpoint', ''), ('--dataset', 'digits')):
+        parser.add_argument(name, default=default)
+    parser.add_argument('--pretrained', action='store_true')
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+    if message is None:
+        assert prepare({'parser': parser}, options).argv == options
+    else:
+        with pytest.raises(ValueError, match=f'^There are no weights to validate.*{message}'):
+            prepare({'parser': parser}, options)

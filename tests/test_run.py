@@ -9,6 +9,7 @@ import timm
 import timm.data
 import timm.task
 import timm.utils
+import yaml
 from states import make_file
 from torch import nn
 
@@ -42,7 +43,8 @@ def test_timm_and_the_process_are_as_before_afterwards(script, options):
     assert state() == before
 
 
-@pytest.mark.parametrize(('error', 'code', 'lines'), [('ValueError', 2, 1), ('ZeroDivisionError', 1, None)])
+@pytest.mark.parametrize(('error', 'code', 'lines'), [
+    ('ValueError', 2, 1), ('ours', 2, 1), ('ZeroDivisionError', 1, None), ('RuntimeError', 1, None)])
 def test_an_error_names_the_release_of_the_script_and_that_of_timm(script, capsys, error, code, lines):
     make_file(script.path.parent / 'timm' / 'version.py', "__version__ = '9.8.7'\n")
     assert script('--crash', error)[0] == code
@@ -75,3 +77,17 @@ def test_help_without_a_script_shows_its_own_half_and_how_to_get_the_other(capsy
     out = capsys.readouterr().out
     assert 'example: castream validate' in out
     assert 'clone of timm' in out
+
+
+@pytest.mark.parametrize(('recipe', 'sentence'), [
+    ({'pretrained': True}, '`pretrained: true` of mine.yaml asks for the weights of resnet18.tv_in1k.'),
+    ({'model_kwargs': {'backbone_pretrained': 'a1_in1k'}},
+     '`backbone_pretrained: a1_in1k` of mine.yaml asks for the weights of resnet18.tv_in1k.'),
+    ({}, ''),
+])
+def test_a_download_that_fails_names_the_option_of_the_recipe(script, tmp_path, capsys, recipe, sentence):
+    path = make_file(tmp_path / 'mine.yaml', yaml.safe_dump({'lr': 1., **recipe}))
+    assert script('-c', str(path), '--model', 'resnet18.tv_in1k', '--crash', 'offline')[0] == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert 'on purpose' in line and sentence in line
+    assert sentence or 'asks for' not in line

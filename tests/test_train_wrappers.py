@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import runpy
 import subprocess
 import sys
@@ -137,6 +138,26 @@ def test_two_processes_train_a_class_specific_stream_on_cpus(real_scripts, image
     assert 'trains without labels' not in run.stderr
     checkpoint = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)
     assert_only_the_stream_was_trained(checkpoint, gap_checkpoint)
+
+
+@pytest.mark.parametrize(('program', 'options', 'message'), [
+    (train, ['--dataset', 'cub'], "no data set 'cub'; known are cub200"),
+    (train, ['--train-split', 'tran'], "no split 'tran', it has train, validation"),
+    (train, ['--num-classes', '2'], 'The data set has 3 classes, the model has 2: pass --num-classes 3'),
+    (validate, ['--dataset', 'cub', '--checkpoint', 'last.pth'], "no data set 'cub'; known are cub200"),
+    (validate, ['--split', 'tset', '--checkpoint', 'last.pth'], "no split 'tset', it has train, validation"),
+    (validate, ['--pretrained'], 'No pretrained weights exist for test_resnet_castream'),
+    (validate, [], 'There are no weights to validate'),
+], ids=str)
+def test_a_mistake_that_the_script_finds_late_is_one_line(
+        real_scripts, images, tmp_path, monkeypatch, capsys, program, options, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging, 'raiseExceptions', False)  # timm's handlers keep the stderr of an earlier test
+    torch.save(timm.create_model('test_resnet_castream', num_classes=CLASSES).state_dict(), 'last.pth')
+    script = real_scripts['train.py' if program is train else 'validate.py']
+    assert program.main(['--timm-script', script, '--data-dir', str(images), *COMMON, *options]) == 2
+    error = capsys.readouterr().err
+    assert 'Traceback' not in error and message in error.splitlines()[-1]
 
 
 def write_voc(root: Path, split: str, labels: np.ndarray) -> None:

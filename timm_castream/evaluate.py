@@ -23,7 +23,15 @@ from torchmetrics.utilities import dim_zero_cat
 from tqdm import tqdm
 
 from .bootstrap import ImageValues
-from .datasets import Unreadable, boxes_for, has_boxes, image_name, read_batches, without_substitutes
+from .datasets import (
+    Unreadable,
+    boxes_for,
+    count_classes,
+    has_boxes,
+    image_name,
+    read_batches,
+    without_substitutes,
+)
 from .files import write_whole
 from .journal import Journal
 from .methods import TABLE_METHODS, UserMethod, check_maps, resolve_methods
@@ -256,13 +264,13 @@ def _stream_config(network: Network) -> dict[str, Any] | None:
 
 def _check_classes(dataset: Any, num_classes: int) -> None:
     """Compares the number of classes of the data set, where it is known, with that of the model."""
-    names = getattr(dataset, 'classes', None) or getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
-    if not names or len(names) == num_classes:
+    classes = count_classes(dataset)
+    if not classes or classes == num_classes:
         return
-    message = f'The data set has {len(names)} classes, the model has {num_classes}'
-    if len(names) > num_classes:
+    message = f'The data set has {classes} classes, the model has {num_classes}'
+    if classes > num_classes:
         raise ValueError(f'{message}: name the model of this data set, or its --num-classes.')
-    warnings.warn(f'{message}. The labels 0 to {len(names) - 1} are explained.', stacklevel=3)
+    warnings.warn(f'{message}. The labels 0 to {classes - 1} are explained.', stacklevel=3)
 
 
 def _images_hash(dataset: Any, batches: list[list[int]]) -> str | None:

@@ -83,6 +83,14 @@ def reason(architecture: str) -> str:
     return f'timm_castream does not cover the networks of timm.models.{file}'
 
 
+def no_model(name: str) -> str:
+    """A sentence for a name that timm does not register: the reason of an exclusion, or where the names are listed."""
+    backbone = name.partition('.')[0].removesuffix('_castream')
+    if timm.is_model(backbone) and reason(backbone):
+        return f'{backbone} takes no CA-Stream: {reason(backbone)}.'
+    return f'There is no model {name}; castream list shows the models with a stream.'
+
+
 def supported(architecture: str) -> bool:
     """Whether an architecture of timm has a `_castream` variant."""
     return not reason(architecture)

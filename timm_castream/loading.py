@@ -14,7 +14,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from .download import read_architecture
-from .families import reason
+from .families import no_model
 from .mixin import CAStreamMixin, castream_model
 from .sources import Weights, locate, read_checkpoint, read_file, read_timm_weights, timm_weights_name
 from .weights import STREAM_PREFIX, StreamHeader, check_fit, stream_state_dict, write_safetensors
@@ -83,10 +83,7 @@ def _check_name(name: str) -> None:
         if not Path(place, 'config.json').is_file():
             raise FileNotFoundError(f'The folder {place} has no config.json, so it holds no model.')
     elif not timm.is_model(name):
-        backbone = name.partition('.')[0].removesuffix('_castream')
-        if timm.is_model(backbone) and name != backbone and (why := reason(backbone)):
-            raise ValueError(f'{backbone} takes no CA-Stream: {why}.')
-        raise ValueError(f'There is no model {name}; castream list shows the models with a stream.')
+        raise ValueError(no_model(name))
 
 
 def _open_file(name: str, path: Path, use_ema: bool, kwargs: dict[str, Any]) -> nn.Module:

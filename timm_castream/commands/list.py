@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 
-from ..families import reason
+from ..families import no_model
 
 EXAMPLE = "castream list 'resnet*' --parameters"
 
@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     names = [name for name in timm.list_models([args.filter, f'{args.filter}_castream']) if name.endswith('_castream')]
     if not names:
-        raise ValueError(_no_match(args.filter))
+        raise ValueError(no_model(args.filter))
     if not args.parameters:
         print('\n'.join(names))
         return 0
@@ -32,10 +32,3 @@ def run(args: argparse.Namespace) -> int:
         stream, total = (sum(p.numel() for p in part.parameters()) for part in (model.castream, model))
         print(f'{name:{width}}  {stream:>12,}  {total:>13,}  {" ".join(model.castream_stages)}', flush=True)
     return 0
-
-
-def _no_match(pattern: str) -> str:
-    backbone = pattern.removesuffix('_castream')
-    if timm.is_model(backbone) and (why := reason(backbone)):
-        return f'{backbone} takes no CA-Stream: {why}.'
-    return f'No model with a stream matches {pattern!r}; castream list shows them all.'

@@ -75,6 +75,12 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
     return _ARCHIVES[name](root, split, **own)
 
 
+def count_classes(dataset: Any) -> int | None:
+    """Number of classes of a data set, or None where it has no list of them."""
+    names = getattr(dataset, 'classes', None) or getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+    return len(names) if names else None
+
+
 def _check_folder(root: str | os.PathLike | None, split: str, search_split: bool) -> None:
     """Refuses a folder of images that timm would read whole for want of the split's subfolder."""
     if not root:

@@ -7,8 +7,9 @@ stream, and files and folders that do not exist, are refused. The statistics of 
 from __future__ import annotations
 
 import ast
-from argparse import Action, ArgumentParser, Namespace
+from argparse import Action, ArgumentError, ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import timm
 import torch
 import yaml
+
+from ..families import no_model
 
 RECIPES = Path(str(files('train_wrappers') / 'recipes'))
 
@@ -37,7 +40,7 @@ class ParseKwargs(Action):
         for word in filter(None, values):
             key, equals, value = word.partition('=')
             if not equals:
-                parser.error(f'{option_string} takes key=value, not {word}')
+                raise ArgumentError(self, f'takes KEY=VALUE, not {word}')
             try:
                 kwargs[key] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
@@ -45,7 +48,33 @@ class ParseKwargs(Action):
         setattr(namespace, self.dest, kwargs)
 
 
-def prepare(script: Mapping[str, Any], argv: Sequence[str]) -> list[str]:
+@dataclass
+class CommandLine:
+    """The command line for timm's script.
+
+    Attributes:
+        argv: The user's options, followed by those that replace them.
+        args: The options that the script will read.
+        recipe: The recipe's name, or ''.
+        recipe_options: The options of the recipe.
+    """
+
+    argv: list[str]
+    args: Namespace
+    recipe: str = ''
+    recipe_options: dict[str, Any] = field(default_factory=dict)
+
+    def download_of_recipe(self) -> str:
+        """A sentence that names the option of the recipe which needs a download, or ''."""
+        kwargs = self.recipe_options.get('model_kwargs') or {}
+        for option, asked in (('pretrained', self.recipe_options.get('pretrained')),
+                              ('backbone_pretrained', kwargs.get('backbone_pretrained'))):
+            if asked:
+                return f'`{option}: {str(asked).lower()}` of {self.recipe} asks for the weights of {self.args.model}.'
+        return ''
+
+
+def prepare(script: Mapping[str, Any], argv: Sequence[str]) -> CommandLine:
     """The command line for timm's script.
 
     Args:
@@ -60,13 +89,14 @@ def prepare(script: Mapping[str, Any], argv: Sequence[str]) -> list[str]:
         ValueError: A file, folder or name in an option does not exist, or the option does not work with a stream.
     """
     recipe: dict[str, Any] = {}
+    name = ''
     added: list[str] = []
     options = list(argv)
     if 'config_parser' in script:
         config, options = script['config_parser'].parse_known_args(argv)
         if config.config:
             path = find_recipe(config.config)
-            recipe = read_recipe(path)
+            name, recipe = path.name, read_recipe(path)
             added += ['--config', str(path)]
     typed = script['parser'].parse_args(options).model_kwargs
     merged = {**(recipe.get('model_kwargs') or {}), **typed}
@@ -80,7 +110,7 @@ def prepare(script: Mapping[str, Any], argv: Sequence[str]) -> list[str]:
     if merged.get('freeze_backbone') and getattr(args, 'dist_bn', ''):
         # Averaging frozen statistics over processes, timm's default, changes their last bits.
         added += ['--dist-bn', '']
-    return [*argv, *added]
+    return CommandLine([*argv, *added], args, name, recipe)
 
 
 def find_recipe(name: str) -> Path:
@@ -108,7 +138,11 @@ def _check_there(args: Namespace) -> None:
     model, folder = args.model, getattr(args, 'data_dir', None) or getattr(args, 'data', None)
     # validate.py also takes a wildcard, a file of names, and `all`.
     if not (':' in model or timm.is_model(model) or timm.list_models(model) or Path(model).is_file() or model == 'all'):
-        raise ValueError(f'There is no model {model}; castream list shows those with a stream.')
+        raise ValueError(no_model(model))
+    if hasattr(args, 'checkpoint') and not args.checkpoint and not args.pretrained and model.endswith('_castream'):
+        # timm's validate.py would then look for published weights.
+        raise ValueError('There are no weights to validate: name them with --checkpoint, or pass --pretrained for '
+                         'published ones.')
     if '/' not in args.dataset and args.dataset != 'digits' and (not folder or not Path(folder).exists()):
         raise ValueError(
             f'There is no folder {folder}.' if folder else

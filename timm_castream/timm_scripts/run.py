@@ -9,17 +9,19 @@ import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import timm
 import timm.data.loader
 import timm.task
 import timm.utils
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ..datasets import create_dataset
 from . import multilabel
 from .arguments import ParseKwargs, prepare
+from .data import DataChecks
 from .finder import ScriptNotFoundError, find_script, script_release
 from .task import CAStreamTask
 
@@ -49,7 +51,7 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
     try:
         path = find_script(name, own.timm_script)
         script = f' ({path} of {script_release(path)}, timm {timm.__version__})'
-        _run(path, options)
+        _run(path, options, parser)
     except SystemExit as stop:  # argparse's way out
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except KeyboardInterrupt:
@@ -59,7 +61,7 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
         if own.help and isinstance(error, ScriptNotFoundError):
             print(error)
             return 0
-        mistake = isinstance(error, (ScriptNotFoundError, ValueError, ImportError, OSError))
+        mistake = isinstance(error, (ScriptNotFoundError, ValueError, ImportError, OSError)) or _is_ours(error)
         if own.debug or not mistake:
             traceback.print_exc()
         message = ' '.join(str(error).split()) or type(error).__name__
@@ -87,7 +89,13 @@ def _parser(name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _run(path: Path, options: list[str]) -> None:
+def _is_ours(error: Exception) -> bool:
+    """Whether timm_castream raised the error: its message is a sentence for the user."""
+    *_, last = traceback.walk_tb(error.__traceback__)
+    return Path(__file__).parents[1] in Path(last[0].f_code.co_filename).parents
+
+
+def _run(path: Path, options: list[str], parser: argparse.ArgumentParser) -> None:
     score = multilabel.MultiLabelScore()
     with _replaced(
             (sys, 'argv', [str(path)]),
@@ -105,8 +113,38 @@ def _run(path: Path, options: list[str]) -> None:
         script = defined['main'].__globals__
         script['validate'] = score.scored(script['validate'])
         script['nn'] = _nn_with(CrossEntropyLoss=multilabel.CrossEntropyLoss)
-        sys.argv += prepare(script, options)
-        script['main']()
+        script['parser'].error = _OneLine(parser.prog)  # in place of timm's, which prints all its options
+        command = prepare(script, options)
+        checks = DataChecks(command.args)
+        for name in ('create_model', 'create_dataset'):
+            if name in script:
+                script[name] = getattr(checks, name)(script[name])
+        sys.argv += command.argv
+        try:
+            script['main']()
+        except Exception as error:
+            reason = command.download_of_recipe()
+            if reason and _is_missing_download(error):
+                raise OSError(f'{" ".join(str(error).split())} {reason}') from error
+            raise
+
+
+class _OneLine:
+    """The `error` of a parser, as a ValueError that names the command's help."""
+
+    def __init__(self, prog: str) -> None:
+        self.prog = prog
+
+    def __call__(self, message: str) -> NoReturn:
+        raise ValueError(f'{message} (see {self.prog} --help)')
+
+
+def _is_missing_download(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _nn_with(**replacements: Any) -> types.ModuleType:
