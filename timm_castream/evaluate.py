@@ -10,16 +10,14 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
-from torch import Tensor, distributed, nn
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .bootstrap import ImageValues
@@ -37,6 +35,7 @@ from .journal import Journal
 from .methods import TABLE_METHODS, UserMethod, check_maps, resolve_methods
 from .metrics import DEFAULT_METRICS, METRICS
 from .network import Network
+from .processes import Gathered, Processes
 from .protocol import Protocol
 from .report import Report
 from .temperature import fit_temperature
@@ -144,8 +143,7 @@ def evaluate(
         raise ValueError(f"temperature {temperature!r} is unknown, valid ones: 'fit', or a number for each pooling.")
     _check_classes(dataset, num_classes)
 
-    is_distributed = distributed.is_available() and distributed.is_initialized()
-    rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if is_distributed else (0, 1)
+    processes = Processes.current()
     device = next(model.parameters()).device
     settings = {
         **(arguments or {}),
@@ -167,30 +165,31 @@ def evaluate(
         'temperature': temperature if temperature is None or isinstance(temperature, str) else dict(temperature),
         'keep_curves': keep_curves,
     }
-    if is_distributed:
-        _check_same_weights(settings['weights'], world_size)
+    processes.check_same_weights(settings['weights'])
     widths = {'rows': len(protocol.row_columns), 'images': len(protocol.image_columns)}
     if keep_curves:
         widths['curves'] = protocol.curve_width(*np.shape(first_image)[-2:])
-    gathered = _Gathered(**widths).to(device if is_distributed else 'cpu')
-    journal = None if output_dir is None else Journal(Path(output_dir), rank)
+    gathered = Gathered(**widths).to(device if processes.count > 1 else 'cpu')
+    journal = None if output_dir is None else Journal(Path(output_dir), processes.rank)
     try:
-        finished = _agree(rank, is_distributed, lambda: journal.resume(settings, widths) if journal else [])
+        finished = processes.agree(lambda: journal.resume(settings, widths) if journal else [])
         done = {int(row[0]) for record in finished for row in record['images']}
-        if rank == 0:
+        if processes.rank == 0:
             for record in finished:
                 gathered.update(**record)
             if done:
                 _logger.info('%d images were finished before, their values are in %s.', len(done), output_dir)
         autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
         if temperature is not None:
-            network.temperatures = _temperatures(
-                temperature, network, loader, rest, seed, journal, rank, is_distributed, autocast)
-        remaining = [left for batch in batches if (left := [i for i in batch if i not in done])][rank::world_size]
+            with autocast:
+                network.temperatures = processes.agree(
+                    lambda: _temperatures(temperature, network, loader, rest, seed, journal))
+        remaining = [left for batch in batches if (left := [i for i in batch if i not in done])]
+        remaining = remaining[processes.rank::processes.count]
 
         bar = tqdm(
-            desc='evaluate' if world_size == 1 else f'evaluate, process 1 of {world_size}',
-            total=sum(map(len, remaining)), unit='image', disable=not progress or rank > 0)
+            desc='evaluate' if processes.count == 1 else f'evaluate, process 1 of {processes.count}',
+            total=sum(map(len, remaining)), unit='image', disable=not progress or processes.rank > 0)
         unreadable: dict[str, str] = {}
         with bar, network.evaluating(), autocast:
             for indices, x, labels, lost in read_batches(loader, remaining):
@@ -220,10 +219,10 @@ def evaluate(
             values=values,
             seed=seed,
             settings=settings | {'seed': seed, 'versions': versions},
-            unreadable=_everywhere(unreadable, world_size),
+            unreadable=dict(sorted(pair for one in processes.everywhere(unreadable) for pair in one.items())),
             curves=protocol.named_curves(tables['curves']) if keep_curves else None,
         )
-        if output_dir is not None and rank == 0:
+        if output_dir is not None and processes.rank == 0:
             report.save(output_dir)
     finally:
         if journal is not None:
@@ -286,78 +285,6 @@ def _images_hash(dataset: Any, batches: list[list[int]]) -> str | None:
     return digest.hexdigest()
 
 
-class _Gathered(Metric):
-    """The records of all processes, gathered by torchmetrics.
-
-    Args:
-        **widths: Number of columns of each table of a record.
-    """
-
-    full_state_update = False
-
-    def __init__(self, **widths: int) -> None:
-        super().__init__()
-        self.widths = widths
-        for name in widths:
-            self.add_state(name, [], dist_reduce_fx='cat')
-        self.update(**{name: [] for name in widths})  # a process without images takes part with empty tables
-
-    def update(self, **tables: list[list[float]]) -> None:
-        """Adds a batch: tables of rows that begin with the index of an image."""
-        for name in self.widths:
-            table = torch.tensor(tables[name], dtype=torch.float64, device=self.device)
-            getattr(self, name).append(table.reshape(-1, self.widths[name]))
-
-    def compute(self) -> dict[str, np.ndarray]:
-        """The tables of all batches, in the order of the images."""
-        tables = {name: dim_zero_cat(getattr(self, name)).cpu().numpy() for name in self.widths}
-        return {name: table[np.argsort(table[:, 0], kind='stable')] for name, table in tables.items()}
-
-
-def _temperatures(
-        temperature: str | Mapping[str, float],
-        network: Network,
-        loader: Any,
-        rest: list[int],
-        seed: int,
-        journal: Journal | None,
-        rank: int,
-        is_distributed: bool,
-        autocast: Any,
-) -> dict[str, float]:
-    """One temperature a pooling: given, read from the folder of an interrupted evaluation, or fitted."""
-    if not isinstance(temperature, str):
-        for name in network.poolings:
-            if not temperature.get(name, 0) > 0:
-                raise ValueError(f'temperature must give pooling {name!r} a positive number, got {dict(temperature)}.')
-        return {name: float(temperature[name]) for name in network.poolings}
-
-    def fit() -> dict[str, float]:
-        path = None if journal is None else journal.folder / 'temperatures.json'
-        if path is not None and path.is_file():
-            return json.loads(path.read_text(encoding='utf-8'))
-        order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed)).tolist()
-        chosen = sorted(rest[i] for i in order[:_MAX_CALIBRATION_IMAGES])
-        batches = [chosen[i:i + 64] for i in range(0, len(chosen), 64)]
-        logits: dict[str, list[Tensor]] = {name: [] for name in network.poolings}
-        labels: list[Tensor] = []
-        device = next(network.model.parameters()).device
-        with network.evaluating(), autocast:
-            for indices, x, target, _ in read_batches(loader, batches):
-                if not indices:
-                    continue
-                labels.append(target)
-                for name, value in network.all_logits(x.to(device)).items():
-                    logits[name].append(value.cpu())
-        fitted = {name: fit_temperature(torch.cat(value), torch.cat(labels).cpu()) for name, value in logits.items()}
-        if path is not None:
-            with write_whole(path) as file:
-                json.dump(fitted, file)
-        return fitted
-
-    return _agree(rank, is_distributed, fit)
-
-
 def _batches(loader: Any, num_samples: int | None, seed: int) -> tuple[list[list[int]], list[int]]:
     """The indices of the images of every batch, and those of the images outside the sample."""
     try:
@@ -384,32 +311,37 @@ def _boxes(dataset: Any, indices: list[int], image_of_row: Tensor, classes: Tens
     return boxes_for(dataset, images, classes.tolist()).to(classes.device)
 
 
-def _everywhere(mapping: dict[str, str], world_size: int) -> dict[str, str]:
-    """The mappings of all processes in one, in the order of their keys."""
-    everywhere: list[Any] = [mapping] * world_size
-    if world_size > 1:
-        distributed.all_gather_object(everywhere, mapping)
-    return dict(sorted((key, value) for one in everywhere for key, value in one.items()))
-
-
-def _check_same_weights(weights: str, world_size: int) -> None:
-    """Raises in all processes unless they have equal models: a process without its checkpoint has other weights."""
-    everywhere: list[Any] = [None] * world_size
-    distributed.all_gather_object(everywhere, weights)
-    if len(set(everywhere)) > 1:
-        raise ValueError('The processes have models of different weights: load one checkpoint in all of them.')
-
-
-def _agree(rank: int, is_distributed: bool, ask: Callable[[], Any]) -> Any:
-    """The result of `ask` in the first process, or its error, in all processes."""
-    answer: list[Any] = [None]
-    if rank == 0:
-        try:
-            answer = [ask()]
-        except (OSError, ValueError) as error:
-            answer = [error]
-    if is_distributed:
-        distributed.broadcast_object_list(answer)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]
+def _temperatures(
+        temperature: str | Mapping[str, float],
+        network: Network,
+        loader: Any,
+        rest: list[int],
+        seed: int,
+        journal: Journal | None,
+) -> dict[str, float]:
+    """One temperature a pooling: given, read from the folder of an interrupted evaluation, or fitted."""
+    if not isinstance(temperature, str):
+        for name in network.poolings:
+            if not temperature.get(name, 0) > 0:
+                raise ValueError(f'temperature must give pooling {name!r} a positive number, got {dict(temperature)}.')
+        return {name: float(temperature[name]) for name in network.poolings}
+    path = None if journal is None else journal.folder / 'temperatures.json'
+    if path is not None and path.is_file():
+        return json.loads(path.read_text(encoding='utf-8'))
+    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = sorted(rest[i] for i in order[:_MAX_CALIBRATION_IMAGES])
+    logits: dict[str, list[Tensor]] = {name: [] for name in network.poolings}
+    labels: list[Tensor] = []
+    device = next(network.model.parameters()).device
+    with network.evaluating():
+        for indices, x, target, _ in read_batches(loader, [chosen[i:i + 64] for i in range(0, len(chosen), 64)]):
+            if not indices:
+                continue
+            labels.append(target.cpu())
+            for name, value in network.all_logits(x.to(device)).items():
+                logits[name].append(value.cpu())
+    fitted = {name: fit_temperature(torch.cat(value), torch.cat(labels)) for name, value in logits.items()}
+    if path is not None:
+        with write_whole(path) as file:
+            json.dump(fitted, file)
+    return fitted
