@@ -99,6 +99,25 @@ def test_an_overlay_is_blue_where_the_saliency_is_zero_and_red_where_it_is_one()
     assert pixels[3, 0].tolist() == ((100 + between) // 2).tolist()
 
 
+@pytest.mark.parametrize('opacity', [0., 0.25, 1.])
+def test_the_opacity_is_the_share_of_the_colours(opacity: float) -> None:
+    image = np.asarray(photograph(8, 8, 3))
+    saliency = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+    pixels = overlay(image, saliency, opacity)
+    for row in range(8):
+        for column in range(8):
+            colour = colormaps['jet'](saliency[row, column].item(), bytes=True)[:3]
+            pairs = zip(image[row, column].tolist(), colour, strict=True)
+            blend = [(1 - opacity) * below + opacity * above for below, above in pairs]
+            assert pixels[row, column].tolist() == pytest.approx(blend, abs=1)
+
+
+@pytest.mark.parametrize('opacity', [-0.1, 1.1, float('nan')])
+def test_an_opacity_out_of_range_is_refused(opacity: float) -> None:
+    with pytest.raises(ValueError, match='opacity must lie in'):
+        overlay(np.zeros((8, 8, 3), dtype=np.uint8), torch.zeros(8, 8), opacity)
+
+
 @pytest.mark.parametrize('side', [32, 224])
 def test_a_grid_shows_every_panel_pixel_by_pixel(side: int, tmp_path: Path) -> None:
     panels = [Panel(f'title {i} $', np.asarray(photograph(side, side, 3, seed=i))) for i in range(5)]

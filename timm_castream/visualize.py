@@ -9,6 +9,7 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
@@ -34,8 +35,8 @@ from .plots import POOLING_NAMES, draw_curves, draw_differences
 
 __all__ = [
     'POOLING_NAMES', 'ROWS_PER_GRID', 'Explained', 'Panel', 'class_name', 'denormalised', 'draw_curves',
-    'draw_differences', 'draw_grid', 'draw_identity', 'explain', 'find_images', 'overlay', 'read_image', 'saliency_row',
-    'save',
+    'draw_differences', 'draw_grid', 'draw_identity', 'explain', 'find_images', 'heat_map', 'overlay', 'read_image',
+    'saliency_row', 'save',
 ]
 
 ROWS_PER_GRID = 50
@@ -224,19 +225,37 @@ def _row(network: Network, x: Tensor, methods: Sequence[Method], name: str, inde
     return row
 
 
-def overlay(image: np.ndarray, saliency: Tensor) -> np.ndarray:
-    """An image under a colour map of its saliency, from blue (0) to red (1).
+def heat_map(saliency: Tensor, size: Sequence[int]) -> np.ndarray:
+    """The colours of a saliency map, from blue (0) to red (1).
 
     Args:
-        image: (H, W, 3) of 8 bits.
         saliency: (h, w) in [0, 1]; it is resized as the metrics do it, by `images.resize_saliency`.
+        size: (H, W).
 
     Returns:
         (H, W, 3) of 8 bits.
     """
-    resized = resize_saliency(saliency[None], image.shape[:2])[0]
-    colours = colormaps['jet'](resized.cpu().numpy(), bytes=True)[..., :3]
-    return ((image.astype(np.uint16) + colours) // 2).astype(np.uint8)
+    resized = resize_saliency(saliency[None], size)[0]
+    return colormaps['jet'](resized.cpu().numpy(), bytes=True)[..., :3]
+
+
+def overlay(image: np.ndarray, saliency: Tensor, opacity: float = 0.5) -> np.ndarray:
+    """An image under the colours of its saliency.
+
+    Args:
+        image: (H, W, 3) of 8 bits.
+        saliency: (h, w) in [0, 1], see `heat_map`.
+        opacity: Share of the colours in each pixel, in [0, 1]; the image has the rest.
+
+    Returns:
+        (H, W, 3) of 8 bits.
+
+    Raises:
+        ValueError: If the opacity is out of range.
+    """
+    if not 0 <= opacity <= 1:
+        raise ValueError(f'opacity must lie in [0, 1], got {opacity}.')
+    return ((1 - opacity) * image + opacity * heat_map(saliency, image.shape[:2])).astype(np.uint8)
 
 
 def denormalised(model: nn.Module, x: Tensor) -> np.ndarray:
@@ -320,7 +339,12 @@ def class_name(model: nn.Module, index: int) -> str:
         name = by_index.get(str(index), f'class {index}')
         return (cfg.get('label_descriptions') or {}).get(name, name)
     subset = infer_imagenet_subset(model)
-    return ImageNetInfo(subset).index_to_description(index) if subset else f'class {index}'
+    return _imagenet(subset).index_to_description(index) if subset else f'class {index}'
+
+
+@cache
+def _imagenet(subset: str) -> ImageNetInfo:
+    return ImageNetInfo(subset)  # reads files
 
 
 def _cut(text: str, letters: int) -> str:
