@@ -47,7 +47,7 @@ def test_list_shows_every_registered_variant(capsys):
     assert names == timm.list_models('test_*_castream')
 
 
-@pytest.mark.parametrize('command', ['list', 'evaluate', 'explain', 'push', 'demo'])
+@pytest.mark.parametrize('command', ['list', 'evaluate', 'explain', 'push', 'demo', 'app'])
 def test_every_command_explains_itself_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, '--help'])
@@ -78,6 +78,8 @@ def test_the_training_commands_show_their_own_half_even_without_a_script(command
     (['evaluate', '--model', 'no_such_castream', '--dataset', 'digits'], 'no_such_castream'),
     (['explain', '--model', 'test_resnet_castream'], '--images'),
     (['explain', '--model', 'test_resnet_castream', '--images', 'no_folder'], 'no_folder'),
+    (['app', '--checkpoint', 'missing.pth'], 'need the name of the model'),
+    (['app', '--model', 'test_resnet_castream', '--checkpoint', 'missing.pth'], 'missing.pth'),
     (['push', 'missing.pth', '--model', 'test_resnet_castream', '--repo', 'a/b'], 'missing.pth'),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(argv, words, capsys):

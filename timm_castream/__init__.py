@@ -36,7 +36,7 @@ __all__ = [
     'save_stream',
 ]
 
-_LAZY = ('attribution', 'datasets', 'demo', 'evaluate', 'metrics', 'visualize')
+_LAZY = ('app', 'attribution', 'datasets', 'demo', 'evaluate', 'metrics', 'visualize')
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ COMMANDS = {
     'explain': 'write saliency maps over images',
     'push': 'publish a trained model on the Hugging Face Hub',
     'demo': 'train a CA-Stream on real pixels and compare its saliency, in minutes',
+    'app': 'open a page that explains images in the browser',
 }
 
 SKIPPED = 1

@@ -20,10 +20,10 @@ from ..methods import METHODS, UserMethod
 from ..timm_scripts.arguments import ParseKwargs
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The options that name a model, for `open_from`."""
     group = parser.add_argument_group('model')
-    group.add_argument('--model', required=True, help='name of a model, hf-hub:ORG/NAME or local-dir:DIR')
+    group.add_argument('--model', required=required, help='name of a model, hf-hub:ORG/NAME or local-dir:DIR')
     group.add_argument('--pretrained', action='store_true', help="with the model's published weights")
     group.add_argument('--checkpoint', metavar='FILE_OR_HUB_ID',
                        help="weights: of timm's train.py, safetensors, or ORG/NAME on the Hub")

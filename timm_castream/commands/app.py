@@ -1,0 +1,48 @@
+"""`castream app`: the page that explains images, or a Hugging Face Space of it."""
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+from .options import add_model_options
+
+EXAMPLE = 'castream app --model resnet50_castream --checkpoint last.pth.tar'
+_LOCAL = ('127.0.0.1', 'localhost', '::1')
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = f'{parser.description} Without --model it shows a small network of digits, offline.'
+    add_model_options(parser, required=False)
+    parser.add_argument('--multilabel', action='store_true', help='probabilities by sigmoid')
+    server = parser.add_argument_group('server')
+    server.add_argument('--host', default=_LOCAL[0], metavar='ADDRESS',
+                        help='0.0.0.0 lets other machines in (default: this machine alone)')
+    server.add_argument('--port', type=int, metavar='N', help='(default: the first free one from 7860)')
+    server.add_argument('--space', metavar='DIR', help='write a Hugging Face Space to this new folder and stop')
+
+
+def run(args: argparse.Namespace) -> int:
+    os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
+    from ..app import create_app, open_for_page, serve
+    from ..space import write_examples, write_space
+
+    opened = open_for_page(
+        args.model, args.checkpoint, args.pretrained, activation='sigmoid' if args.multilabel else 'softmax',
+        device=args.device, use_ema=args.use_ema, num_classes=args.num_classes, **args.model_kwargs)
+    digits = args.model is None
+    if args.space:
+        folder = write_space(opened, args.space, digits)
+        print(f'{folder}: README.md describes the Space, python app.py starts it here.')
+        return 0
+    with tempfile.TemporaryDirectory(prefix='castream-app-') as scratch:
+        os.environ['GRADIO_TEMP_DIR'] = scratch  # uploads are deleted with the process
+        examples = write_examples(Path(scratch, 'examples'), digits)
+        try:
+            serve(create_app(opened, examples, choose_model=args.host in _LOCAL), args.host, args.port)
+        except OSError as error:
+            if args.port is None:
+                raise
+            raise OSError(f'The page cannot listen on port {args.port} of {args.host}: name another --port.') from error
+    return 0
