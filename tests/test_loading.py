@@ -72,6 +72,42 @@ class TestCheckpoints:
             open_model('test_resnet_castream', tmp_path / 'x.pth.tar')
 
 
+class TestImageSettings:
+    """Options of train.py that change the images which the network sees."""
+
+    OPTIONS = {'img_size': 64, 'crop_pct': 1.0, 'mean': [0.1, 0.2, 0.3], 'std': [0.4, 0.5, 0.6],
+               'interpolation': 'bicubic'}
+    SETTINGS = {'input_size': (3, 64, 64), 'crop_pct': 1.0, 'mean': (0.1, 0.2, 0.3), 'std': (0.4, 0.5, 0.6),
+                'interpolation': 'bicubic'}
+
+    @pytest.fixture(params=['test_resnet_castream', 'test_resnet'])
+    def opened(self, request, tmp_path):
+        args = argparse.Namespace(model=request.param, num_classes=5, in_chans=None, input_size=None, **self.OPTIONS)
+        state_dict = make_model(request.param, num_classes=5).state_dict()
+        torch.save({'state_dict': state_dict, 'args': args}, tmp_path / 'last.pth.tar')
+        return open_model(request.param, tmp_path / 'last.pth.tar')
+
+    def test_those_of_the_checkpoint_become_the_models_and_options_override_them(self, opened):
+        config = timm.data.resolve_data_config(model=opened)
+        assert {key: config[key] for key in self.SETTINGS} == self.SETTINGS
+        assert timm.data.resolve_data_config({'img_size': 96, 'crop_pct': 0.9}, model=opened)['crop_pct'] == 0.9
+
+    @pytest.mark.parametrize('opened', ['test_resnet_castream'], indirect=True)
+    def test_a_pushed_model_keeps_them(self, opened, tmp_path):
+        publish.write_repository(opened, tmp_path / 'net', 'org/net')
+        loaded = open_model(f'local-dir:{tmp_path / "net"}', pretrained=True)
+        config = timm.data.resolve_data_config(model=loaded)
+        config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+        assert {key: config[key] for key in self.SETTINGS} == self.SETTINGS
+        assert '64 x 64' in (tmp_path / 'net' / 'README.md').read_text()
+
+    def test_a_checkpoint_without_them_leaves_those_of_the_name(self, tmp_path):
+        args = argparse.Namespace(num_classes=5, img_size=None, crop_pct=None, mean=None, interpolation='')
+        torch.save({'state_dict': make_model(num_classes=5).state_dict(), 'args': args}, tmp_path / 'last.pth.tar')
+        cfg = open_model('test_resnet_castream', tmp_path / 'last.pth.tar').pretrained_cfg
+        assert cfg == make_model(num_classes=5).pretrained_cfg
+
+
 class TestNames:
     def test_plain_timm_model_is_opened_with_its_checkpoint(self, tmp_path):
         model = make_model('test_resnet', num_classes=5)
