@@ -57,7 +57,7 @@ def labelled(values):
 @pytest.mark.parametrize('values', MAPS.values(), ids=MAPS)
 def test_components_are_those_of_every_level(values):
     values = scaled(values)
-    ks, boxes = component_boxes(values)
+    ks, boxes = component_boxes(values.numpy())
     assert Counter((k, *box) for k, box in zip(ks.tolist(), boxes.tolist(), strict=True)) == labelled(values)
 
 
@@ -65,7 +65,7 @@ def test_components_are_those_of_every_level(values):
 def test_a_minimum_leaves_out_smaller_components_alone(values):
     values = scaled(values)
     for min_area in (9., 60.5, 10_000.):
-        ks, boxes = component_boxes(values, min_area)
+        ks, boxes = component_boxes(values.numpy(), min_area)
         found = Counter((k, *box) for k, box in zip(ks.tolist(), boxes.tolist(), strict=True))
         expected = labelled(values)
         assert found <= expected

@@ -10,29 +10,25 @@ An extent is -x0, -y0, x1, y1 of a set of pixels, x1 and y1 inside: the elementw
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 NUM_LEVELS = 256
 
 
-def component_boxes(values: Tensor, min_area: float = 0.) -> tuple[Tensor, Tensor]:
+def component_boxes(values: np.ndarray, min_area: float = 0.) -> tuple[np.ndarray, np.ndarray]:
     """The tight boxes of the 8-connected components of [floor(255 S) > k], for k from 0 to 254.
 
     Args:
-        values: S, (H, W) float64 on the CPU, whose minimum is 0 and whose maximum is 1.
+        values: S, (H, W) float64 whose minimum is 0 and whose maximum is 1.
         min_area: Components whose box, with one more row and column, has fewer pixels may be left out.
 
     Returns:
-        (M,) the k of each component, and (M, 4) float64 corners x0, y0, x1, y1 of its box; x1 and y1 lie inside.
+        (M,) the k of each component, and (M, 4) corners x0, y0, x1, y1 of its box; x1 and y1 lie inside.
     """
-    height, width = values.shape
-    levels = (values * (NUM_LEVELS - 1)).long()
+    levels = (values * (NUM_LEVELS - 1)).astype(np.int64)
     basin, peaks = _basins(values)
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing='ij')
-    pixels = torch.stack((-x, -y, x, y), -1).flatten(0, 1)
-    extents = _extents(pixels, basin.flatten(), len(peaks)).numpy().tolist()
+    y, x = np.indices(values.shape)
+    pixels = np.stack((-x.ravel(), -y.ravel(), x.ravel(), y.ravel()))
+    extents = _extents(pixels, basin.ravel(), len(peaks)).T.tolist()
     joins = _join(_touching(basin, levels), extents)
 
     # Noise has thousands of components, nearly all of them too small. The pixels of a small one count for the large one
@@ -42,20 +38,19 @@ def component_boxes(values: Tensor, min_area: float = 0.) -> tuple[Tensor, Tenso
     for level, a, b in reversed(joins):
         if not is_large[b]:
             home[b], entry[b] = home[a], min(level, entry[a])
-    homes, entries = torch.tensor(home)[basin.flatten()], torch.tensor(entry)[basin.flatten()]
-    kept = torch.from_numpy(is_large)[homes]
-    row_of = np.cumsum(is_large) - 1
-    slots = torch.from_numpy(row_of)[homes] * NUM_LEVELS + torch.minimum(levels.flatten(), entries)
-    num_rows = int(is_large.sum())
-    rows = _extents(pixels[kept], slots[kept], num_rows * NUM_LEVELS).view(num_rows, NUM_LEVELS, 4)
-    rows = rows.flip(1).cummax(1).values.flip(1)  # of the pixels of at least each level
-    top = levels.flatten()[peaks].numpy()[is_large].tolist()  # a component exists at k < top
+    homes, entries = np.array(home)[basin.ravel()], np.array(entry)[basin.ravel()]
+    kept = is_large[homes]
+    row_of, num_rows = np.cumsum(is_large) - 1, int(is_large.sum())
+    slots = row_of[homes] * NUM_LEVELS + np.minimum(levels.ravel(), entries)
+    rows = _extents(pixels[:, kept], slots[kept], num_rows * NUM_LEVELS).reshape(4, num_rows, NUM_LEVELS)
+    rows = np.maximum.accumulate(rows[..., ::-1], axis=2)[..., ::-1]  # of the pixels of at least each level
+    top = levels.ravel()[peaks][is_large].tolist()  # a component exists at k < top
 
-    ks, found = [torch.arange(0)], [pixels[:0]]
+    ks, found = [np.arange(0)], [pixels[:, :0]]
 
     def note(row: int, bottom: int) -> None:
-        ks.append(torch.arange(bottom, top[row]))
-        found.append(rows[row, bottom + 1:top[row] + 1].clone())
+        ks.append(np.arange(bottom, top[row]))
+        found.append(rows[:, row, bottom + 1:top[row] + 1].copy())
 
     for level, a, b in joins:
         if is_large[b]:
@@ -63,24 +58,30 @@ def component_boxes(values: Tensor, min_area: float = 0.) -> tuple[Tensor, Tenso
             note(a, level)
             note(b, level)
             top[a], top[b] = level, 0
-            rows[a, :level + 1] = torch.maximum(rows[a, :level + 1], rows[b, :level + 1])
+            rows[:, a, :level + 1] = np.maximum(rows[:, a, :level + 1], rows[:, b, :level + 1])
     for row in range(num_rows):
         note(row, 0)
-    return torch.cat(ks), torch.cat(found) * torch.tensor([-1., -1., 1., 1.], dtype=torch.float64)
+    return np.concatenate(ks), np.concatenate(found, axis=1).T * (-1, -1, 1, 1)
 
 
-def _basins(values: Tensor) -> tuple[Tensor, Tensor]:
+def _basins(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(H, W) index of each pixel's basin, and (N,) the flat index of each basin's highest pixel."""
-    rank = torch.empty(values.numel(), dtype=torch.float64)  # unlike values, ranks never tie
-    rank[values.flatten().argsort(stable=True)] = torch.arange(values.numel(), dtype=torch.float64)
-    ascent = F.max_pool2d(rank.view(1, 1, *values.shape), 3, 1, 1, return_indices=True)[1].flatten()
-    while not torch.equal(ascent, higher := ascent[ascent]):
+    height, width = values.shape
+    order = np.argsort(values, axis=None, kind='stable')
+    ranks = np.full((height + 2, width + 2), -1)  # unlike values, ranks never tie
+    ranks[1:-1, 1:-1].flat[order] = np.arange(len(order))
+    highest = ranks[1:-1, 1:-1].copy()
+    for i in range(3):
+        for j in range(3):
+            np.maximum(highest, ranks[i:i + height, j:j + width], out=highest)
+    ascent = order[highest.ravel()]
+    while not np.array_equal(ascent, higher := ascent[ascent]):
         ascent = higher
-    peaks, basin = ascent.unique(return_inverse=True)
-    return basin.view(values.shape), peaks
+    is_peak = ascent == np.arange(len(ascent))
+    return (np.cumsum(is_peak) - 1)[ascent].reshape(values.shape), np.flatnonzero(is_peak)
 
 
-def _touching(basin: Tensor, levels: Tensor) -> list[list[int]]:
+def _touching(basin: np.ndarray, levels: np.ndarray) -> list[list[int]]:
     """The pairs of basins that touch above level 0, highest first: [level, a, b].
 
     The level is the highest l such that a pixel of a and a pixel of b, both of at least l, are 8-neighbours.
@@ -90,18 +91,16 @@ def _touching(basin: Tensor, levels: Tensor) -> list[list[int]]:
     for here, there in (
             (np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:]),
             (np.s_[:-1, :-1], np.s_[1:, 1:]), (np.s_[:-1, 1:], np.s_[1:, :-1])):
-        level = torch.minimum(levels[here], levels[there])
+        level = np.minimum(levels[here], levels[there])
         kept = (basin[here] != basin[there]) & (level > 0)
         a, b = basin[here][kept], basin[there][kept]
-        keys.append((torch.minimum(a, b) * num_basins + torch.maximum(a, b)) * NUM_LEVELS + level[kept])
-    key = torch.cat(keys).sort(descending=True).values
+        keys.append((np.minimum(a, b) * num_basins + np.maximum(a, b)) * NUM_LEVELS + level[kept])
+    key = np.sort(np.concatenate(keys))
     pair = key // NUM_LEVELS
-    highest = torch.ones_like(pair, dtype=torch.bool)
-    highest[1:] = pair[1:] != pair[:-1]
-    level, pair = key[highest] % NUM_LEVELS, pair[highest]
-    order = level.argsort(descending=True)
-    # numpy's tolist is several times as fast as torch's.
-    return torch.stack((level, pair // num_basins, pair % num_basins), 1)[order].numpy().tolist()
+    is_highest = np.ones(len(key), dtype=bool)
+    is_highest[:-1] = pair[1:] != pair[:-1]
+    level, pair = key[is_highest] % NUM_LEVELS, pair[is_highest]
+    return np.stack((level, pair // num_basins, pair % num_basins), 1)[np.argsort(-level, kind='stable')].tolist()
 
 
 def _join(touching: list[list[int]], extents: list[list[int]]) -> list[tuple[int, int, int]]:
@@ -128,10 +127,12 @@ def _join(touching: list[list[int]], extents: list[list[int]]) -> list[tuple[int
     return joins
 
 
-def _extents(pixels: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """(num_groups, 4) extents of groups of pixels, given (P, 4) pixels and the (P,) index of the group of each."""
-    nothing = pixels.new_full((num_groups, 4), -2 ** 31)
-    return nothing.scatter_reduce_(0, groups[:, None].expand(-1, 4), pixels, 'amax')
+def _extents(pixels: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
+    """(4, num_groups) extents of groups of pixels, given (4, P) pixels and the (P,) index of the group of each."""
+    extents = np.full((4, num_groups), -2 ** 31)
+    for extent, coordinate in zip(extents, pixels, strict=True):
+        np.maximum.at(extent, groups, coordinate)
+    return extents
 
 
 def _area(extent: list[int]) -> int:

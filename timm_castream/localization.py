@@ -138,7 +138,8 @@ def box_accuracy_hits(saliency: Tensor, boxes: Tensor) -> Tensor:
             continue
         truth += corner  # inclusive corners, made those of a plain IoU
         min_area = float(thresholds[0] * box_area(truth).min())
-        levels, components = component_boxes((values - values.min()) / spread, min_area)
+        scaled = (values - values.min()) / spread
+        levels, components = map(torch.from_numpy, component_boxes(scaled.numpy(), min_area))
         best = box_iou(torch.minimum(components + corner, last) + corner, truth).amax(1)
         fits = best[:, None] >= thresholds
         for row in range(len(thresholds)):
