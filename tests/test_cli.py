@@ -179,6 +179,13 @@ def test_explain_skips_what_it_cannot_read_and_says_so(model_options, tmp_path, 
     assert str(out / 'good.png') in capsys.readouterr().out
 
 
+def test_push_of_a_plain_model_names_the_model_with_a_stream(tmp_path, capsys):
+    torch.save({'state_dict': timm.create_model('test_resnet').state_dict()}, tmp_path / 'last.pth')
+    assert cli.main(['push', str(tmp_path / 'last.pth'), '--model', 'test_resnet', '--repo', 'a/b']) == 2
+    error = capsys.readouterr().err
+    assert 'has no CA-Stream' in error and 'test_resnet_castream' in error and error.count('\n') == 1
+
+
 def test_push_writes_a_folder_that_loads_by_its_name(checkpoint, tmp_path):
     folder = tmp_path / 'repository'
     argv = ['push', str(checkpoint), '--model', 'test_resnet_castream', '--model-kwargs', 'num_classes=10',

@@ -130,6 +130,17 @@ class TestNames:
         with pytest.raises(ValueError, match='org/net holds a test_resnet_castream, not a test_convnext_castream'):
             open_model('test_convnext_castream', checkpoint)
 
+    def test_checkpoint_of_the_other_kind_names_the_model_to_open(self, tmp_path):
+        for name in ('test_resnet', 'test_resnet_castream'):
+            torch.save({'state_dict': make_model(name).state_dict()}, tmp_path / f'{name}.pth')
+        with pytest.raises(ValueError, match='holds a CA-Stream: open it as test_resnet_castream'):
+            open_model('test_resnet', tmp_path / 'test_resnet_castream.pth')
+        timm_castream.save_stream(make_model(), tmp_path / 's.safetensors')
+        with pytest.raises(ValueError, match=r's\.safetensors holds a CA-Stream: open it as test_resnet_castream'):
+            open_model('test_resnet.r160_in1k', tmp_path / 's.safetensors')
+        with pytest.raises(ValueError, match='without a CA-Stream: open it as test_resnet, or pass it as backbone_ch'):
+            open_model('test_resnet_castream', tmp_path / 'test_resnet.pth')
+
     @pytest.mark.parametrize(('args', 'error', 'message'), [
         (('no_such',), ValueError, 'There is no model no_such'),
         (('local-dir:nowhere',), FileNotFoundError, 'folder nowhere has no config.json'),

@@ -17,7 +17,7 @@ from .download import read_architecture
 from .families import no_model
 from .mixin import CAStreamMixin, castream_model
 from .sources import Weights, locate, read_checkpoint, read_file, read_timm_weights, timm_weights_name
-from .weights import STREAM_PREFIX, StreamHeader, check_fit, stream_state_dict, write_safetensors
+from .weights import STREAM_PREFIX, StreamHeader, backbone_name, check_fit, stream_state_dict, write_safetensors
 
 # Arguments of attach that act on the training alone. A saved model does not keep them.
 NOT_SAVED = ('freeze_backbone', 'backbone_pretrained', 'backbone_checkpoint')
@@ -88,6 +88,9 @@ def _check_name(name: str) -> None:
 
 def _open_file(name: str, path: Path, use_ema: bool, kwargs: dict[str, Any]) -> nn.Module:
     weights = read_checkpoint(path, use_ema)
+    architecture = name.partition('.')[0]
+    if weights.stream and timm.is_model(architecture) and not architecture.endswith('_castream'):
+        raise ValueError(f'{path} holds a CA-Stream: open it as {architecture}_castream.')
     remembered = {key: value for key, value in weights.model_args.items() if key not in NOT_SAVED}
     if 'castream_format' in weights.metadata:
         remembered |= StreamHeader.parse(weights.metadata, weights.origin).stream_args
@@ -98,6 +101,9 @@ def _open_file(name: str, path: Path, use_ema: bool, kwargs: dict[str, Any]) -> 
         return model
     model = timm.create_model(name, **args)
     _remember_args(model, args)
+    if isinstance(model, CAStreamMixin) and not weights.stream:
+        raise ValueError(f'{path} holds a model without a CA-Stream: open it as {backbone_name(model)}, or pass it as '
+                         'backbone_checkpoint.')
     check_fit(weights.state_dict, model.state_dict(), weights.origin)
     model.load_state_dict(weights.state_dict)
     _take_image_settings(model, weights)
