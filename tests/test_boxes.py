@@ -3,12 +3,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import timm.data
 import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data import transforms as timm_transforms
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import Subset, TensorDataset, default_collate
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -21,6 +22,7 @@ from timm_castream.datasets import (
     read_boxes,
     without_substitutes,
 )
+from timm_castream.evaluate import evaluate
 
 SIZES = [(500, 375), (375, 500), (64, 64), (300, 301), (1000, 90), (37, 51)]
 PIPELINES = {
@@ -173,6 +175,20 @@ class TestVOC:
         assert [data.classes[label] for label in labels] == ['cat', 'person'] and has_boxes(data)
         assert boxes[0, 0].tolist() == [2, 6, 9, 12] and boxes[0, 1].isnan().all()
         assert boxes[1].tolist() == [[0, 0, 20, 20], [0, 2, 2, 4]]
+
+    def test_each_positive_label_of_an_image_is_evaluated_with_the_boxes_of_its_class(self, voc):
+        """A map that grows from column 0 to 19: 6 of 20 rows and columns 2 to 8 are the cat's, all are the persons'."""
+        def ramp(x, target):
+            return torch.linspace(0, 1, 20).expand(len(x), 20, 20)
+
+        model = timm.create_model('test_resnet', num_classes=20).eval()
+        loader = timm.data.create_loader(
+            VOC2012(voc, 'val'), (3, 20, 20), 1, crop_pct=1., num_workers=0, device=torch.device('cpu'),
+            persistent_workers=False, collate_fn=default_collate)
+        report = evaluate(model, loader, {'ramp': ramp}, metrics=('energy_pointing_game', 'pointing_game'))
+        cat = 100 * 6 * sum(range(2, 9)) / (20 * sum(range(20)))
+        assert report['gap', 'ramp', 'energy_pointing_game'].value == pytest.approx((cat + 100) / 2, rel=1e-5)
+        assert report['gap', 'ramp', 'pointing_game'].value == 50
 
     def test_missing_and_damaged_annotations_are_named(self, voc):
         path = voc / 'Annotations' / '2008_000001.xml'
