@@ -16,6 +16,9 @@ app: $(VENV)/app.installed  ## A web page that explains images
 evidence: $(VENV)/dev.installed  ## The experiments of docs/evidence.md: make evidence DATA=tiny-imagenet-200
 	$(BIN)/python -m benchmarks.evidence $(if $(DATA),--data-dir $(DATA),--quick)
 
+evidence: $(VENV)/dev.installed  ## The experiments of docs/evidence.md: DATA names the folder tiny-imagenet-200
+	$(BIN)/python -m benchmarks.evidence --data-dir $(DATA)
+
 test: $(VENV)/dev.installed  ## The fast tests, with coverage
 	$(PYTEST) -m "not slow" --cov
 

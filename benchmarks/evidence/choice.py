@@ -1,0 +1,102 @@
+"""Chooses the training settings of each kind of stream on images held out of the training images."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from timm_castream.attribution import attribute_all
+from timm_castream.metrics import average_drop, average_gain, average_increase, mask_image
+
+from .setup import Setup, read_json
+from .training import accuracy, fit_temperature, stream_logits
+
+BATCH = 32
+
+
+def choose(setup: Setup, kind: str) -> dict[str, Any]:
+    """Trains a stream of this kind with each of the settings tried, and takes one by the rule of the settings file.
+
+    Every try is written as it ends; a second call goes on after a kill.
+    """
+    rule = setup.settings['choice']
+    path = setup.results_dir / 'choices' / f'{kind}.json'
+    facts = read_json(path) if path.is_file() else {}
+    measured = {'images': rule['images'], 'seed': rule['seed']}
+    if not measured.items() <= facts.get('rule', {}).items():
+        facts = {'gap': _gap(setup), 'tried': []}
+    facts['rule'] = measured | {'accuracy_margin': rule['accuracy_margin'], 'score_margin': rule['score_margin']}
+    for candidate in rule['tried'][kind]:
+        recipe = {'weight_decay': rule['weight_decay']} | candidate
+        if any(entry['recipe'] == recipe for entry in facts['tried']):
+            continue
+        name = f'choice-{kind}-' + '-'.join(f'{k}{v}' for k, v in recipe.items())
+        model, training = setup.stream(kind, rule['seed'], recipe, name)
+        logits, labels = stream_logits(model, setup.maps('selection')), setup.maps('selection').labels
+        entry = {'recipe': recipe, **_summary(setup, model, 'ca', logits, labels), 'seconds': training['seconds']}
+        facts['tried'].append(entry)
+        setup.write(path, facts)
+    taken = take(facts['tried'], facts['gap']['accuracy'] - rule['accuracy_margin'], rule['score_margin'])
+    if taken != facts.get('taken'):
+        setup.write(path, facts | {'taken': taken})
+    return facts | {'taken': taken}
+
+
+def take(tried: Sequence[dict[str, Any]], least_accuracy: float, score_margin: float) -> dict[str, Any]:
+    """The recipe that the rule of the settings file takes.
+
+    Args:
+        tried: The settings tried, with what was measured.
+        least_accuracy: In percent; less accurate settings are taken only where no other is left.
+        score_margin: Scores AG + AI - AD that differ by no more are equal; then fewer epochs win.
+    """
+    def score(entry: dict[str, Any]) -> float:
+        return entry['AG'] + entry['AI'] - entry['AD']
+
+    fair = [entry for entry in tried if entry['accuracy'] >= least_accuracy]
+    if not fair:
+        return max(tried, key=lambda entry: entry['accuracy'])['recipe']
+    best = max(map(score, fair))
+    equal = [entry for entry in fair if score(entry) >= best - score_margin]
+    return min(equal, key=lambda entry: (entry['recipe']['epochs'], -score(entry)))['recipe']
+
+
+def recipe_of(setup: Setup, kind: str) -> dict[str, Any]:
+    """The training settings of a kind of stream: chosen for it, or for the kind that it is `like`."""
+    return choose(setup, setup.settings['streams'][kind].get('like', kind))['taken']
+
+
+def _gap(setup: Setup) -> dict[str, float]:
+    selection = setup.maps('selection')
+    model = setup.gap_model()
+    with torch.no_grad():
+        logits = model.forward_head(selection.pooled()[:, :, None, None])
+    return _summary(setup, model, 'gap', logits, selection.labels)
+
+
+def _summary(setup: Setup, model: Any, pooling: str, logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy and temperature on all selection images; AD, AG and AI of Grad-CAM on some, under the temperature."""
+    temperature = fit_temperature(logits, labels)
+    images = setup.images('selection')
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
+    loader = DataLoader(Subset(images, order[:setup.settings['choice']['images']]), batch_size=BATCH)
+    drops = []
+    for x, target in tqdm(loader, desc='AD, AG, AI on selection images', leave=False):
+        saliency = attribute_all(model, x, ('grad_cam',), target, (pooling,))[pooling, 'grad_cam']
+        with torch.no_grad():
+            both = model(torch.cat([x, mask_image(model, x, saliency)]).contiguous(memory_format=torch.channels_last))
+        prob = (both / temperature).softmax(1).gather(1, target.repeat(2)[:, None])[:, 0]
+        pair = prob[:len(x)], prob[len(x):]
+        drops.append(torch.stack([average_drop(*pair), average_gain(*pair), average_increase(*pair), 100 * pair[0]]))
+    values = torch.cat(drops, 1).mean(1).tolist()
+    return {
+        'accuracy': accuracy(logits, labels),
+        'temperature': temperature,
+        **dict(zip(('AD', 'AG', 'AI', 'probability'), values, strict=True)),
+    }
+
+

@@ -1,0 +1,118 @@
+"""Reads the committed results: facts of pieces and streams, and paired differences of a table."""
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .pieces import read_values
+from .setup import read_json
+from .statistics import LOWER_IS_BETTER, Difference, compare
+
+Values = dict[str, np.ndarray]
+
+
+class Results:
+    """The folder of results.
+
+    Args:
+        folder: The folder that the program filled.
+        settings: The settings of the full experiments.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        self.settings = settings
+
+    @cached_property
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """The facts of every finished piece, by name."""
+        return {path.stem: read_json(path) for path in sorted((self.folder / 'pieces').glob('*.json'))}
+
+    @cached_property
+    def streams(self) -> dict[str, dict[str, Any]]:
+        """The facts of every trained stream, by name."""
+        return {path.stem: read_json(path) for path in sorted((self.folder / 'streams').glob('*.json'))}
+
+    @cached_property
+    def choices(self) -> dict[str, dict[str, Any]]:
+        """The settings tried and taken, by kind of stream."""
+        return {path.stem: read_json(path) for path in sorted((self.folder / 'choices').glob('*.json'))}
+
+    @cached_property
+    def classifier(self) -> dict[str, Any] | None:
+        """The settings tried for the classifier under GAP."""
+        path = self.folder / 'classifier.json'
+        return read_json(path) if path.is_file() else None
+
+    def strip(self) -> dict[str, Any] | None:
+        """The facts of the strip of photographs."""
+        path = self.folder / 'strip.json'
+        return read_json(path) if path.is_file() else None
+
+    def values(self, name: str) -> Values:
+        """The values of every image of a piece."""
+        return read_values(self.folder / 'pieces' / f'{name}.csv.gz')
+
+    def table(self, name: str) -> Table:
+        """The finished pieces of a table."""
+        plan = self.settings['tables'][name]
+        source = f'{plan.get("gap", name)}-gap'
+        # Every table has the first images of the validation set.
+        gap = None if source not in self.facts else {
+            column: values[:plan['images']] for column, values in self.values(source).items()}
+        streams: dict[str, dict[int, Values]] = {}
+        for stream in plan['streams']:
+            seeds = sorted(f['seed'] for f in self.facts.values() if (f['table'], f['stream']) == (name, stream))
+            if seeds:
+                streams[stream] = {seed: self.values(f'{name}-{stream}-{seed}') for seed in seeds}
+        return Table(name, plan, gap, streams)
+
+    def seconds(self) -> float:
+        """Seconds of training and evaluation behind all results; caching and settings tried are not in it."""
+        return sum(facts['seconds'] for facts in (*self.facts.values(), *self.streams.values()))
+
+
+class Table:
+    """The finished pieces of one table.
+
+    Args:
+        name: Its name in the settings.
+        plan: Its settings.
+        gap: GAP's values, or None.
+        streams: The streams' values, by kind and seed.
+    """
+
+    def __init__(
+            self, name: str, plan: dict[str, Any], gap: Values | None, streams: dict[str, dict[int, Values]],
+    ) -> None:
+        self.name = name
+        self.plan = plan
+        self.gap = gap
+        self.streams = streams
+
+    @property
+    def num_images(self) -> int:
+        return 0 if self.gap is None else len(self.gap['image'])
+
+    def difference(self, stream: str, column: str, gap_column: str | None = None) -> Difference | None:
+        """CA - GAP of a column, paired by image, one interval a seed; None where one of them has not run.
+
+        Args:
+            stream: Kind of stream.
+            column: `accuracy`, `prob`, or `METHOD/METRIC`.
+            gap_column: Another column of GAP to compare with.
+        """
+        seeds = self.streams.get(stream)
+        if self.gap is None or not seeds or (gap_column or column) not in self.gap:
+            return None
+        runs = [values for values in seeds.values() if column in values]
+        if not runs:
+            return None
+        scale = 100 if column == 'prob' else 1
+        metric = column.rpartition('/')[2]
+        lower_is_better = None if metric == 'prob' else metric in LOWER_IS_BETTER
+        return compare(
+            scale * self.gap[gap_column or column], [scale * values[column] for values in runs], lower_is_better)

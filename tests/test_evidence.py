@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import statistics as python_statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_castream
+from benchmarks.evidence import __main__ as program
+from benchmarks.evidence import maps, pieces
+from benchmarks.evidence.choice import take
+from benchmarks.evidence.images import Images, read_images
+from benchmarks.evidence.page import MARKS, page_text, readme_text
+from benchmarks.evidence.quick import make_data
+from benchmarks.evidence.results import Results
+from benchmarks.evidence.setup import read_settings
+from benchmarks.evidence.statistics import Difference, compare
+from benchmarks.evidence.training import fit_temperature
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / 'benchmarks' / 'evidence_results'
+SETTINGS = ROOT / 'benchmarks' / 'evidence' / 'settings.yaml'
+PAGE = ROOT / 'docs' / 'evidence.md'
+MAIN = (('average_drop', 'AD ↓'), ('average_gain', 'AG ↑'), ('average_increase', 'AI ↑'))
+
+
+def test_a_difference_is_paired_by_image_and_its_interval_is_that_of_the_mean_difference():
+    rng = np.random.default_rng(1)
+    gap = rng.uniform(0, 100, 400)
+    ca = gap + rng.normal(2, 5, 400)  # unpaired, the spread of the images would hide the difference
+    difference = compare(gap, [ca, ca + 1])
+    assert difference.values == pytest.approx([(ca - gap).mean(), (ca - gap).mean() + 1])
+    error = (ca - gap).std(ddof=1) / 20
+    assert difference.lows[0] == pytest.approx((ca - gap).mean() - 1.96 * error, abs=0.1 * error * 1.96)
+    assert difference.highs[0] == pytest.approx((ca - gap).mean() + 1.96 * error, abs=0.1 * error * 1.96)
+    assert difference.gap == pytest.approx(gap.mean())
+    assert (difference.low, difference.high) == (difference.lows[0], difference.highs[1])
+
+
+def test_images_without_a_value_are_left_out_of_a_difference():
+    gap = np.array([1., np.nan, 3., 5.])
+    difference = compare(gap, [np.array([2., 9., np.nan, 6.])])
+    assert difference.values == (1.,)
+    assert (difference.low, difference.high) == (1., 1.)
+
+
+@pytest.mark.parametrize(('lows', 'highs', 'lower_is_better', 'verdict'), [
+    ((1., 0.5), (2., 2.), False, 'better'),
+    ((1., 0.5), (2., 2.), True, 'worse'),
+    ((-2., -2.), (-1., -0.1), True, 'better'),
+    ((-2., -2.), (-1., -0.1), False, 'worse'),
+    ((1., -0.1), (2., 2.), False, 'no difference seen'),  # one seed's interval has 0
+    ((-2., 1.), (-1., 2.), False, 'no difference seen'),  # the seeds are on two sides
+    ((1., 1.), (2., 2.), None, 'higher'),
+])
+def test_a_claim_needs_the_interval_of_every_seed_on_one_side_of_zero(lows, highs, lower_is_better, verdict):
+    values = tuple((low + high) / 2 for low, high in zip(lows, highs, strict=True))
+    assert Difference(50., values, values, lows, highs, lower_is_better).verdict == verdict
+
+
+def test_the_setting_with_the_best_saliency_among_the_accurate_ones_is_taken():
+    tried = [
+        {'recipe': {'epochs': 4, 'lr': 1}, 'accuracy': 65., 'AD': 10., 'AG': 5., 'AI': 20.},
+        {'recipe': {'epochs': 8, 'lr': 2}, 'accuracy': 64., 'AD': 9., 'AG': 6., 'AI': 21.},
+        {'recipe': {'epochs': 2, 'lr': 3}, 'accuracy': 50., 'AD': 1., 'AG': 50., 'AI': 90.},
+    ]
+
+    def rate(least_accuracy: float, score_margin: float) -> int:
+        return take(tried, least_accuracy, score_margin)['lr']
+
+    assert rate(63.5, 2.9) == 2
+    assert rate(63.5, 3.1) == 1  # the scores 15 and 18 count as equal, so fewer epochs win
+    assert rate(64.5, 0.) == 1
+    assert rate(66., 0.) == 1  # none is accurate enough
+
+
+def test_the_fitted_temperature_has_the_least_cross_entropy():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = 5 * torch.randn(300, 7, generator=generator), torch.randint(7, (300,), generator=generator)
+    temperature = fit_temperature(logits, labels)
+
+    def loss(value: float) -> float:
+        return torch.nn.functional.cross_entropy(logits / value, labels).item()
+
+    assert loss(temperature) <= min(loss(temperature * factor) for factor in (0.9, 0.99, 1.01, 1.1))
+
+
+def test_boxes_of_made_images_enclose_their_shapes(tmp_path):
+    image_set = read_images(make_data(tmp_path, train=1, val=8))
+    images = Images(image_set.val, timm.create_model('test_efficientnet'), 128)
+    assert images.boxes is not None
+    for i, sample in enumerate(image_set.val):
+        pixels = np.asarray(Image.open(sample.path)).min(2)
+        rows, columns = np.nonzero(pixels > 110)  # the noise ends at 59, the shapes begin at 150
+        ((x0, y0, x1, y1),) = images.boxes[i]
+        assert (x0, y0) == pytest.approx((columns.min(), rows.min()), abs=3)
+        assert (x1, y1) == pytest.approx((columns.max() + 1, rows.max() + 1), abs=3)
+        x, label = images[i]
+        assert x.shape == (3, 128, 128)
+        assert image_set.classes[label] == ('circle', 'cross', 'diamond', 'square')[i % 4]
+
+
+def test_a_folder_of_classes_is_read_as_tiny_imagenet_is(tmp_path):
+    for split in ('train', 'val'):
+        for name in ('b', 'a'):
+            for i in (10, 9):
+                (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+                Image.new('RGB', (8, 8)).save(tmp_path / split / name / f'{i}.png')
+    image_set = read_images(tmp_path)
+    assert image_set.classes == ('a', 'b')
+    assert [s.path.name for s in image_set.train[0]] == ['9.png', '10.png']
+    assert [s.label for s in image_set.val] == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match='no folders train and val'):
+        read_images(tmp_path / 'train')
+
+
+def test_maps_are_those_of_one_run_after_a_kill(tmp_path, monkeypatch):
+    monkeypatch.setattr(maps, 'CHUNK', 8)
+    image_set = read_images(make_data(tmp_path / 'data', train=5, val=4))
+    model = timm_castream.attach(timm.create_model('test_efficientnet')).eval()
+    images = Images(image_set.training(0, 5), model, 64)
+    whole = maps.write_maps(model, images, tmp_path / 'whole', {})
+
+    calls = []
+
+    def killed(*args):
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return run_stages(*args)
+
+    run_stages = maps.run_stages
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(maps, 'run_stages', killed)
+        maps.write_maps(model, images, tmp_path / 'killed', {})
+    resumed = maps.write_maps(model, images, tmp_path / 'killed', {})
+    for one, other in zip(whole.stages, resumed.stages, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert resumed.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
+
+    # The stream on cached maps gives what the model gives, to float16.
+    x = torch.stack([images[i][0] for i in range(20)])
+    with torch.no_grad():
+        logits = model(x)
+    query = model.castream(resumed.read(torch.arange(20)))
+    torch.testing.assert_close(model.get_classifier()(query), logits, rtol=1e-2, atol=2e-3)
+
+    with pytest.raises(ValueError, match='other images or of another network'):
+        maps.write_maps(model, images, tmp_path / 'killed', {'network': 'another'})
+
+
+@pytest.mark.slow
+def test_a_quick_run_that_is_killed_ends_with_the_values_of_one_that_is_not(tmp_path, monkeypatch):
+    arguments = ['--quick', '--data-dir', str(make_data(tmp_path / 'data'))]
+    program.main([*arguments, '--work-dir', str(tmp_path / 'whole')])
+    page = (tmp_path / 'whole' / 'evidence.md').read_text(encoding='utf-8')
+    assert 'Not run' not in page and '| not run |' not in page
+    for picture in ('evidence_differences.png', 'evidence_growth.png', 'evidence_strip.jpg'):
+        assert Image.open(tmp_path / 'whole' / picture).width > 300
+
+    batches = []
+    evaluate = pieces.evaluate
+
+    def killed(*args, **kwargs):
+        if len(batches) == 4:
+            raise KeyboardInterrupt
+        batches.append(args)
+        return evaluate(*args, **kwargs)
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(pieces, 'evaluate', killed)
+        program.main([*arguments, '--work-dir', str(tmp_path / 'killed')])
+    program.main([*arguments, '--work-dir', str(tmp_path / 'killed')])
+    names = sorted(path.name for path in (tmp_path / 'whole' / 'results' / 'pieces').iterdir())
+    assert names == sorted(path.name for path in (tmp_path / 'killed' / 'results' / 'pieces').iterdir())
+    for name in names:
+        if name.endswith('.csv.gz'):
+            one, other = ((tmp_path / run / 'results' / 'pieces' / name).read_bytes() for run in ('whole', 'killed'))
+            assert one == other, name
+
+
+def test_the_page_is_made_from_the_committed_values():
+    results = Results(RESULTS, read_settings(SETTINGS))
+    assert PAGE.read_text(encoding='utf-8') == page_text(results)
+
+
+def test_the_readme_shows_the_figures_of_the_page():
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    if MARKS[0] in text:
+        table = text.partition(MARKS[0])[2].partition(MARKS[1])[0].strip()
+        assert table == readme_text(Results(RESULTS, read_settings(SETTINGS))).strip()
+
+
+def test_the_main_differences_are_the_means_of_the_committed_values_of_every_image():
+    def column(name: str, metric: str) -> list[float]:
+        with gzip.open(RESULTS / 'pieces' / f'{name}.csv.gz', 'rt') as file:
+            rows = {int(row['image']): float(row[metric]) for row in csv.DictReader(file)}
+        return [rows[image] for image in sorted(rows)]
+
+    seeds = sorted(path.name.removesuffix('.csv.gz') for path in (RESULTS / 'pieces').glob('main-gap_start-*.csv.gz'))
+    page = PAGE.read_text(encoding='utf-8')
+    assert seeds or 'The main table has not run yet.' in page
+    for metric, title in MAIN if seeds else ():
+        gap = column('main-gap', f'grad_cam/{metric}')
+        runs = [column(seed, f'grad_cam/{metric}') for seed in seeds]
+        mean = python_statistics.fmean(python_statistics.fmean(run) for run in runs)
+        difference = mean - python_statistics.fmean(gap)
+        line = next(line for line in page.splitlines() if line.startswith(f'| Grad-CAM | {title} |'))
+        figures = [cell.strip() for cell in line.split('|')]
+        assert float(figures[3]) == pytest.approx(python_statistics.fmean(gap), abs=0.051)
+        assert float(figures[4]) == pytest.approx(mean, abs=0.051)
+        assert float(figures[5].split()[0]) == pytest.approx(difference, abs=0.051)
+
+
+def test_probabilities_and_metrics_of_the_committed_values_agree():
+    for path in (RESULTS / 'pieces').glob('*.csv.gz'):
+        with gzip.open(path, 'rt') as file:
+            for row in csv.DictReader(file):
+                assert 0 <= float(row['prob']) <= 1
+                if 'grad_cam/average_drop' in row:
+                    drop, gain, increase = (
+                        float(row[f'grad_cam/average_{m}']) for m in ('drop', 'gain', 'increase'))
+                    assert min(drop, gain) == 0
+                    assert (increase == 100) == (gain > 0)
+
+
+def test_the_committed_results_take_at_most_five_megabytes():
+    assert sum(path.stat().st_size for path in RESULTS.rglob('*') if path.is_file()) < 5_000_000
