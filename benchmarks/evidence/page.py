@@ -97,7 +97,7 @@ def question(settings: dict[str, Any]) -> str:
     return (
         'The paper claims that class activation maps score better under a CA-Stream than under global average pooling '
         '(GAP), at about the same accuracy. Its setting needs eight GPUs. This page asks the question of an experiment '
-        f'that two CPU cores can repeat: `{settings["network"]}` with ImageNet weights, frozen; the 200 classes of Tiny '
+        f'that two CPU cores can repeat: `{settings["network"]}` with ImageNet weights, frozen; 200 classes of Tiny '
         f'ImageNet at {settings["image_size"]} pixels, {settings["train_per_class"]} training images of each class; '
         'differences paired by image, several seeds.')
 
