@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import timm_castream
 
-# timm's smallest of each kind: NCHW with BatchNorm, with LayerNorm, with a convolution before the pooling; and NHWC.
 SWIN = 'swin_tiny_patch4_window7_224'
 SWIN_ARGS = {'embed_dim': 8, 'depths': (1, 1, 1, 1), 'num_heads': (1, 1, 2, 2), 'img_size': 64, 'window_size': 2,
              'drop_path_rate': 0.}
@@ -39,10 +38,10 @@ def sharpen(model: nn.Module, size: tuple[int, int, int] = (3, 64, 64), spread: 
             tensor.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
 
     for module in model.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)):
             draw(module.weight, .5, 1.5)
             draw(module.bias, -.3, .3)
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             draw(module.running_mean, -.2, .2)
             draw(module.running_var, .5, 1.5)
         draw(getattr(module, 'gamma', None), .5, 1.5)
@@ -70,10 +69,12 @@ def sharpen(model: nn.Module, size: tuple[int, int, int] = (3, 64, 64), spread: 
 
 
 def make_backbone(name: str, num_classes: int = 10, **kwargs: Any) -> nn.Module:
-    """A plain timm model in eval mode, the same at every call; 'swin' is a tiny one."""
+    """A plain timm model in eval mode, the same at every call; 'swin' is a tiny one, the ViTs take 64 pixels."""
     torch.manual_seed(0)
     if name == 'swin':
         name, kwargs = SWIN, {**SWIN_ARGS, **kwargs}
+    if name in ('test_vit', 'test_vit2'):
+        kwargs = {'img_size': 64, **kwargs}
     return timm.create_model(name, num_classes=num_classes, **kwargs).eval()
 
 

@@ -18,12 +18,14 @@ STAGES = {
     'test_convnext': ('stem', 'stages.0', 'stages.1', 'stages.2', 'stages.3'),
     'test_efficientnet': ('blocks.0', 'blocks.1', 'blocks.2', 'blocks.3', 'bn2'),
     'swin': ('layers.0', 'layers.1', 'layers.2', 'norm'),
+    'test_vit': ('blocks.0', 'blocks.1', 'blocks.3', 'blocks.4', 'norm'),
 }
 HEADS = {
     'test_resnet': ('fc',),
     'test_convnext': ('head.norm', 'head.fc'),
     'test_efficientnet': ('classifier',),
     'swin': ('head.fc',),
+    'test_vit': ('head',),
 }
 BACKBONES = tuple(STAGES)
 SMALL = ('test_resnet', 'test_convnext')
@@ -48,6 +50,8 @@ def stage_maps(model: nn.Module, name: str, x: Tensor, start: int = 0) -> list[T
         model.forward_features(x)
     if name == 'swin':
         outputs = [out.permute(0, 3, 1, 2) for out in outputs]
+    if name == 'test_vit':  # a class token, then patches of 16 x 16 pixels
+        outputs = [out[:, 1:].transpose(1, 2).unflatten(2, (x.shape[2] // 16, x.shape[3] // 16)) for out in outputs]
     return [out.double() for out in outputs][start:]
 
 
@@ -79,7 +83,7 @@ def equation_10(stream: nn.Module, maps: list[Tensor], query: Tensor) -> tuple[T
 def apply_head(model: nn.Module, name: str, query: Tensor) -> Tensor:
     vector = query.float()[:, :, None, None] if name == 'test_convnext' else query.float()
     for layer in HEADS[name]:
-        vector = model.get_submodule(layer)(vector.flatten(1) if layer.endswith('fc') else vector)
+        vector = model.get_submodule(layer)(vector if layer == 'head.norm' else vector.flatten(1))
     return vector
 
 

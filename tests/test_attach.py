@@ -65,7 +65,7 @@ def logits_under(model: nn.Module, x: Tensor, mode: str) -> Tensor:
         return model(x)
 
 
-@pytest.mark.parametrize('name', BACKBONES)
+@pytest.mark.parametrize('name', [*(name for name in BACKBONES if name != 'test_vit'), 'test_vit2'])
 @pytest.mark.parametrize('args', [
     *({'stream_start': start} for start in range(4)),
     {'stream_block': 'proj_ca', 'stream_heads': 2}, {'stream_heads': 4}, {'stream_bias': False, 'stream_heads': 2},
@@ -79,17 +79,21 @@ def test_a_stream_with_the_gap_initialisation_gives_the_logits_of_gap(name, args
 
 
 def test_a_stream_of_one_block_with_the_gap_initialisation_gives_the_logits_of_gap(x):
-    for name, last in (('test_resnet', 4), ('test_convnext', 4), ('test_efficientnet', 4), ('swin', 3)):
+    for name in ('test_resnet', 'test_convnext', 'test_efficientnet', 'swin', 'test_vit2'):
+        last = 3 if name == 'swin' else 4
         model = attach(make_backbone(name), stream_init='gap', stream_start=last, stream_block='proj_ca')
         gap = logits_under(model, x, 'gap')
         assert (logits_under(model, x, 'ca') - gap).abs().max() <= 1e-5 * gap.abs().max()
 
 
-@pytest.mark.parametrize('pool', ['max', 'avgmax'])
-def test_the_gap_initialisation_is_refused_where_the_head_does_not_average(pool):
-    model = make_backbone('test_resnet', global_pool=pool)
+@pytest.mark.parametrize('name, pool, clause', [
+    ('test_resnet', 'max', 'this ResNet pools by maximum'),
+    ('test_resnet', 'avgmax', 'this ResNet pools by average and maximum'),
+    ('test_vit', 'token', 'this VisionTransformer pools by its class token')])
+def test_the_gap_initialisation_is_refused_where_the_head_does_not_average(name, pool, clause):
+    model = make_backbone(name, global_pool=pool)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=f"stream_init 'gap' .* this ResNet pools by '{pool}', valid ones: 'paper'"):
+    with pytest.raises(ValueError, match=f"stream_init 'gap' .* {clause}, valid ones: 'paper'"):
         attach(model, stream_init='gap')
     assert_same(model, before)
 
@@ -237,9 +241,14 @@ def test_attaching_caches_nothing_of_the_weights_that_it_saw(x):
 
 
 @pytest.mark.parametrize('name, args, message', [
-    ('test_vit', {}, r'VisionTransformer pools no spatial feature map: .*\(1, \d+, 64\)'),
-    ('vgg11', {'mlp_ratio': .01}, 'VGG does not pool'),
-    ('efficientvit_b0', {}, 'EfficientVit does not pool'),
+    ('vgg11', {'mlp_ratio': .01}, 'VGG takes no CA-Stream: layers stand between its last feature map and its pooling'),
+    ('efficientvit_b0', {}, 'EfficientVit takes no CA-Stream: layers stand between'),
+    ('pit_ti_224', {}, 'PoolingVisionTransformer takes no CA-Stream: it drops the patch tokens'),
+    ('crossvit_9_240', {}, 'CrossVit takes no CA-Stream: it has two branches'),
+    ('test_vit3', {}, 'VisionTransformer takes no CA-Stream: it has an attention pooling of its own'),
+    ('coat_mini', {'embed_dims': (8, 8, 8, 8), 'serial_depths': (1, 1, 1, 1), 'parallel_depth': 1},
+     'CoaT pools no feature map: its forward_features gives list'),
+    ('test_resnet', {'global_pool': 'catavgmax'}, 'ResNet does not pool .* so a CA-Stream cannot take that place'),
 ])
 def test_a_network_that_pools_no_map_is_refused_in_one_sentence_and_left_alone(name, args, message):
     model = make_backbone(name, **args).train()
@@ -248,6 +257,28 @@ def test_a_network_that_pools_no_map_is_refused_in_one_sentence_and_left_alone(n
         attach(model)
     assert '\n' not in str(error.value)
     assert_same(model, before)
+
+
+class UnknownTokens(nn.Module):
+    """A network with timm's methods that averages tokens in an order of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 2)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.stem(x).flatten(2).transpose(1, 2).flip(1)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return x.mean(1) if pre_logits else self.fc(x.mean(1))
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.fc = nn.Linear(8, num_classes)
+
+
+def test_patch_tokens_of_a_network_that_is_not_timms_are_refused():
+    with pytest.raises(ValueError, match=r'UnknownTokens gives patch tokens, .* the order of its tokens is unknown'):
+        attach(UnknownTokens())
 
 
 def test_a_module_that_is_no_timm_model_is_refused():

@@ -5,11 +5,13 @@ import pytest
 import timm
 import torch
 from conftest import make_backbone
+from networks import token_network
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, LayerNorm2d
 from torch import nn
 
 from timm_castream import attach
 from timm_castream.backbone import (
+    cam_layer,
     eval_mode,
     find_stage,
     find_stages,
@@ -18,7 +20,7 @@ from timm_castream.backbone import (
     pooled_stage,
 )
 from timm_castream.freezing import is_norm
-from timm_castream.layout import NCHW, NHWC
+from timm_castream.layout import NCHW, NHWC, Tokens
 
 
 @pytest.mark.parametrize('name, names, dims', [
@@ -54,6 +56,25 @@ class EqualSides(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         maps = self.conv(x)
         return self.stage(maps.permute(0, 2, 3, 1) if self.channels_last else maps)
+
+
+@pytest.mark.parametrize('name, names', [
+    # Thirty-two, twelve and six blocks of one resolution: at most five, at equal distances.
+    ('convmixer_768_32', ('blocks.5', 'blocks.12', 'blocks.18', 'blocks.25', 'blocks.31')),
+    ('vit_small_patch16_224', ('blocks.1', 'blocks.4', 'blocks.6', 'blocks.9', 'blocks.11')),
+    ('test_vit', ('blocks.0', 'blocks.1', 'blocks.3', 'blocks.4', 'blocks.5')),
+    ('samvit_base_patch16', ('blocks.1', 'blocks.4', 'blocks.6', 'blocks.9', 'blocks.11')),
+    # timm's table names modules that these do not have.
+    ('hrnet_w18_small', ('incre_modules.0', 'incre_modules.1', 'incre_modules.2', 'incre_modules.3', 'final_layer')),
+    ('mvitv2_tiny', ('stages.0', 'stages.1', 'stages.2', 'stages.3')),
+    ('twins_svt_small', ('blocks.0.1', 'blocks.1.1', 'blocks.2.9', 'blocks.3.3')),
+    ('coat_lite_tiny', ('serial_blocks1.1', 'serial_blocks2.1', 'serial_blocks3.1', 'serial_blocks4.1')),
+    ('densenet121', ('features.norm0', 'features.denseblock1', 'features.denseblock2', 'features.denseblock3',
+                     'features.norm5')),
+])
+def test_the_default_stages_spread_over_the_depth(name, names):
+    stages = find_stages(timm.create_model(name, device='meta'))
+    assert tuple(stage.name for stage in stages) == names
 
 
 @pytest.mark.parametrize('channels_last', [False, True])
@@ -123,7 +144,7 @@ def test_hooks_are_taken_off_when_the_probe_fails():
         raise RuntimeError('broken network')
 
     handle = model.layer2.register_forward_pre_hook(fail)
-    with pytest.raises(ValueError, match=r'ResNet takes none of the image sizes.*broken network'):
+    with pytest.raises(ValueError, match=r'ResNet takes no image of 64 x 64, 160 x 160 or other sizes.*broken network'):
         find_stages(model)
     handle.remove()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -136,7 +157,7 @@ def test_heads_that_pool_by_average_or_maximum_are_served(pool):
 
 
 def test_a_head_that_pools_otherwise_is_refused():
-    with pytest.raises(ValueError, match=r'ResNet does not pool .* by average or maximum'):
+    with pytest.raises(ValueError, match=r'ResNet does not pool .* by average, by maximum or by a class token'):
         find_stages(make_backbone('test_resnet', global_pool='catavgmax'))
 
 
@@ -163,6 +184,48 @@ def test_pooling_one_location_gives_the_vector(name):
     vector = torch.randn(2, model.num_features)
     location = pooled_stage(model).one_location(vector)
     assert torch.equal(model.forward_head(location, pre_logits=True), vector)
+
+
+@pytest.mark.parametrize('stream', [False, True])
+@pytest.mark.parametrize('file, layer', [
+    ('vision_transformer', 'blocks.4'), ('deit', 'blocks.4'), ('convit', 'blocks.4'), ('coat', 'serial_blocks4.0'),
+    ('tnt', 'blocks.4'), ('vision_transformer_hybrid', 'blocks.4'),
+    # The patch tokens of these enter blocks of class attention unchanged.
+    ('cait', 'blocks.5'), ('xcit', 'blocks.5'), ('volo', 'network.4'),
+    ('beit', None), ('mlp_mixer', None), ('hiera', None), ('naflexvit', None)])
+def test_cam_methods_read_the_input_of_the_last_block_where_the_head_reads_a_class_token(file, layer, stream):
+    model, _ = token_network(file)
+    if stream:
+        attach(model)
+    assert cam_layer(model) == layer
+
+
+def test_the_cam_layer_follows_the_pooling_and_is_known_on_the_meta_device():
+    model = make_backbone('test_vit')
+    model.reset_classifier(10, 'avg')
+    assert cam_layer(model) is None
+    assert cam_layer(make_backbone('test_resnet')) is None
+    assert cam_layer(timm.create_model('test_vit', device='meta')) == 'blocks.4'
+
+
+@pytest.mark.parametrize('file, expected', [
+    ('vision_transformer', 'token'), ('deit', 'token'), ('cait', 'token'), ('volo', 'token'), ('beit', 'avg'),
+    ('levit', 'avg'), ('efficientformer', 'avg'), ('gemma4_vit', 'avg')])
+def test_heads_of_token_networks_tell_too(file, expected):
+    model, _ = token_network(file)
+    assert head_pooling(model, pooled_stage(model), model.forward_head) == expected
+
+
+def test_an_average_that_takes_in_the_prefix_tokens_is_one_of_its_own():
+    model = make_backbone('test_vit2', pool_include_prefix=True)
+    assert head_pooling(model, pooled_stage(model), model.forward_head) == 'tokens'
+
+
+def test_blocks_of_hiera_are_the_only_modules_whose_order_is_known():
+    model, _ = token_network('hiera')
+    assert find_stage(model, 'blocks.1').layout == Tokens(0, (8, 8), windows=((2, 2), (2, 2)))
+    with pytest.raises(ValueError, match=r'blocks\.1\.norm1 of Hiera may give tokens in another order.* to blocks\.4'):
+        find_stage(model, 'blocks.1.norm1')
 
 
 def test_a_sequential_is_hooked_at_its_last_block_but_not_at_a_normalisation():

@@ -61,5 +61,9 @@ def test_the_table_is_read_for_a_model_too():
     assert 'layers stand between' in families.reason_for(vgg)
     vgg.pretrained_cfg = {}
     assert 'layers stand between' in families.reason_for(vgg)
+    siglip = timm.create_model('vit_base_patch16_siglip_224', device='meta')
+    assert 'attention pooling' in families.reason_for(siglip)
+    siglip.reset_classifier(10, 'avg')
+    assert families.reason_for(siglip) == ''
     assert families.has_raster_tokens(make_backbone('test_vit'))
     assert not families.has_raster_tokens(make_backbone('test_resnet'))

@@ -39,6 +39,13 @@ __all__ = [
 
 POOLINGS = ('gap', 'ca')
 
+_POOLED_BY = {
+    'max': 'maximum',
+    'avgmax': 'average and maximum',
+    'token': 'its class token',
+    'tokens': 'the average of all tokens',
+}
+
 ModelT = TypeVar('ModelT', bound=nn.Module)
 
 
@@ -57,21 +64,24 @@ def attach(
         backbone_pretrained: bool | str = False,
         backbone_checkpoint: str | None = None,
 ) -> ModelT:
-    """Gives a timm model a CA-Stream that takes the place of its global average pooling. In place.
+    """Gives a timm model a CA-Stream that takes the place of its global pooling. In place.
 
     Args:
-        model: A timm model that pools a spatial feature map, registered or not.
+        model: A timm model that averages a feature map or patch tokens, or reads a class token beside patch tokens;
+            registered or not.
         stream_start: l of the placement S_l - S_L, 0 to L.
         stream_stages: Names of the modules whose outputs are the stages, in the order in which they run. None: the
             paper's for ResNet (`maxpool`, `layer1` to `layer4`) and ConvNeXt (`stem`, `stages.0` to `stages.3`), timm's
-            `feature_info` for others. The last stage is always the map that the model pools: the last name stands for
-            it, or it is added where another module was named last.
+            `feature_info` for others, and five blocks at equal distances where all blocks have one resolution. The last
+            stage is always the tensor that the model pools: the last name stands for it, or it is added where another
+            module was named last.
         stream_block: `'ca'`, eq. (6), or `'proj_ca'`, supplementary eq. (1).
         stream_class_specific: One q_0 a class.
         stream_heads: Attention heads, must divide the channels of each stage.
         stream_drop: Dropout rate inside the stream.
         stream_bias: Whether the stream's linear layers have biases.
-        stream_init: `'paper'`, or `'gap'`: the logits of the new stream are those of the average pooling.
+        stream_init: `'paper'`, or `'gap'`: the logits of the new stream are those of the average pooling. Weight decay
+            pulls such a stream away from its start.
         freeze_backbone: Train the stream alone, see `freeze_backbone`.
         backbone_pretrained: Load timm's weights of the backbone first: True for those of its cfg, or a tag.
         backbone_checkpoint: Load this checkpoint of the plain backbone first, classifier included.
@@ -80,8 +90,8 @@ def attach(
         The same model.
 
     Raises:
-        ValueError: If the model pools no spatial feature map, has a stream already, or an argument does not fit. The
-            model is then as it was.
+        ValueError: If the model takes no stream (`families` has the reasons), has one already, or an argument does not
+            fit. The model is then as it was.
     """
     if isinstance(model, CAStreamMixin):
         raise ValueError(
@@ -95,8 +105,8 @@ def attach(
     stages = stages[stream_start:]
     head = head_pooling(backbone, stages[-1], backbone.forward_head)
     if stream_init == 'gap' and head not in ('avg', ''):
-        raise ValueError(f"stream_init 'gap' starts as average pooling, and this {type(model).__name__} pools by "
-                         f"{head!r}, valid ones: 'paper'.")
+        raise ValueError(f"stream_init 'gap' starts as the average of the locations, and this {type(model).__name__} "
+                         f"pools by {_POOLED_BY[head]}, valid ones: 'paper'.")  # type: ignore[index]
     if stream_class_specific:
         check_class_specific(backbone.num_classes, head)
     parameter = next(p for p in model.parameters() if p.is_floating_point())

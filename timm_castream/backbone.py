@@ -4,6 +4,7 @@ Letters: B images, D channels, H x W locations, N tokens, l a stage from 0 to L.
 """
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,20 +12,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models import ConvNeXt, ResNet
+from timm.models import ConvNeXt, HighResolutionNet, MultiScaleVit, ResNet, Twins
 from torch import Tensor, nn
 
+from .families import has_raster_tokens, reason_for
 from .freezing import is_norm
-from .layout import NCHW, NHWC, ImageSize, Layout, Stage
+from .layout import NCHW, NHWC, ImageSize, Layout, Stage, Tokens
 
 # Name of the pooled stage where it is the output of no named module.
 POOLED = 'forward_features'
 
-# timm's feature_info names `act1` for ResNet, whose F_0 is after the max pooling, and no stem for ConvNeXt.
-PAPER_STAGES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
+# Networks whose feature_info names other modules than those that give the stages.
+NAMED_STAGES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
+    # The paper's: feature_info has `act1` for ResNet, whose F_0 is after the max pooling, and no stem for ConvNeXt.
     (ResNet, ('maxpool', 'layer1', 'layer2', 'layer3', 'layer4')),
     (ConvNeXt, ('stem', 'stages.0', 'stages.1', 'stages.2', 'stages.3')),
+    # feature_info has names that are no modules of these.
+    (HighResolutionNet, ('incre_modules.0', 'incre_modules.1', 'incre_modules.2', 'incre_modules.3', 'final_layer')),
+    (MultiScaleVit, ('stages.0', 'stages.1', 'stages.2', 'stages.3')),
+    (Twins, ('blocks.0', 'blocks.1', 'blocks.2', 'blocks.3')),
 )
+
+# Default stages of a network whose blocks all have one resolution.
+MAX_DEFAULT_STAGES = 5
 
 
 def hook_target(module: nn.Module) -> nn.Module:
@@ -74,6 +84,8 @@ def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> tuple[S
     if not all(hasattr(type(model), m) for m in ('forward_features', 'forward_head', 'reset_classifier')):
         raise ValueError(f'{kind} is no timm classification model: it lacks forward_features, forward_head or '
                          'reset_classifier.')
+    if reason_for(model):
+        raise ValueError(f'{kind} takes no CA-Stream: {reason_for(model)}.')
     if not isinstance(names, (list, tuple, type(None))):
         raise ValueError(f'stream_stages {names!r} is no list of module names, for example {_default_names(model)}.')
     chosen = _default_names(model) if names is None else list(names)
@@ -83,22 +95,25 @@ def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> tuple[S
         probe = _run_probe(model, chosen)
         pooled = _pooled_stage(model, probe)
         if head_pooling(model, pooled, model.forward_head) is None:  # type: ignore[arg-type]
-            raise ValueError(f'{kind} does not pool the feature map that its forward_features gives by average or '
-                             'maximum, so a CA-Stream cannot take that place.')
+            raise ValueError(f'{kind} does not pool the feature map that its forward_features gives by average, by '
+                             'maximum or by a class token, so a CA-Stream cannot take that place.')
+        visits = list(probe.visits)
         if names is None:
             last_name = chosen[-1] if chosen else POOLED
-            visits = [v for v in probe.visits if v.name != last_name and not v.problem(kind)]
+            visits = [visit for visit in visits if visit.name != last_name and not visit.problem(model)]
         else:
-            visits = list(probe.visits)
             for visit in visits:
-                if visit.problem(kind):
-                    raise ValueError(visit.problem(kind))
+                if visit.problem(model):
+                    raise ValueError(visit.problem(model))
             if [v.name for v in visits] != chosen:
                 raise ValueError(f'stream_stages {chosen} must be modules that {kind} runs once, before its head, and '
                                  f'in the order in which it runs them: {[v.name for v in visits]}.')
             last_name = visits.pop().name if visits[-1].output is probe.features else POOLED
-        stages = [_stage(model, probe, visit) for visit in visits]
-    return (*stages, Stage(last_name, pooled.dim, pooled.layout))
+        stages = [*(_stage(model, probe, visit) for visit in visits), Stage(last_name, pooled.dim, pooled.layout)]
+    if any(isinstance(stage.layout, Tokens) for stage in stages) and not has_raster_tokens(model):
+        raise ValueError(f'{kind} gives patch tokens, (B, N, D), and the order of its tokens is unknown: a CA-Stream '
+                         'takes token networks of timm alone.')
+    return tuple(stages)
 
 
 def find_stage(model: nn.Module, name: str) -> Stage:
@@ -116,7 +131,7 @@ def find_stage(model: nn.Module, name: str) -> Stage:
         if len(probe.visits) != 1:
             raise ValueError(f'layer {name!r} of {kind} runs {len(probe.visits)} times before the pooling: name a '
                              'module that runs once.')
-        problem = probe.visits[0].problem(kind, in_place=False)
+        problem = probe.visits[0].problem(model, in_place=False)
         if problem:
             raise ValueError(problem)
         return _stage(model, probe, probe.visits[0])
@@ -135,6 +150,29 @@ def pooled_stage(model: nn.Module) -> Stage:
         return _pooled_stage(model, _run_probe(model, []))
 
 
+def cam_layer(model: nn.Module) -> str | None:
+    """The layer that the CAM methods read by default.
+
+    A head that reads the class token alone gives no gradients to the patch tokens that it receives. There it is the
+    last block whose patch tokens still reach the head.
+
+    Args:
+        model: A timm model, with a stream or without.
+
+    Returns:
+        The name of the block, or None where the tensor that the model pools serves.
+    """
+    backbone: Any = model
+    head = getattr(backbone, 'forward_gap_head', backbone.forward_head)
+    pooled = pooled_stage(model)
+    if head_pooling(model, pooled, head) != 'token':
+        return None
+    names = _last_blocks(model)
+    with eval_mode(model):
+        probe = _run_probe(model, names, lambda features: head(features, pre_logits=True))
+    return probe.last_seen or (names[-2] if len(names) > 1 else None)  # the meta device has no gradients
+
+
 def head_pooling(model: nn.Module, pooled: Stage, head: Callable[..., Tensor]) -> str | None:
     """How a head pools.
 
@@ -147,9 +185,12 @@ def head_pooling(model: nn.Module, pooled: Stage, head: Callable[..., Tensor]) -
         head: Its own `forward_head`.
 
     Returns:
-        `'avg'`, `'max'` or `'avgmax'`, None for another pooling, or `''` where the head hands the map on unpooled, as
-        after `reset_classifier(0, '')`. On the meta device, where no values can be compared, `'avg'`.
+        `'avg'`, `'max'` or `'avgmax'` over the locations, `'tokens'` for an average that takes in the prefix tokens,
+        `'token'` for a class token, None for another pooling, or `''` where the head hands the map on unpooled, as
+        after `reset_classifier(0, '')`. On the meta device, where no values can be compared, `'token'` or `'avg'` as
+        the model's `global_pool` says.
     """
+    layout = pooled.layout
     with eval_mode(model):
         placement = _placement(model)
         if head(pooled.one_location(torch.zeros(1, pooled.dim, **placement)), pre_logits=True).ndim > 2:
@@ -157,31 +198,63 @@ def head_pooling(model: nn.Module, pooled: Stage, head: Callable[..., Tensor]) -
         features = torch.linspace(0, 100, 18 * pooled.dim, dtype=torch.float32).sin().reshape(2, pooled.dim, 3, 3)
         features = features.to(**placement)
         mean, peak = features.mean((2, 3)), features.amax((2, 3))
-        output = head(pooled.layout.pack(features, -peak), pre_logits=True)
+        prefix = -peak
+        output = head(layout.pack(features, prefix), pre_logits=True)
         if output.is_meta:
-            return 'avg'
+            return 'token' if getattr(model, 'global_pool', None) == 'token' else 'avg'
+        alike = [
+            ('avg', pooled.one_location(mean)),
+            ('max', pooled.one_location(peak)),
+            ('avgmax', pooled.one_location((mean + peak) / 2)),
+        ]
+        if isinstance(layout, Tokens) and layout.num_prefix:
+            count = layout.num_prefix
+            alike += [
+                ('token', layout.pack(features.roll(1, 1), prefix)),  # other channels: a norm may undo a shift
+                ('tokens', pooled.one_location((9 * mean + count * prefix) / (9 + count))),
+            ]
         tolerance = 1e-4 if output.dtype in (torch.float32, torch.float64) else 2e-2
-        for name, vector in (('avg', mean), ('max', peak), ('avgmax', (mean + peak) / 2)):
-            other = head(pooled.one_location(vector), pre_logits=True)
-            if torch.allclose(output, other, rtol=tolerance, atol=tolerance):
+        for name, other in alike:
+            if torch.allclose(output, head(other, pre_logits=True), rtol=tolerance, atol=tolerance):
                 return name
     return None
 
 
 @dataclass
 class _Visit:
-    """The output of one module in the probe."""
+    """The output of one module in the probe.
+
+    Attributes:
+        name: Name of the module.
+        output: Its output.
+        features: The one feature map in the output, or None.
+        item: Index of the feature map in a tuple.
+        version: Changes in place of the feature map so far.
+    """
 
     name: str
     output: Any
-    version: int
+    features: Tensor | None = None
+    item: int | None = None
+    version: int = 0
 
-    def problem(self, kind: str, in_place: bool = True) -> str | None:
+    def __post_init__(self) -> None:
+        items = list(enumerate(self.output)) if isinstance(self.output, tuple) else [(None, self.output)]
+        # mvitv2 gives tokens and their grid, tnt tokens of pixels (another batch size) and of patches.
+        maps = [(item, value) for item, value in items
+                if isinstance(value, Tensor) and value.ndim in (3, 4) and value.shape[0] == 1]
+        if len(maps) == 1:
+            (self.item, self.features), = maps
+            # torch has no public counter of the changes in place of a tensor.
+            self.version = self.features._version
+
+    def problem(self, model: nn.Module, in_place: bool = True) -> str | None:
         """Why the output cannot be a stage, or None."""
-        if not isinstance(self.output, Tensor) or self.output.ndim != 4:
-            return (f'{self.name} of {kind} gives {_shape(self.output)} and not one feature map, (B, D, H, W) or '
-                    '(B, H, W, D).')
-        if in_place and self.output._version != self.version:
+        kind = type(model).__name__
+        if self.features is None:
+            return (f'{self.name} of {kind} gives {_shape(self.output)} and not one feature map, (B, D, H, W), '
+                    '(B, H, W, D) or (B, N, D).')
+        if in_place and self.features._version != self.version:
             return (f'The output of {self.name} is changed in place by the module that follows it in {kind}; name that '
                     'module instead.')
         return None
@@ -189,11 +262,19 @@ class _Visit:
 
 @dataclass
 class _Probe:
-    """One forward of one small image: the modules in the order in which they ran, and the final feature map."""
+    """One forward of one small image: the modules in the order in which they ran, and the final feature map.
+
+    Attributes:
+        image_size: Height and width of the image.
+        visits: The modules that ran.
+        features: Output of `forward_features`, or of the network where it is not timm's.
+        last_seen: Name of the last module with a gradient at its patch tokens, where the probe has asked for one.
+    """
 
     image_size: ImageSize
     visits: list[_Visit]
     features: Any
+    last_seen: str | None = None
 
 
 def _has_module(model: nn.Module, name: str) -> bool:
@@ -208,13 +289,49 @@ def _shape(output: Any) -> str:
 
 
 def _default_names(model: nn.Module) -> list[str]:
-    for kind, names in PAPER_STAGES:
-        if isinstance(model, kind):
-            return list(names)
+    """Names of the default stages: those of the paper, those of timm's `feature_info`, or a few blocks."""
+    named = [row for kind, row in NAMED_STAGES if isinstance(model, kind)]
+    if named:
+        return [_resolved(model, name) for name in named[0]]
+    names = _block_names(model)
+    strides = {info['reduction'] for info in model.feature_info} if names else set()  # type: ignore[union-attr]
+    if len(strides) > 1 or len(names) <= MAX_DEFAULT_STAGES:
+        return names
+    # No stages of its own: a few blocks at equal distances, the last one among them.
+    return [names[round(len(names) * (i + 1) / MAX_DEFAULT_STAGES) - 1] for i in range(MAX_DEFAULT_STAGES)]
+
+
+def _block_names(model: nn.Module) -> list[str]:
+    """The modules of timm's `feature_info`."""
     modules = dict(model.named_modules())
-    named = [info.get('module', '') for info in getattr(model, 'feature_info', None) or []]
-    # Some of timm's tables name a module that is none, or '', the whole model.
-    return [name for name in named if name and name in modules]
+    names = []
+    for info in getattr(model, 'feature_info', None) or []:
+        name = info.get('module', '')
+        if name not in modules and f'encoder.{name}' in modules:  # gemma4_vit has the names of its encoder
+            name = f'encoder.{name}'
+        if name and name in modules:  # some of timm's tables name a module that is none, or '', the whole model
+            names.append(_resolved(model, name))
+    return names
+
+
+def _last_blocks(model: nn.Module) -> list[str]:
+    """The stages, the blocks beside the last stage, and the blocks in it."""
+    named = [row for kind, row in NAMED_STAGES if isinstance(model, kind)]
+    names = [_resolved(model, name) for name in named[0]] if named else _block_names(model)
+    if not names:
+        return []
+    lists = (nn.ModuleList, nn.Sequential)
+    parent = names[-1].rpartition('.')[0]
+    children = [(parent, model.get_submodule(parent)), *(
+        (f'{names[-1]}.{name}', child) for name, child in model.get_submodule(names[-1]).named_children())]
+    names += [f'{name}.{i}' for name, module in children if isinstance(module, lists) for i in range(len(module))]
+    return list(dict.fromkeys(names))
+
+
+def _resolved(model: nn.Module, name: str) -> str:
+    """The name of the module that runs: a ModuleList does not, its last child does."""
+    module = model.get_submodule(name)
+    return f'{name}.{len(module) - 1}' if isinstance(module, nn.ModuleList) and len(module) else name
 
 
 def _check_names(model: nn.Module, names: list[str]) -> None:
@@ -229,19 +346,22 @@ def _check_names(model: nn.Module, names: list[str]) -> None:
 
 
 def _pooled_stage(model: nn.Module, probe: _Probe) -> Stage:
-    features = probe.features
-    if not isinstance(features, Tensor) or features.ndim != 4:
-        raise ValueError(f'{type(model).__name__} pools no spatial feature map: its forward_features gives '
-                         f'{_shape(features)}, a CA-Stream needs (B, C, H, W).')
-    return _stage(model, probe, _Visit(POOLED, features, 0))
+    visit = _Visit(POOLED, probe.features)
+    if visit.features is None or visit.item is not None:
+        raise ValueError(f'{type(model).__name__} pools no feature map: its forward_features gives '
+                         f'{_shape(probe.features)}, a CA-Stream needs (B, D, H, W), (B, H, W, D) or patch tokens '
+                         '(B, N, D).')
+    return _stage(model, probe, visit)
 
 
 def _stage(model: nn.Module, probe: _Probe, visit: _Visit) -> Stage:
-    layout = _layout(model, probe, visit)
-    return Stage(visit.name, layout.view(layout.tensor(visit.output)).shape[1], layout)
+    assert visit.features is not None  # problem() comes first
+    find = _map_layout if visit.features.ndim == 4 else _token_layout
+    layout = find(model, probe, visit)
+    return Stage(visit.name, layout.view(visit.features).shape[1], layout)
 
 
-def _layout(model: nn.Module, probe: _Probe, visit: _Visit) -> Layout:
+def _map_layout(model: nn.Module, probe: _Probe, visit: _Visit) -> Layout:
     """Whether the channels of a map come before its locations or after them.
 
     Locations follow the sides of the image. Where both readings do, a second image of twice the size tells: its map has
@@ -260,6 +380,47 @@ def _layout(model: nn.Module, probe: _Probe, visit: _Visit) -> Layout:
             last = getattr(model, 'output_fmt', 'NCHW') == 'NHWC'
             first = not last
     return NCHW() if first and not last else NHWC()
+
+
+def _token_layout(model: nn.Module, probe: _Probe, visit: _Visit) -> Layout:
+    """Prefix tokens and stride of patch tokens.
+
+    The number of tokens is P + H * W for a stride that timm gives in `feature_info`, or else for a square patch.
+    """
+    assert visit.features is not None
+    count = visit.features.shape[1]
+    prefixes = dict.fromkeys((getattr(model, 'num_prefix_tokens', 0) or 0, *range(9)))
+    reductions = dict.fromkeys(info.get('reduction') for info in getattr(model, 'feature_info', None) or [])
+    height, width = probe.image_size
+    for num_prefix in prefixes:
+        patches = count - num_prefix
+        if patches < 2:
+            continue
+        square = math.isqrt(height * width // patches)
+        exact = square * square * patches == height * width
+        for stride in (*reductions, square if exact else None):
+            if not isinstance(stride, int):
+                continue
+            layout = Tokens(num_prefix, (stride, stride), visit.item, _windows(model, visit.name))
+            try:
+                layout.grid(patches, probe.image_size)
+            except ValueError:
+                continue
+            return layout
+    raise ValueError(f'{visit.name} of {type(model).__name__} gives {count} tokens, which are no grid of an image of '
+                     f'{height} x {width} pixels.')
+
+
+def _windows(model: nn.Module, name: str) -> tuple[tuple[int, int], ...]:
+    """The windows by which timm's Hiera sorts the tokens that a block gives."""
+    schedule = getattr(getattr(model, 'reroll', None), 'schedule', None)
+    if not isinstance(schedule, dict):
+        return ()
+    block = str(max(schedule)) if name == POOLED else name.removeprefix('blocks.')
+    if not block.isdecimal():
+        raise ValueError(f'{name} of {type(model).__name__} may give tokens in another order: name one of its blocks, '
+                         f'blocks.0 to blocks.{max(schedule)}.')
+    return tuple(tuple(sides) for sides in schedule[int(block)][0])
 
 
 def _is_grid(sides: Sequence[int], image_size: ImageSize) -> bool:
@@ -289,43 +450,89 @@ def _input_channels(model: nn.Module) -> tuple[int, int]:
 def _image_sizes(model: Any) -> list[tuple[int, int, int]]:
     """Sizes (3, H, W) of images that the model may take, the cheapest first."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
-    full = list(cfg.get('input_size') or (3, 224, 224))[1:]
-    small = full if cfg.get('fixed_input_size', False) else [min(64, side) for side in full]
-    embed: Any = getattr(model, 'patch_embed', None)
-    if cfg.get('fixed_input_size', False) and isinstance(getattr(embed, 'img_size', None), tuple):
-        small = list(embed.img_size)  # create_model(img_size=...) is not in the cfg
-    sizes = [(channels, *sides) for sides in (small, full) for channels in _input_channels(model)]
+    _, *full = cfg.get('input_size') or (3, 224, 224)
+    own = list(_own_image_sizes(model))
+    if cfg.get('fixed_input_size', False):
+        # create_model(img_size=...) is not in the cfg, and not every network keeps it.
+        sides = [*own, tuple(full), *((side, side) for side in range(32, 1025, 32))]
+    else:
+        sides = [(min(64, full[0]), min(64, full[1])), tuple(full), *own]
+    sizes = [(channels, *pair) for pair in sides for channels in _input_channels(model)]
     return list(dict.fromkeys(sizes))
 
 
-def _run_probe(model: nn.Module, names: list[str]) -> _Probe:
-    """One forward of an image of the first size that the model takes."""
+def _own_image_sizes(model: Any) -> Iterator[tuple[int, int]]:
+    """Image sizes that a network of one size keeps in its modules."""
+    for module in model.modules():
+        size = getattr(module, 'img_size', None)
+        if isinstance(size, int):
+            size = (size, size)
+        if isinstance(size, (tuple, list)) and len(size) == 2:
+            yield size[0], size[1]
+    grid = list(getattr(model, 'tokens_spatial_shape', ()))  # Hiera's
+    if len(grid) == 2:
+        yield grid[0] * model.patch_stride[0], grid[1] * model.patch_stride[1]
+
+
+Head = Callable[[Tensor], Tensor]
+
+
+def _run_probe(model: nn.Module, names: list[str], head: Head | None = None) -> _Probe:
+    """One forward of an image of the first size that the model takes.
+
+    Args:
+        model: The network.
+        names: The modules to visit.
+        head: A head whose gradients tell `last_seen`.
+    """
     failure: Exception | None = None
     for size in _image_sizes(model):
         try:
-            return _run_image(model, names, size)
+            return _run_image(model, names, size, head)
         except _PROBE_ERRORS as error:
             failure = failure or error
-    raise ValueError(f'{type(model).__name__} takes none of the image sizes {_image_sizes(model)}, so its stages '
-                     f'cannot be found: {failure}') from failure
+    sizes = ', '.join(f'{height} x {width}' for _, height, width in _image_sizes(model)[:3])
+    raise ValueError(f'{type(model).__name__} takes no image of {sizes} or other sizes, so its stages cannot be found: '
+                     f'{failure}') from failure
 
 
-def _run_image(model: Any, names: list[str], size: tuple[int, int, int]) -> _Probe:
+def _run_image(model: Any, names: list[str], size: tuple[int, int, int], head: Head | None = None) -> _Probe:
     visits: list[_Visit] = []
     thread = threading.get_ident()
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def visit(module: nn.Module, args: Any, output: Any) -> None:
             if threading.get_ident() == thread:  # not another thread's forward of the same model
-                # torch has no public counter of the changes in place of a tensor.
-                visits.append(_Visit(name, output, getattr(output, '_version', 0)))
+                visits.append(_Visit(name, output))
         return visit
 
     handles = [hook_target(model.get_submodule(name)).register_forward_hook(hook(name)) for name in names]
     forward = getattr(model, 'forward_features', model)
+    images = torch.zeros(1, *size, **_placement(model))
     try:
-        features = forward(torch.zeros(1, *size, **_placement(model)))
+        if head is None:
+            return _Probe(size[1:], visits, forward(images))
+        with torch.enable_grad():
+            images = torch.arange(images.numel(), device=images.device).sin().to(images.dtype).view_as(images)
+            features = forward(images.requires_grad_())
+            return _Probe(size[1:], visits, features, _last_seen(visits, head(features)))
     finally:
         for handle in handles:
             handle.remove()
-    return _Probe(size[1:], visits, features)
+
+
+def _last_seen(visits: list[_Visit], output: Tensor) -> str | None:
+    """Name of the last visit whose locations have a gradient of a head's output."""
+    # Different weights: the sum of a LayerNorm's output is constant.
+    weights = torch.arange(1., output.numel() + 1, device=output.device).cos().to(output.dtype)
+    score = (output.flatten() * weights).sum()
+    for visit in reversed(visits):
+        if visit.features is None:
+            continue
+        gradient, = torch.autograd.grad(score, [visit.features], retain_graph=True, allow_unused=True)
+        if gradient is not None and gradient.is_meta:
+            return None
+        # A class token has a gradient at one place alone.
+        if gradient is not None and (gradient.abs().sum(-1) > 0).sum() > gradient.shape[1] // 2:
+            return visit.name
+    return None

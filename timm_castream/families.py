@@ -8,6 +8,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 import timm
+from timm.layers import AttentionPool2d, AttentionPoolLatent, RotAttentionPool2d
 from timm.models import model_entrypoint
 from torch import nn
 
@@ -32,6 +33,7 @@ TOKENS = frozenset({
     'vision_transformer_relpos', 'vitamin', 'volo', 'xcit',
 })
 
+_ATTENTION_POOLS = (AttentionPool2d, AttentionPoolLatent, RotAttentionPool2d)
 _ATTENTION_POOL = 'it has an attention pooling of its own'
 _BETWEEN = 'layers stand between its last feature map and its pooling'
 _SEVERAL = 'its head reads feature maps of several scales'
@@ -102,10 +104,12 @@ def architectures() -> list[str]:
 
 
 def reason_for(model: nn.Module) -> str:
-    """Why a timm model takes no stream, as a clause; '' where the table has no reason."""
-    architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
-    if architecture and timm.is_model(architecture) and not architecture.endswith('_castream'):
-        return reason(architecture)
+    """Why a timm model takes no stream, as a clause; '' where its modules and its file tell of no reason.
+
+    An attention pooling with random weights is close to an average, so outputs do not tell it: its module does.
+    """
+    if any(isinstance(module, _ATTENTION_POOLS) for module in model.modules()):
+        return _ATTENTION_POOL
     return next((EXCLUDED_FILES[file] for file in _files_of(model) if file in EXCLUDED_FILES), '')
 
 

@@ -3,8 +3,8 @@
 A network that carries a stream is still of its backbone's class, through a mixin and a subclass cached per class, as
 PyTorch's own parametrizations do it. `forward_features` opens a frame, the forward hook of each stage runs its block
 while a frame is open, and the query travels on the returned feature map to `forward_head`. That runs the last block
-and hands the untouched head a map of one location, the query: the average over one location is that location, so
-whatever the head does before or after its pooling stays as it was.
+and hands the untouched head a map of one location, the query: the average over one location is that location, and a
+class token takes the query too. Whatever the head does before or after its pooling stays as it was.
 
 Letters: B images, C classes, D channels, H x W locations, l a stage from 0 to L.
 """
@@ -51,25 +51,26 @@ class _Frame:
         self.image_size = None if attention is None else image_size
         self.attention = attention
         self.visited = 0
-        self.waiting: list[Tensor] = []
+        # Not their views: a checkpointed region may record no graph until it has returned.
+        self.waiting: list[tuple[Stage, Tensor]] = []
 
     def visit(self, stage: Stage, output: Any) -> None:
         """Takes the query through the block of the stage whose module has just returned `output`."""
-        features = stage.view(stage.tensor(output), self.image_size)
         if self.query is None:
-            self.waiting.append(features)
+            self.waiting.append((stage, stage.tensor(output)))
         else:
-            self._step(self.query, features)
+            self._step(self.query, stage, stage.tensor(output))
 
     def start(self, query: Tensor) -> None:
         """Runs the stages that have waited for q_0."""
         self.query = query
         waiting, self.waiting = self.waiting, []
-        for features in waiting:
-            self._step(self.query, features)
+        for stage, features in waiting:
+            self._step(self.query, stage, features)
 
-    def _step(self, query: Tensor, features: Tensor) -> None:
-        self.query = self.stream.step(self.visited, query, features, self.attention)
+    def _step(self, query: Tensor, stage: Stage, features: Tensor) -> None:
+        view = stage.view(features, self.image_size)
+        self.query = self.stream.step(self.visited, query, view, self.attention)
         self.visited += 1
 
 
@@ -295,8 +296,8 @@ class CAStreamMixin(_Backbone):
         query = self._initial_query(x)
         frame = _Frame(self.castream, None if self._is_checkpointed() else query, x.shape[-2:], attention)
         output = _call(frame, forward, x, *args, **kwargs)
-        features = output[0] if isinstance(output, tuple) else output
-        if isinstance(features, list):  # forward_intermediates(intermediates_only=True): no map that a head could take
+        features: Any = output[0] if isinstance(output, tuple) else output
+        if not isinstance(features, Tensor):  # forward_intermediates(intermediates_only=True): no map for a head
             return output
         hooked, ran = len(self.castream.blocks) - 1, frame.visited + len(frame.waiting)
         if ran != hooked and isinstance(output, Tensor):
@@ -311,7 +312,7 @@ class CAStreamMixin(_Backbone):
             return output
         if frame.query is None:
             frame.start(self.castream.initial_query(x.shape[0], self._predict(features)) if query is None else query)
-        features._castream_query = frame.query
+        features._castream_query = frame.query  # type: ignore[attr-defined]
         return output
 
     def _initial_query(self, x: Tensor) -> Tensor | None:
@@ -340,7 +341,8 @@ class CAStreamMixin(_Backbone):
 
         The stream then runs after them; checkpointing keeps the stages' outputs anyway.
         """
-        return bool(getattr(self, 'grad_checkpointing', False)) and torch.is_grad_enabled()
+        parts: list[Any] = [self, getattr(self, 'encoder', None)]  # qwen3_vit and others checkpoint in an encoder
+        return torch.is_grad_enabled() and any(getattr(part, 'grad_checkpointing', False) for part in parts)
 
 
 def add_stream(model: nn.Module, stream: CAStream, attachment: Attachment) -> None:

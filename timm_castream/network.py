@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attach import POOLINGS, forward_both, pooling
-from .backbone import eval_mode, find_stage, pooled_stage
+from .backbone import cam_layer, eval_mode, find_stage, pooled_stage
 from .checks import check_count, check_names
 from .images import default_batch_size, fast_memory_format, mask_normalised, normalisation
 from .layout import Stage
@@ -32,7 +32,8 @@ class Network:
         model: A model with a stream, any timm model, or any module that gives (N, C) logits.
         poolings: Of `'gap'` and `'ca'`. None: both for a model with a stream. A model without a stream has `'gap'`
             alone, which is its own forward.
-        layer: Name of the module whose output the CAM methods read. None: the tensor that the model pools.
+        layer: Name of the module whose output the CAM methods read. None: the tensor that the model pools, or the input
+            of the last block where it reads a class token.
         activation: `'softmax'`, or `'sigmoid'` for multi-label models.
         batch_size: Images of one forward. None: `images.default_batch_size`.
         channels_last: Use this memory format on every device. It is used on CPUs in any case.
@@ -105,9 +106,14 @@ class Network:
         return all(hasattr(self.backbone, name) for name in ('forward_features', 'forward_head', 'num_classes'))
 
     @cached_property
+    def cam_layer(self) -> str | None:
+        """Name of the module whose output the CAM methods read, or None for the tensor that the model pools."""
+        return cam_layer(self.backbone) if self.layer is None and self.is_timm else self.layer
+
+    @cached_property
     def stage(self) -> Stage:
-        """The module whose output the CAM methods read, or the tensor that the model pools."""
-        return pooled_stage(self.backbone) if self.layer is None else find_stage(self.backbone, self.layer)
+        """The feature map that the CAM methods read."""
+        return pooled_stage(self.backbone) if self.cam_layer is None else find_stage(self.backbone, self.cam_layer)
 
     @property
     def has_feature_maps(self) -> bool:

@@ -48,7 +48,7 @@ class Trace:
         stream = attention or 'ca' in network.poolings
         self._stage = network.stage
         self._image_size = x.shape[-2:]
-        hooked = None if network.layer is None else self._stage
+        hooked = None if network.cam_layer is None else self._stage
         images = x.contiguous(memory_format=network.memory_format(x))
         leaves: list[Tensor] = []
         self.attention: Tensor | None = None
