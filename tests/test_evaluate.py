@@ -164,6 +164,7 @@ def _run_process(rank: int, model: nn.Module, folder: Path) -> None:
     torch.save((resumed, one_batch), folder / f'process.{rank}')
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_from_where_one_stopped_and_both_get_the_table_of_one(model, tmp_path) -> None:
     expected = evaluate(model, DataLoader(Scenes(), 2), METHODS)
     interrupt(model, tmp_path / 'out')

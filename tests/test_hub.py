@@ -36,6 +36,7 @@ def run_elsewhere(hub: Hub, home: Path, code: str, **environment: str) -> str:
 
 
 class TestPush:
+    @pytest.mark.slow
     def test_pushed_model_loads_bit_for_bit_in_another_process_and_then_offline(self, hub, tmp_path):
         model = make_model(num_classes=5, stream_block='proj_ca', freeze_backbone=False)
         url = timm_castream.push_to_hub(model, 'org/net', commit_message='First')

@@ -167,6 +167,7 @@ def _update_on_one_of_two_processes(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_with_unequal_shares_agree_on_the_mean_over_all_images(tmp_path):
     mp.spawn(_update_on_one_of_two_processes, args=(tmp_path,), nprocs=2)
     results = [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2)]

@@ -89,6 +89,7 @@ def test_timms_ema_follows_the_stream(make_model, x):
     assert torch.equal(ema.module(x), model(x))
 
 
+@pytest.mark.slow
 def test_pickles_load_in_a_fresh_process(make_model, x, tmp_path):
     models = {name: make_model(name, stream_heads=2) for name in BACKBONES}
     with torch.no_grad():
@@ -112,6 +113,7 @@ def test_pickles_load_in_a_fresh_process(make_model, x, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', BACKBONES)
 def test_torch_compile_makes_one_graph(name, make_model, x):
     model = make_model(name)
@@ -123,6 +125,7 @@ def test_torch_compile_makes_one_graph(name, make_model, x):
     assert model.castream.cls_token.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_torch_compile_follows_pooling_and_serves_class_specific_streams(make_model, x):
     model = make_model('test_resnet', stream_class_specific=True)
     torch._dynamo.reset()
@@ -134,6 +137,7 @@ def test_torch_compile_follows_pooling_and_serves_class_specific_streams(make_mo
         assert torch.equal(compiled(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SMALL)
 @pytest.mark.parametrize('strict', [False, True])
 def test_torch_export_keeps_the_stream(name, strict, make_model, x):
@@ -142,6 +146,7 @@ def test_torch_export_keeps_the_stream(name, strict, make_model, x):
     torch.testing.assert_close(exported(2 * x), model(2 * x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SMALL)
 def test_onnx_runs_the_same(name, make_model, x, tmp_path):
     runtime = pytest.importorskip('onnxruntime', reason='onnxruntime runs the exported file')

@@ -131,6 +131,7 @@ def explained(reference: Reference, images: Tensor, labels: Tensor, target: str)
             yield image, int(label)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('labels', 'target'), [(LABELS, 'truth'), (LABELS, 'predicted'), (MANY_LABELS, 'truth')],
                          ids=['truth', 'predicted', 'multi-label'])
 def test_every_cell_of_the_table_equals_a_loop_over_single_images(model, images, labels, target) -> None:
@@ -204,6 +205,7 @@ def test_the_batch_size_of_a_forward_never_shows(model, images, batch_size) -> N
         assert report[key].value == pytest.approx(estimate.value, abs=1e-6), key
 
 
+@pytest.mark.slow
 def test_options_for_speed_change_rounding_alone(model, images, monkeypatch) -> None:
     model, images = model.float(), images[:3].float()
     loader = loader_of(images, LABELS[:3])

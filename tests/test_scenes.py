@@ -24,6 +24,7 @@ class TestDigitScenes:
         for other in (DigitScenes('train', num_images=10, seed=4), DigitScenes('validation', num_images=10, seed=3)):
             assert all((other.images[i] != fewer.images[i]).any() for i in range(10))
 
+    @pytest.mark.slow
     def test_no_scan_is_in_both_splits_whatever_the_seeds(self):
         train = np.concatenate([DigitScenes('train', num_images=3000, seed=seed).scans for seed in range(2)])
         validation = np.concatenate([DigitScenes('validation', num_images=2000, seed=seed).scans for seed in range(2)])

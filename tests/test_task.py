@@ -21,6 +21,7 @@ def class_specific():
     return timm.create_model('test_resnet_castream', num_classes=5, stream_class_specific=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('compiled', [False, True])
 def test_the_task_hands_a_class_specific_stream_its_labels(class_specific, compiled):
     task = CAStreamTask(class_specific, nn.CrossEntropyLoss())

@@ -267,6 +267,7 @@ def test_a_folder_gives_its_images_in_order_and_no_other_files(tmp_path: Path) -
         find_images(tmp_path / 'empty')
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_import_matplotlib_and_figures_do_not_import_pyplot() -> None:
     code = ('import sys, timm_castream; assert "matplotlib" not in sys.modules; timm_castream.visualize; '
             'assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules')
