@@ -2,29 +2,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from timm_castream.files import write_whole
 
+from .cells import (
+    BOXES,
+    CURVES,
+    MASKED,
+    METHODS,
+    METRICS,
+    STREAMS,
+    against_centre,
+    cells,
+    listed,
+    mean_text,
+    plural,
+    settings_text,
+    signed,
+    span,
+    tried_cells,
+    wrap,
+)
 from .plots import gap_accuracy, growth_points, plot_differences, plot_growth
 from .results import Results
 from .statistics import Difference
 
-METHODS = {
-    'grad_cam': 'Grad-CAM', 'grad_cam_pp': 'Grad-CAM++', 'score_cam': 'Score-CAM', 'attention': 'attention',
-    'random': 'random', 'centre': 'centre'}
-METRICS = {
-    'average_drop': 'AD ↓', 'average_gain': 'AG ↑', 'average_increase': 'AI ↑', 'insertion': 'I ↑', 'deletion': 'D ↓',
-    'pointing_game': 'SP ↑', 'energy_pointing_game': 'EP ↑'}
-MASKED = ('average_drop', 'average_gain', 'average_increase')
-CURVES = ('insertion', 'deletion')
-BOXES = ('pointing_game', 'energy_pointing_game')
-STREAMS = {
-    'gap_start': "S_0 - S_4, `'gap'` start", 'paper_start': "S_0 - S_4, `'paper'` start", 's1': 'S_1 - S_4',
-    's2': 'S_2 - S_4', 's3': 'S_3 - S_4', 's4': 'S_4 - S_4', 'proj_ca': 'PROJ -> CA',
-    'class_specific': 'class specific'}
 MARKS = ('<!-- evidence: written by make evidence -->', '<!-- end of evidence -->')
 
 
@@ -226,7 +231,7 @@ def localisation_section(results: Results) -> str:
             compared.append(f'{METRICS[metric].rstrip(" ↑↓")} of attention is {span(difference)} points from that of '
                             f"GAP's Grad-CAM ({difference.verdict})")
     if compared:
-        note += f' {listed(compared)}.'
+        note += f' {listed(compared)}. Attention - centre: {against_centre(boxes)}.'
     return '\n'.join([*blocks, *head, *lines, '', wrap(note), ''])
 
 
@@ -312,8 +317,8 @@ def unseen_section(results: Results) -> str:
     if not lines:
         return '\n'.join([*blocks, 'Not run yet.', ''])
     seeds = len(table.streams['gap_start'])
-    return '\n'.join([*blocks, '| map | SP ↑ | EP ↑ |', '| --- | --- | --- |', *lines, '',
-                      f'{table.num_images} images, {plural(seeds, "seed")}.', ''])
+    return '\n'.join([*blocks, '| map | SP ↑ | EP ↑ |', '| --- | --- | --- |', *lines, '', wrap(
+        f'{table.num_images} images, {plural(seeds, "seed")}. Attention - centre: {against_centre(table)}.'), ''])
 
 
 def strip_section(results: Results, stem: str) -> str:
@@ -322,7 +327,7 @@ def strip_section(results: Results, stem: str) -> str:
     assert facts is not None
     return '\n'.join(['## Photographs', '', f'![{facts["columns"]}]({stem}_strip.jpg)', '', wrap(
         f'{facts["columns"]}. The photographs are scikit-learn\'s. Stream: {STREAMS[facts["stream"]]}, seed '
-        f'{facts["seed"]}; the class is the one that GAP predicts among the 200.'), ''])
+        f'{facts["seed"]}. Grad-CAM explains the class that GAP predicts: {listed(facts["classes"])}.'), ''])
 
 
 def choice_section(results: Results) -> str:
@@ -384,66 +389,3 @@ def readme_text(results: Results) -> str:
     lines = ['| | GAP | CA | CA - GAP | |', '| --- | --- | --- | --- | --- |']
     lines += [f'| {title} | {cells(difference)} |' for title, difference in main_differences(results)]
     return '\n'.join([answer(results), '', *lines])
-
-
-def cells(difference: Difference) -> str:
-    """Four cells: GAP, CA, the difference with its interval, the verdict."""
-    mean = sum(difference.ca) / len(difference.ca)
-    verdict = f'**{difference.verdict}**' if difference.verdict in ('better', 'worse') else difference.verdict
-    return f'{difference.gap:.1f} | {mean:.1f} | {span(difference)} | {verdict}'
-
-
-def span(difference: Difference) -> str:
-    """`+7.1 [6.0, 8.2]`."""
-    return f'{signed(difference.value)} [{unsigned(difference.low)}, {unsigned(difference.high)}]'
-
-
-def signed(value: float) -> str:
-    """`+7.1`, `-0.4`, `0.0`."""
-    text = f'{value:+.1f}'
-    return '0.0' if text in ('+0.0', '-0.0') else text
-
-
-def unsigned(value: float) -> str:
-    """`7.1`, `-0.4`, `0.0`."""
-    text = f'{value:.1f}'
-    return '0.0' if text == '-0.0' else text
-
-
-def mean_text(table: Any, stream: str, pooling: str, column: str) -> str:
-    """Mean of a column under a pooling, over the seeds under CA; empty where it has not run."""
-    runs = [table.gap] if pooling == 'gap' else list(table.streams.get(stream, {}).values())
-    values = [float(run[column].mean()) for run in runs if run is not None and column in run]
-    return f'{sum(values) / len(values):.1f}' if values else ''
-
-
-def tried_cells(entry: dict[str, float]) -> str:
-    """Cells of the table of settings tried."""
-    return ' | '.join([*(f'{entry[k]:.1f}' for k in ('accuracy', 'probability', 'AD', 'AG', 'AI')),
-                       f'{entry["temperature"]:.2f}'])
-
-
-def settings_text(recipe: dict[str, Any]) -> str:
-    """`epochs 4, lr 0.0001`."""
-    return ', '.join(f'{name} {value}' for name, value in recipe.items())
-
-
-def listed(items: Sequence[str]) -> str:
-    """`a, b and c`, or `nothing`."""
-    items = list(items)
-    return ' and '.join([*filter(None, [', '.join(items[:-1])]), items[-1]]) if items else 'nothing'
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 seed`, `5 seeds`."""
-    return f'{count} {noun}' + ('' if count == 1 else 's')
-
-
-def wrap(text: str, width: int = 120) -> str:
-    """Lines of at most `width` characters."""
-    lines = ['']
-    for word in text.split():
-        if len(lines[-1]) + 1 + len(word) > width:
-            lines.append('')
-        lines[-1] = f'{lines[-1]} {word}'.strip()
-    return '\n'.join(lines)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import ImageNetInfo, create_transform
 
 from timm_castream.attribution import attribute_all
 from timm_castream.visualize import Panel, denormalised, draw_grid, overlay
@@ -35,6 +35,10 @@ def draw_strip(setup: Setup, page: Path) -> None:
     x = torch.stack([transform(Image.fromarray(load_sample_image(name))) for name in PHOTOGRAPHS])
     with torch.no_grad():
         target = setup.gap_model()(x).argmax(1)
+    info = ImageNetInfo()
+    known = info.label_names()
+    names = [setup.image_set.classes[i] for i in target.tolist()]
+    classes = [info.label_name_to_description(name, detailed=False) if name in known else name for name in names]
     maps = attribute_all(model, x, ('attention', 'grad_cam'), target, ('gap', 'ca'))
     columns = {
         'attention of the last stage': ('ca', 'attention'), 'Grad-CAM, GAP': ('gap', 'grad_cam'),
@@ -46,4 +50,5 @@ def draw_strip(setup: Setup, page: Path) -> None:
     page.parent.mkdir(parents=True, exist_ok=True)
     draw_grid(rows).savefig(page.with_name(f'{page.stem}_strip.jpg'), pil_kwargs={'quality': 88})
     setup.write(setup.results_dir / 'strip.json', {
-        'stream': STREAM, 'seed': SEED, 'pixels': size, 'columns': ', '.join(['photograph', *columns])})
+        'stream': STREAM, 'seed': SEED, 'pixels': size, 'columns': '; '.join(['photograph', *columns]),
+        'classes': classes})

@@ -95,7 +95,9 @@ class Table:
 
     @property
     def num_images(self) -> int:
-        return 0 if self.gap is None else len(self.gap['image'])
+        runs = [run for seeds in self.streams.values() for run in seeds.values()]
+        runs += [] if self.gap is None else [self.gap]
+        return max((len(run['image']) for run in runs), default=0)
 
     def difference(self, stream: str, column: str, gap_column: str | None = None) -> Difference | None:
         """CA - GAP of a column, paired by image, one interval a seed; None where one of them has not run.
