@@ -90,7 +90,8 @@ Everything else is "no difference seen".
         sections.append(f"""![CA - GAP of every main figure, with the interval of every seed]({stem}_differences.png)
 """)
     sections += [state(results), main_section(results), temperature_section(results), localisation_section(results),
-                 start_section(results, stem), variant_section(results), unseen_section(results)]
+                 start_section(results, stem), variant_section(results), product_section(results),
+                 unseen_section(results)]
     if results.strip():
         sections.append(strip_section(results, stem))
     sections += [choice_section(results), limits_section(results), commands_section(results)]
@@ -299,9 +300,23 @@ def variant_rows(results: Results, variants: Iterable[tuple[str, str]]) -> list[
             continue
         parameters = next(facts['parameters'] for facts in results.streams.values() if facts['kind'] == kind)
         text = ['' if d is None else f'**{span(d)}**' if d.verdict in ('better', 'worse') else span(d) for d in found]
-        rows.append(f'| {STREAMS[kind]} | {parameters:,} | ' + ' | '.join(text)
+        title = 'castream train -c own_data.yaml' if name == 'product' else STREAMS[kind]
+        rows.append(f'| {title} | {parameters:,} | ' + ' | '.join(text)
                     + f' | {len(found[0].values)} | {table.num_images} |')
     return rows
+
+
+def product_section(results: Results) -> str:
+    """The product's own commands beside the cached maps."""
+    blocks = ["## The product's own way", '', wrap(
+        "The same images, network and classifier through `castream train`: timm's loop, its augmentation, and the "
+        'recipe for data of your own, beside the stream of the main table, which was trained on cached maps.'), '']
+    if 'product' not in results.settings['tables']:
+        return ''
+    if not results.table('product').streams:
+        return '\n'.join([*blocks, 'Not run yet.', ''])
+    return '\n'.join([*blocks, *VARIANT_HEAD, *variant_rows(
+        results, [('main', 'gap_start'), ('product', 'gap_start')]), ''])
 
 
 def unseen_section(results: Results) -> str:

@@ -22,6 +22,7 @@ from timm_castream.evaluate import evaluate
 
 from .choice import recipe_of
 from .images import Images
+from .product import RECIPE, product_model
 from .setup import Setup, read_json
 from .training import fit_temperature, stream_logits
 
@@ -73,13 +74,15 @@ def run_piece(setup: Setup, piece: Piece) -> None:
         'table': piece.table, 'stream': piece.stream, 'seed': piece.seed, 'images': table['images'],
         'methods': methods, 'metrics': [name for group in table['metrics'] for name in METRICS[group]],
         'recipe': None, 'network': setup.settings['network'], 'image_size': setup.settings['image_size']}
-    model = None
+    by_product = table.get('train') == 'product'
     if piece.stream is not None:
-        facts['recipe'] = recipe_of(setup, piece.stream)
+        facts['recipe'] = RECIPE if by_product else recipe_of(setup, piece.stream)
     if path.is_file() and facts.items() <= read_json(path).items():
         return
     if piece.stream is None:
         model = setup.gap_model()
+    elif by_product:
+        model = product_model(setup, piece.seed)
     else:
         classes = range(0, setup.num_classes, 2) if table.get('train_on') == 'half' else None
         name = f'{piece.stream}-{piece.seed}' + ('' if classes is None else '-half')
