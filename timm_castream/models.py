@@ -5,6 +5,7 @@ the weights.
 """
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import warnings
@@ -137,8 +138,10 @@ def _variant_cfg(backbone: str) -> PretrainedCfg:
     # The cfgs of a timm module are read without a copy: timm.get_pretrained_cfg copies each one deeply.
     cfgs = getattr(sys.modules[model_entrypoint(backbone).__module__], 'default_cfgs', {})
     cfg = cfgs[backbone].default if backbone in cfgs else PretrainedCfg()
-    return replace(
-        cfg, url=None, file=None, hf_hub_id=None, hf_hub_filename=None, custom_load=False, label_offset=None)
+    cfg = copy.copy(cfg)  # a tenth of the time of dataclasses.replace, for more than a thousand cfgs
+    cfg.url = cfg.file = cfg.hf_hub_id = cfg.hf_hub_filename = cfg.label_offset = None
+    cfg.custom_load = False
+    return cfg
 
 
 def _register(backbone: str) -> None:
