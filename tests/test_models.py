@@ -305,6 +305,14 @@ def test_other_gap_weights_bring_their_own_image_settings(monkeypatch):
         assert model.pretrained_cfg[field] == getattr(other, field)
 
 
+def test_gap_weights_with_other_classes_bring_their_classes(monkeypatch):
+    monkeypatch.setattr(models, 'read_timm_weights', lambda name: {})
+    model = timm.create_model('convnext_tiny_castream', backbone_pretrained='fb_in22k', device='meta')
+    assert model.num_classes == model.pretrained_cfg['num_classes'] == 21841
+    model = timm.create_model('convnext_tiny_castream', backbone_pretrained='fb_in22k', num_classes=3, device='meta')
+    assert model.num_classes == 3
+
+
 # Freezing
 
 
