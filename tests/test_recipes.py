@@ -30,7 +30,7 @@ EXPECTED = {
     'voc2012_joint': (TENTHS, 1),
     'digits_gap': ([4e-3 * (1 + math.cos(math.pi * epoch / 8)) / 2 for epoch in range(8)], 1),
     'digits': ([4e-3, 2e-3], 1),
-    'own_data': ([1e-4 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)], 1),
+    'own_data': ([1e-4 * (1 + math.cos(math.pi * epoch / 2)) / 2 for epoch in range(2)], 1),
 }
 FROZEN = {'imagenet_sgd90', 'cub200', 'voc2012', 'digits', 'own_data'}
 
