@@ -27,7 +27,7 @@ from .cells import (
     wrap,
 )
 from .plots import gap_accuracy, growth_points, plot_differences, plot_growth
-from .results import Results
+from .results import Results, Table
 from .statistics import Difference
 
 MARKS = ('<!-- evidence: written by make evidence -->', '<!-- end of evidence -->')
@@ -60,14 +60,19 @@ def write_page(results: Results, page: Path, readme: Path | None = None) -> None
 
 def main_differences(results: Results) -> list[tuple[str, Difference]]:
     """The main figures: name and CA - GAP, of the tables that have run."""
+    return [(title, difference) for title, _, difference in main_rows(results)]
+
+
+def main_rows(results: Results) -> list[tuple[str, Table, Difference]]:
+    """The main figures: name, table and CA - GAP, of the tables that have run."""
     main, curves, score_cam = (results.table(name) for name in ('main', 'curves', 'score_cam'))
     columns = [(main, 'accuracy', 'accuracy ↑'), (main, 'prob', 'probability')]
     for method in ('grad_cam', 'grad_cam_pp'):
         columns += [(main, f'{method}/{metric}', f'{METHODS[method]}, {METRICS[metric]}') for metric in MASKED]
         columns += [(curves, f'{method}/{metric}', f'{METHODS[method]}, {METRICS[metric]}') for metric in CURVES]
     columns += [(score_cam, f'score_cam/{metric}', f'Score-CAM, {METRICS[metric]}') for metric in (*MASKED, *CURVES)]
-    rows = [(title, table.difference('gap_start', column)) for table, column, title in columns]
-    return [(title, difference) for title, difference in rows if difference is not None]
+    rows = [(title, table, table.difference('gap_start', column)) for table, column, title in columns]
+    return [(title, table, difference) for title, table, difference in rows if difference is not None]
 
 
 def page_text(results: Results, stem: str = 'evidence') -> str:
@@ -110,16 +115,16 @@ def question(settings: dict[str, Any]) -> str:
 
 def answer(results: Results) -> str:
     """The answer in three sentences, made from the differences."""
-    rows = main_differences(results)
+    rows = main_rows(results)
     if not rows:
         return 'The main table has not run yet.'
-    named = {title: difference for title, difference in rows}
+    table, seeds = rows[0][1], len(rows[0][2].values)
     groups: dict[str, list[str]] = {'better': [], 'worse': [], 'no difference seen': []}
-    for title, difference in named.items():
+    for title, source, difference in rows:
+        size = '' if source is table else f' on {source.num_images} images, {plural(len(difference.values), "seed")}'
         if difference.verdict in groups:
-            groups[difference.verdict].append(f'{title.rstrip(" ↑↓").replace(",", "")} ({signed(difference.value)})')
-    seeds = len(rows[0][1].values)
-    table = results.table('main')
+            groups[difference.verdict].append(
+                f'{title.rstrip(" ↑↓").replace(",", "")} ({signed(difference.value)}{size})')
     first = (f'On {table.num_images} validation images and over {plural(seeds, "seed")} of the stream, CA is better in '
              f'{listed(groups["better"])}.')
     unseen = listed(groups['no difference seen'])
@@ -401,6 +406,7 @@ def commands_section(results: Results) -> str:
 
 def readme_text(results: Results) -> str:
     """The README's table: the main figures and the answer."""
-    lines = ['| | GAP | CA | CA - GAP | |', '| --- | --- | --- | --- | --- |']
-    lines += [f'| {title} | {cells(difference)} |' for title, difference in main_differences(results)]
+    lines = ['| | GAP | CA | CA - GAP | | seeds | images |', '| --- | --- | --- | --- | --- | --- | --- |']
+    lines += [f'| {title} | {cells(difference)} | {len(difference.values)} | {table.num_images} |'
+              for title, table, difference in main_rows(results)]
     return '\n'.join([answer(results), '', *lines])
