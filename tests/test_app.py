@@ -142,7 +142,7 @@ def test_the_numbers_on_the_page_are_those_of_the_functions(user: User, opened: 
     text = user.call('measure', 3, 'grad_cam')['Worth']
     expected = explain_image(opened, path).worth('grad_cam', 3)
     for attribute in ('prob', 'masked_prob'):
-        assert ''.join(f'<td>{getattr(expected[name], attribute):.3f}</td>' for name in ('gap', 'ca')) in text
+        assert ''.join(f'<td>{getattr(expected[name], attribute):.4f}</td>' for name in ('gap', 'ca')) in text
     for metric in ('average_drop', 'average_gain', 'average_increase', 'insertion', 'deletion'):
         assert ''.join(f'<td>{expected[name].metrics[metric]:.1f} %</td>' for name in ('gap', 'ca')) in text
     assert '<svg' in text and 'eq. (5)' in text

@@ -137,7 +137,7 @@ def test_measurements_and_files_appear_on_the_page(page: Any, tmp_path: Path) ->
     text = page.inner_text('#cs-worth')
     assert 'Average Drop' in text and 'Insertion' in text and re.search(r'differ by at most \d\.\de-\d\d', text)
     assert page.locator('#cs-worth svg path').count() > 4
-    page.get_by_role('button', name='Save the picture and the figures').click()
+    page.get_by_role('button', name='Save picture and figures').click()
     page.wait_for_selector('#cs-files a[download]')
     with page.expect_download() as download:
         page.locator('#cs-files a[download]', has_text='KB').first.click()

@@ -18,6 +18,7 @@ from timm_castream import attention_maps, explanation, forward_both, pooling
 from timm_castream.attribution import attention_identity, attribute
 from timm_castream.explanation import Explanation, explain_image
 from timm_castream.explanation_files import draw_explanation, write_explanation
+from timm_castream.methods import METHODS as METHODS_TABLE
 from timm_castream.metrics import deletion_curve, insertion_curve
 from timm_castream.network import Network
 from timm_castream.opened import OpenedModel
@@ -129,6 +130,23 @@ def test_a_measurement_is_computed_once_for_each_method_and_class(
     assert explained.worth('grad_cam', 1) is first
     with pytest.raises(TypeError):
         explained.worth('grad_cam', 2)
+
+
+class Tracker(list):
+    """A progress tracker that is empty, so false, before its first call: as Gradio's is."""
+
+    def __call__(self, share: float, text: str) -> None:
+        self.append((share, text))
+
+
+def test_progress_names_the_work_that_is_done_and_no_other(explained: Explanation) -> None:
+    tracker = Tracker()
+    explained.maps(('grad_cam', 'layer_cam'), 1, tracker)
+    assert tracker == [(0, 'Grad-CAM'), (0.5, METHODS_TABLE['layer_cam'].title)]
+    explained.maps(('grad_cam', 'layer_cam'), 1, tracker)
+    assert len(tracker) == 2
+    explained.worth('grad_cam', 1, tracker)
+    assert tracker[2:] == [(0, 'Grad-CAM under GAP'), (0.5, 'Grad-CAM under CA')]
 
 
 def test_both_sides_of_the_identity_are_those_of_the_library(explained: Explanation) -> None:

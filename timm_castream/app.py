@@ -52,13 +52,21 @@ def create_app(opened: OpenedModel, examples: Sequence[str | Path] = (), choose_
         session_model = gr.State(None, time_to_live=SESSION_SECONDS)  # None: `opened`
         session = gr.State(None, time_to_live=SESSION_SECONDS)  # the explanation on the page
         heading = gr.HTML(page.header(opened), label='Heading')
+        if choose_model:
+            with gr.Accordion('Another network', open=False):
+                with gr.Row():
+                    name_box = gr.Textbox(
+                        label='Model', placeholder='resnet18_castream, hf-hub:ORG/NAME or local-dir:DIR')
+                    checkpoint_box = gr.Textbox(label='Checkpoint', placeholder='a file, or ORG/NAME on the Hub')
+                published = gr.Checkbox(label='Use the published weights of the model')
+                open_button = gr.Button('Open')
         with gr.Row():
             with gr.Column(scale=4, min_width=280):
                 upload = _image_file(gr, paths)
                 if paths:
                     gr.Examples(paths, upload, label='Examples', cache_examples=False, api_visibility='private')
             with gr.Column(scale=6, min_width=280):
-                message = gr.HTML(page.status(_START), label='Message', elem_id='cs-message', min_height=24)
+                message = gr.HTML(page.status(_START), label='Message', elem_id='cs-message', min_height=56)
                 classes = gr.HTML(label='Classes', elem_id='cs-classes')
                 with gr.Column(visible=False) as controls:
                     class_choice = gr.Dropdown([], label='Class to explain', elem_id='cs-class')
@@ -74,18 +82,9 @@ def create_app(opened: OpenedModel, examples: Sequence[str | Path] = (), choose_
                 measured_choice = gr.Dropdown(
                     _titles(opened.methods), value=DEFAULT_METHODS[0], label='Method', elem_id='cs-method')
                 measure_button = gr.Button('Measure on this image', variant='primary')
-            worth = gr.HTML(label='Worth', elem_id='cs-worth', min_height=24)
-            save_button = gr.Button('Save the picture and the figures')
+                save_button = gr.Button('Save picture and figures')
+            worth = gr.HTML(label='Worth', elem_id='cs-worth', min_height=90)
             files = gr.File(label='Files', visible=False, file_count='multiple', interactive=False, elem_id='cs-files')
-        if choose_model:
-            with gr.Accordion('Another network', open=False):
-                with gr.Row():
-                    name_box = gr.Textbox(
-                        label='Model', placeholder='resnet18_castream, hf-hub:ORG/NAME or local-dir:DIR')
-                    checkpoint_box = gr.Textbox(label='Checkpoint', placeholder='a file, or ORG/NAME on the Hub')
-                published = gr.Checkbox(label='Use the published weights of the model')
-                open_button = gr.Button('Open')
-
         no_files = gr.update(visible=False, value=None)
         blank = {
             session: None, classes: '', maps: '', attention: '', worth: '', files: no_files,

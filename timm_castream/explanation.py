@@ -125,7 +125,7 @@ class Explanation:
         if missing:
             resolve_methods(missing)  # names the valid ones
         for position, method in enumerate(missing):
-            if progress:
+            if progress is not None:
                 progress(position / len(missing), METHODS[method].title)
             maps = attribute_all(
                 network.model, self.x, (method,), self._indices(target), network.poolings,
@@ -142,7 +142,7 @@ class Explanation:
             maps = self.maps((method,), target)
             worth = {}
             for position, (name, _) in enumerate(maps):
-                if progress:
+                if progress is not None:
                     progress(position / len(maps), f'{METHODS[method].title} under {POOLING_NAMES[name]}')
                 worth[name] = self._measure(maps[name, method][None], target, name)
             self._worth[method, target] = worth

@@ -51,7 +51,8 @@ def draw_worth(worth: dict[str, Worth]) -> Figure:
                 (measured.deletion_curve, '--', f'deletion {measured.metrics["deletion"]:.1f} %')):
             share = np.linspace(0, 100, len(curve))
             axes.plot(share, curve.numpy(), style, color=colour, label=f'{POOLING_NAMES[name]}, {title}')
-    axes.set(xlabel='pixels changed, most salient first (%)', ylabel='probability', xlim=(0, 100), ylim=(0, 1.02))
+    axes.set(xlabel='pixels changed, most salient first (%)', ylabel='probability', xlim=(0, 100))
+    axes.set_ylim(bottom=0)  # the probabilities of an unlikely class are small
     axes.spines[['top', 'right']].set_visible(False)
     figure.legend(loc='outside upper center', ncols=2, frameon=False, fontsize='small')
     return figure

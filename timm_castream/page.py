@@ -125,8 +125,8 @@ def worth(explanation: Explanation, method: str, target: int, measured: dict[str
 
 def _table(measured: dict[str, Worth]) -> str:
     rows = {
-        'Probability of the class': [f'{value.prob:.3f}' for value in measured.values()],
-        'Probability, image masked': [f'{value.masked_prob:.3f}' for value in measured.values()]}
+        'Probability of the class': [f'{value.prob:.4f}' for value in measured.values()],
+        'Probability, image masked': [f'{value.masked_prob:.4f}' for value in measured.values()]}
     for metric in next(iter(measured.values())).metrics:
         arrow = '↑' if METRICS[metric].higher_is_better else '↓'
         rows[f'{METRICS[metric].title} {arrow}'] = [f'{value.metrics[metric]:.1f} %' for value in measured.values()]
