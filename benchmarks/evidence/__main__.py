@@ -75,7 +75,7 @@ def run_step(setup: Setup, step: str, args: argparse.Namespace) -> None:
             if args.streams is None or kind in args.streams:
                 choose(setup, kind)
     elif step == 'growth':
-        run_growth(setup)
+        run_growth(setup, args.streams, args.seeds)
     elif step == 'strip':
         draw_strip(setup, args.page)
     else:

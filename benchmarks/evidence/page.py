@@ -134,7 +134,8 @@ def answer(results: Results) -> str:
     fair = [(METRICS[m], temperatures.difference('gap_start', f'grad_cam/{m}')) for m in MASKED]
     parts = [f'{name.rstrip(" ↑↓")} {signed(d.value)} ({d.verdict})' for name, d in fair if d is not None]
     if parts:
-        third = f" When both poolings are brought to fitted temperatures, Grad-CAM's differences are {listed(parts)}."
+        size = f'{temperatures.num_images} images, {plural(len(temperatures.streams["gap_start"]), "seed")}'
+        third = f' Under fitted temperatures ({size}) the differences of Grad-CAM are {listed(parts)}.'
     return wrap(f'{first} {second}{third}')
 
 
@@ -194,7 +195,8 @@ def temperature_section(results: Results) -> str:
     values = [facts['temperature'] for facts in results.facts.values()
               if facts['table'] == 'temperatures' and facts['stream'] is not None]
     gap = results.facts['temperatures-gap']['temperature']
-    note = (f'Temperatures: GAP {gap:.2f}, CA {min(values):.2f} to {max(values):.2f}. {table.num_images} images, '
+    fitted = ', '.join(f'{value:.2f}' for value in values)
+    note = (f'Temperatures: GAP {gap:.2f}, CA {fitted}. {table.num_images} images, '
             f'{plural(len(values), "seed")}. Differences without temperatures are those of the main table.')
     head = ['| method | metric | GAP | CA | CA - GAP | | CA - GAP without |',
             '| --- | --- | --- | --- | --- | --- | --- |']
