@@ -360,7 +360,8 @@ def choice_section(results: Results) -> str:
         f'images. Settings more than {rule["accuracy_margin"]} points less accurate than GAP are left out; where none '
         'is left, the most accurate one is taken. The score of the others is AG + AI - AD of Grad-CAM on '
         f'{rule["images"]} of these images under fitted temperatures. Of the scores within {rule["score_margin"]} of '
-        'the best the one with the fewest epochs is taken.'), '']
+        'the best the one with the fewest epochs is taken. That margin was set when these figures were known, before '
+        'saliency was measured on any validation image.'), '']
     if results.classifier is not None:
         best = max(entry['selection_accuracy'] for entry in results.classifier['tried'])
         blocks += [wrap(
