@@ -315,10 +315,10 @@ def test_images_replaced_between_two_starts_are_noticed(model, tmp_path) -> None
         evaluate(model, folder_loader(folder, model), **arguments)
 
 
-def test_classes_of_the_data_set_are_compared_with_those_of_the_model(model, make_model, tmp_path) -> None:
+def test_classes_of_the_data_set_are_compared_with_those_of_the_model(model, make_model, tmp_path, caplog) -> None:
     folder = write_images(tmp_path)
-    with pytest.warns(UserWarning, match='The data set has 2 classes, the model has 10'):
-        evaluate(model, folder_loader(folder, model), ('centre',), metrics=('average_drop',))
+    evaluate(model, folder_loader(folder, model), ('centre',), metrics=('average_drop',))
+    assert 'The data set has 2 classes, the model has 10' in caplog.text
     one_class = make_model('test_resnet', {'num_classes': 1})
     with pytest.raises(ValueError, match='The data set has 2 classes, the model has 1'):
         evaluate(one_class, folder_loader(folder, model), ('centre',), metrics=('average_drop',))
@@ -385,3 +385,29 @@ def test_packed_hits_unpack_to_the_same_hits() -> None:
     unpacked = unpack_hits(pack_hits(hits, defined).numpy())
     assert np.isnan(unpacked[2]).all()
     np.testing.assert_array_equal(np.delete(unpacked, 2, 0), np.delete(hits.flatten(1).numpy(), 2, 0))
+
+
+def test_boxes_replaced_between_two_starts_are_noticed(model, tmp_path) -> None:
+    scenes = datasets.DigitScenes('validation', 3, seed=2)
+    config = {**resolve_model_data_config(model), 'input_size': (3, 64, 64), 'crop_pct': 1.}
+    scenes.transform = create_transform(**config)
+    arguments = {'methods': ('centre',), 'metrics': ('pointing_game',), 'output_dir': tmp_path}
+    report = evaluate(model, DataLoader(scenes, 2), **arguments)
+    assert 'Localisation: 3 of 3 maps have a box' in str(report)
+    scenes.boxes = scenes.boxes + 1
+    with pytest.raises(ValueError, match='have changed since the evaluation'):
+        evaluate(model, DataLoader(scenes, 2), **arguments)
+    scenes.boxes = scenes.boxes * 0 + 1000
+    with pytest.raises(ValueError, match='no image has a box of its class inside the input'):
+        evaluate(model, DataLoader(scenes, 2), **{**arguments, 'output_dir': None})
+
+
+def test_finished_values_serve_with_and_without_curves(model, tmp_path, caplog) -> None:
+    arguments = {'methods': ('centre',), 'metrics': ('insertion',)}
+    evaluate(model, DataLoader(Scenes(), 2), **arguments, output_dir=tmp_path / 'without')
+    report = evaluate(model, DataLoader(Scenes(), 2), **arguments, output_dir=tmp_path / 'without', keep_curves=True)
+    assert not report.curves and 'The curves of the finished images were not kept' in caplog.text
+    kept = evaluate(model, DataLoader(Scenes(), 2), **arguments, output_dir=tmp_path / 'with', keep_curves=True)
+    again = Scenes()
+    assert not evaluate(model, DataLoader(again, 2), **arguments, output_dir=tmp_path / 'with').curves
+    assert set(again.read) == {0} and kept.curves

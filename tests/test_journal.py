@@ -23,6 +23,7 @@ def record(*indices: int, value: float = 1.) -> dict[str, Any]:
 
 def write(folder: Path, *records: dict[str, Any], rank: int = 0, settings: dict[str, Any] | None = None) -> None:
     journal = Journal(folder, rank)
+    journal.lock()
     journal.resume(settings or SETTINGS, WIDTHS)
     for each in records:
         journal.append(each)
@@ -49,23 +50,27 @@ def test_an_image_recorded_twice_counts_once(tmp_path: Path) -> None:
 
 
 def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
-    first = Journal(tmp_path, 0)
+    first, second = Journal(tmp_path, 0), Journal(tmp_path, 0)
+    first.lock()
     with pytest.raises(ValueError, match='Another evaluation is writing to'):
-        Journal(tmp_path, 0)
+        second.lock()
     first.close()
-    Journal(tmp_path, 0).close()
+    second.lock()
+    second.close()
 
 
 def test_the_lock_of_a_killed_process_does_not_block(tmp_path: Path) -> None:
     code = ('import sys, time\nfrom pathlib import Path\nfrom timm_castream.journal import Journal\n'
-            'journal = Journal(Path(sys.argv[1]), 0)\nprint("locked", flush=True)\ntime.sleep(60)')
+            'journal = Journal(Path(sys.argv[1]), 0)\njournal.lock()\nprint("locked", flush=True)\ntime.sleep(60)')
     process = subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b'locked\n'
+    journal = Journal(tmp_path, 0)
     with pytest.raises(ValueError, match='Another evaluation is writing to'):
-        Journal(tmp_path, 0)
+        journal.lock()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    Journal(tmp_path, 0).close()
+    journal.lock()
+    journal.close()
 
 
 @pytest.mark.parametrize('content', [None, '', '{"weights": ', '[]'])
@@ -117,7 +122,24 @@ def test_a_folder_of_0_1_goes_on(tmp_path: Path) -> None:
     (tmp_path / 'finished.0.jsonl').write_text('\n' + json.dumps(record(0, 1)) + '\n')
     five = ['average_drop', 'average_gain', 'average_increase', 'insertion', 'deletion']
     new = {**SETTINGS, 'stream': stream, 'layer': None, 'metrics': five, 'images': 'hash', 'user_methods': {},
-           'temperature': None, 'keep_curves': False}
+           'temperature': None}
     assert read(tmp_path, new) == [record(0, 1)]
     with pytest.raises(ValueError, match='metrics='):
         read(tmp_path, {**new, 'metrics': five[:3]})
+
+
+def test_temperatures_of_an_evaluation_that_finished_nothing_are_dropped(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / 'temperatures.json').write_text('{"gap": 2.0}')
+    read(tmp_path)
+    assert not (tmp_path / 'temperatures.json').exists()
+    write(tmp_path, record(0))
+    (tmp_path / 'temperatures.json').write_text('{"gap": 2.0}')
+    read(tmp_path)
+    assert (tmp_path / 'temperatures.json').exists()
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(ValueError, match='file is a file: name a folder'):
+        Journal(tmp_path / 'file', 0)

@@ -1,6 +1,7 @@
 """The table of methods against pytorch-grad-cam, the baselines against their formulas, and methods of the user."""
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from timm_castream import pooling
 from timm_castream.attribution import attribute, attribute_all
 from timm_castream.evaluate import evaluate
-from timm_castream.methods import METHODS, PAPER_METHODS, TABLE_METHODS
+from timm_castream.methods import METHODS, PAPER_METHODS, TABLE_METHODS, resolve_methods
 from timm_castream.trace import Trace
 
 GRADIENT_METHODS = [name for name, method in METHODS.items() if 'gradients' in method.needs]
@@ -114,8 +115,8 @@ def test_the_centre_is_a_gaussian_of_a_quarter_of_the_image(model: nn.Module) ->
     x = torch.randn(1, 3, 96, 160, generator=torch.Generator().manual_seed(0))
     maps = attribute(model, x, 'centre')[0]
     values = [
-        [math.exp(-((i + .5) / 3 - .5) ** 2 / (2 * .25 ** 2) - ((j + .5) / 5 - .5) ** 2 / (2 * .25 ** 2))
-         for j in range(5)] for i in range(3)]
+        [math.exp(-((i + .5) / 96 - .5) ** 2 / (2 * .25 ** 2) - ((j + .5) / 160 - .5) ** 2 / (2 * .25 ** 2))
+         for j in range(160)] for i in range(96)]
     low, high = min(map(min, values)), max(map(max, values))
     torch.testing.assert_close(maps, torch.tensor([[(v - low) / (high - low) for v in row] for row in values]))
 
@@ -168,7 +169,7 @@ def test_a_callable_runs_with_gradients_under_each_pooling_once_for_each_class(m
 
     targets = torch.tensor([[1, 2], [3, 4]])
     maps = attribute_all(model.train(), x, {'gradient': gradient}, targets)
-    assert [target for _, target in calls] == [[1, 2, 3, 4]] * 2
+    assert [target for _, target in calls] == [[1, 3], [2, 4]] * 2
     assert maps['ca', 'gradient'].shape == (2, 2, 96, 96)
     assert not torch.allclose(maps['ca', 'gradient'], maps['gap', 'gradient'])
     for mode in POOLINGS:
@@ -195,7 +196,9 @@ def test_arrays_follow_the_order_of_the_data_set(model: nn.Module) -> None:
 @pytest.mark.parametrize(('methods', 'message'), [
     ({'mine': np.zeros((3, 4, 4))}, "method 'mine' has 3 maps, the data set has 2 images"),
     ({'mine': {'gap': np.zeros((2, 4, 4))}}, "method 'mine' has no maps for pooling 'ca'"),
-    ({'mine': np.zeros((2, 3, 4, 4))}, r'an array of shape \(N, h, w\).*got ndarray'),
+    ({'mine': np.zeros((2, 3, 4, 4))}, r'an array of shape \(N, h, w\).*got float64 of \(2, 3, 4, 4\)'),
+    ({'grad_cam': 'score_cam'}, "method 'grad_cam' is the name of a built-in method"),
+    ({'mine': lambda x, target: (1, 2)}, r"method 'mine' returned .* for 2 images"),
     ({'mine': 3}, "method 'mine' must be a name, a callable, an array .* got int"),
     ({'mine': 'lime'}, "method 'lime' is unknown, valid ones: 'attention', 'grad_cam'"),
     ({'a/b': 'grad_cam'}, "method 'a/b' has a slash"),
@@ -208,3 +211,57 @@ def test_methods_that_do_not_fit_are_refused_in_a_sentence(
         methods: Any, message: str, model: nn.Module, x: Tensor) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(model, DataLoader(TensorDataset(x, TARGET), 2), methods)
+
+
+def test_functions_that_differ_have_different_identities() -> None:
+    def f(x: Tensor, target: Tensor, side: int = 0) -> Tensor:
+        return x[:, side]
+
+    methods = {
+        'a': functools.partial(f, side=0), 'b': functools.partial(f, side=1), 'c': lambda x, t: x[:, 0],
+        'd': lambda x, t: x[:, 1], 'e': f}
+    identities = [method.identity for method in resolve_methods(methods)]
+    assert len(set(identities)) == 5
+    assert identities == [method.identity for method in resolve_methods(dict(methods))]
+
+
+def test_a_callable_leaves_no_gradients_behind(model: nn.Module, x: Tensor) -> None:
+    def backward(images: Tensor, target: Tensor) -> Tensor:
+        images.requires_grad_()
+        model(images).gather(1, target[:, None]).sum().backward()
+        return images.grad
+
+    attribute_all(model, x, {'backward': backward}, TARGET)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class TwoBranches(nn.Module):
+    """A network with timm's methods that pools two tensors."""
+
+    num_classes = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(6, 10)
+
+    def forward_features(self, x: Tensor) -> list[Tensor]:
+        return [x.flatten(2), -x.flatten(2)]
+
+    def forward_head(self, features: list[Tensor]) -> Tensor:
+        return self.classifier(torch.cat([branch.mean(2) for branch in features], 1))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def test_a_network_without_a_feature_map_takes_maps_of_ones_own() -> None:
+    network = TwoBranches().eval()
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match='TwoBranches'):
+        attribute_all(network, x, ('grad_cam',))
+    maps = attribute_all(network, x, {'mine': lambda images, target: images, 'random': 'random', 'centre': 'centre'})
+    assert {key: tuple(value.shape) for key, value in maps.items()} == {
+        ('gap', 'mine'): (1, 64, 64), ('gap', 'random'): (1, 2, 2), ('gap', 'centre'): (1, 64, 64)}

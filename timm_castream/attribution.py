@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attach import POOLINGS
 from .checks import check_class_indices
 from .images import check_images
 from .methods import METHODS, PAPER_METHODS, Batch, Method, UserMethod, resolve_methods
@@ -48,7 +47,7 @@ def attribute_all(
         x: Tensor,
         methods: Sequence[str] | Mapping[str, UserMethod] = PAPER_METHODS,
         target: Target = None,
-        poolings: Sequence[str] = POOLINGS,
+        poolings: Sequence[str] | None = None,
         layer: str | None = None,
         batch_size: int | None = None,
         *,
@@ -71,7 +70,7 @@ def attribute_all(
         target: Class indices to explain: (B,), or (B, K) for several an image; a mapping gives each pooling its own.
             None: the class that the model predicts, under each pooling. Where images have unequally many labels,
             repeat one.
-        poolings: Of `'gap'` and `'ca'`.
+        poolings: Of `'gap'` and `'ca'`. None: both for a model with a stream, `'gap'` for others.
         layer: Name of the module whose output gives the maps, instead of the tensor that is pooled. The attention
             stays that of the pooled stage. The paper's ConvNeXt rows were made on `stages.3.blocks.{last}.mlp.fc2`.
         batch_size: Masked images forwarded at once; it never shows in the result. None: `images.default_batch_size`.
@@ -90,7 +89,7 @@ def attribute_all(
     network = Network(model, poolings, layer=layer, activation=activation, batch_size=batch_size)
     with network.evaluating():
         maps = saliency_maps(network, x, rows, target, seed=seed)
-    one_each = {pooling: getattr(_of_pooling(target, pooling), 'ndim', 1) == 1 for pooling in poolings}
+    one_each = {p: getattr(_of_pooling(target, p), 'ndim', 1) == 1 for p in network.poolings}
     return {(p, name): value[:, 0] if one_each[p] else value for (p, name), value in maps.items()}
 
 
@@ -124,7 +123,8 @@ def saliency_maps(
     for pooling in network.poolings:
         of_pooling = _of_pooling(target, pooling)
         if of_pooling is None:
-            logits = batch.trace.logits if network.has_feature_maps else network.all_logits(x)
+            reads_maps = any('feature maps' in method.needs for method in methods)
+            logits = batch.trace.logits if reads_maps else network.all_logits(x)
             batch.targets[pooling] = logits[pooling].argmax(1, keepdim=True)
         else:
             batch.targets[pooling] = _class_indices(of_pooling, len(x), network.num_classes).to(x.device)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from .average_precision import average_precision
+from .average_precision import mean_average_precision
 from .metrics import METRICS
 
 RESAMPLES = 1000
@@ -104,10 +104,7 @@ class Bootstrap:
             ([(p, 'confidence') for p in self._poolings],
              self._sums([100 * values.row_values(p, 'prob') for p in self._poolings])),
         ]
-        self._boxed = {
-            name: self._sums([METRICS[name[2]].expand(values.row_values(*name))])
-            for name in names if name not in everywhere
-        }
+        self._boxed = [name for name in names if name not in everywhere]
         self._names: list[Figure] = [
             *(name for group, _ in self._groups for name in group), *self._boxed, *((p, 'accuracy') for p in poolings)]
         point = self._figures(np.ones((1, len(values.images))))
@@ -142,7 +139,8 @@ class Bootstrap:
         """(S, figures) under (S, N) weights of the images."""
         with np.errstate(invalid='ignore'):
             parts = [(weights @ sums) / (weights @ counts)[:, None] for _, (sums, counts) in self._groups]
-            for name, (sums, counts) in self._boxed.items():
+            for name in self._boxed:  # one after the other: MaxBoxAccV2 expands to 768 numbers a row
+                sums, counts = self._sums([METRICS[name[2]].expand(self._values.row_values(*name))])
                 parts.append(METRICS[name[2]].figure((weights @ sums) / (weights @ counts)[:, None])[:, None])
         return np.concatenate([*parts, self._accuracy(weights)], axis=1)
 
@@ -152,14 +150,7 @@ class Bootstrap:
         if not values.is_multilabel:
             return weights @ values.images[:, 1:] / weights.sum(1, keepdims=True)
         labels, *scores = np.split(values.images[:, 1:], 1 + len(self._poolings), axis=1)
-        result = np.full((len(weights), len(self._poolings)), np.nan)
-        for i, score in enumerate(scores):
-            precisions = np.stack([average_precision(*pair, weights) for pair in zip(labels.T, score.T, strict=True)])
-            defined = ~np.isnan(precisions)
-            counts = defined.sum(0)
-            totals = np.where(defined, precisions, 0).sum(0)
-            result[counts > 0, i] = 100 * totals[counts > 0] / counts[counts > 0]
-        return result
+        return np.stack([mean_average_precision(labels, score, weights) for score in scores], axis=1)
 
 
 def mean_curve(curves: np.ndarray, image_of_row: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -139,7 +139,7 @@ def perturbation_curves(
     batch_size = default_batch_size(start) if batch_size is None else batch_size
     check_count('batch_size', batch_size)
 
-    rank = _saliency_rank(resize_saliency(saliency.flatten(0, 1), start.shape[2:]))
+    rank = _saliency_rank(resize_saliency(saliency.flatten(0, 1).to(device), start.shape[2:]))
     num_steps = -(-rank[0].numel() // step)
     points = torch.arange(num_steps + 1, device=device)
     if ends is not None:

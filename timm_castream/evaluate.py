@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from .bootstrap import ImageValues
@@ -30,6 +30,7 @@ from .datasets import (
     read_batches,
     without_substitutes,
 )
+from .datasets.unreadable import innermost
 from .files import write_whole
 from .journal import Journal
 from .methods import TABLE_METHODS, UserMethod, check_maps, resolve_methods
@@ -127,6 +128,8 @@ def evaluate(
     network = Network(
         model, poolings, layer=layer, activation='sigmoid' if multilabel else 'softmax', batch_size=batch_size,
         channels_last=channels_last, torchcompile=torchcompile, mean=mean, std=std)
+    if network.num_classes == 0:
+        raise ValueError(f'{network.name} gives no class scores: its num_classes is 0.')
     num_classes = network.num_classes or _count_classes(network, loader, batches)
     protocol = Protocol(
         network, rows, metrics, target, setting, num_classes=num_classes, seed=seed, multilabel=multilabel,
@@ -144,7 +147,8 @@ def evaluate(
     _check_classes(dataset, num_classes)
 
     processes = Processes.current()
-    device = next(model.parameters()).device
+    device = network.device
+    network.check_needs(rows, torch.zeros(1, *np.shape(first_image)[-3:], device=device))
     settings = {
         **(arguments or {}),
         'weights': weights_hash(model),
@@ -163,7 +167,6 @@ def evaluate(
         'seed': seed if num_samples or any('seed' in method.needs for method in rows) else None,
         'amp_dtype': str(amp_dtype).removeprefix('torch.') if amp_dtype else None,
         'temperature': temperature if temperature is None or isinstance(temperature, str) else dict(temperature),
-        'keep_curves': keep_curves,
     }
     processes.check_same_weights(settings['weights'])
     widths = {'rows': len(protocol.row_columns), 'images': len(protocol.image_columns)}
@@ -172,7 +175,13 @@ def evaluate(
     gathered = Gathered(**widths).to(device if processes.count > 1 else 'cpu')
     journal = None if output_dir is None else Journal(Path(output_dir), processes.rank)
     try:
+        if journal:
+            processes.agree(journal.lock)
         finished = processes.agree(lambda: journal.resume(settings, widths) if journal else [])
+        if keep_curves and not all('curves' in record for record in finished):
+            _logger.warning('The curves of the finished images were not kept: evaluate in another folder for them.')
+            keep_curves = protocol.keep_curves = False
+            gathered.drop('curves')
         done = {int(row[0]) for record in finished for row in record['images']}
         if processes.rank == 0:
             for record in finished:
@@ -208,6 +217,9 @@ def evaluate(
         values = ImageValues(protocol.row_columns, protocol.image_columns, tables['rows'], tables['images'])
         if not len(values.rows):
             raise ValueError('No image has a positive label, so there is no class to explain.')
+        for name in boxed:
+            if np.isnan(values.row_values(network.poolings[0], rows[0].name, name)).all():
+                raise ValueError(f'metric {name!r} has no value: no image has a box of its class inside the input.')
         if network.temperatures:
             settings['temperatures'] = network.temperatures
         versions = {'torch': torch.__version__, 'timm': timm.__version__, 'timm_castream': __version__}
@@ -234,7 +246,7 @@ def _count_classes(network: Network, loader: Any, batches: list[list[int]]) -> i
     """C of a model without `num_classes`, from the logits of one image."""
     _, x, _, _ = next(item for item in read_batches(loader, [batch[:1] for batch in batches]) if item[0])
     with network.evaluating():
-        logits = network.forward(x.to(next(network.model.parameters()).device))
+        logits = network.forward(x.to(network.device))
     if logits.ndim != 2:
         raise ValueError(f'{network.name} gives {tuple(logits.shape)} for one image, an evaluation needs (1, C) '
                          'logits.')
@@ -269,19 +281,24 @@ def _check_classes(dataset: Any, num_classes: int) -> None:
     message = f'The data set has {classes} classes, the model has {num_classes}'
     if classes > num_classes:
         raise ValueError(f'{message}: name the model of this data set, or its --num-classes.')
-    warnings.warn(f'{message}. The labels 0 to {classes - 1} are explained.', stacklevel=3)
+    _logger.warning('%s. The labels 0 to %d are explained.', message, classes - 1)
 
 
-def _images_hash(dataset: Any, batches: list[list[int]]) -> str | None:
-    """SHA-256 of the names, sizes and times of the image files, or None for images that are no files."""
+def _images_hash(dataset: Any, batches: list[list[int]]) -> str:
+    """SHA-256 of the names, sizes and times of the image files, of the classes and of the boxes."""
     digest = hashlib.sha256()
+    source, _ = innermost(dataset, 0)
+    digest.update(repr(getattr(getattr(source, 'reader', None), 'class_to_idx', None)).encode('utf-8', 'replace'))
+    boxes = getattr(source, 'boxes', None)
     for index in (index for batch in batches for index in batch):
         try:
-            status = os.stat(image_name(dataset, index, absolute=True))
-        except OSError:
-            return None
+            status: Any = os.stat(image_name(dataset, index, absolute=True))
+        except OSError:  # an image that is no file
+            status = os.stat_result((0,) * 10)
         line = f'{image_name(dataset, index)} {status.st_size} {status.st_mtime_ns}\n'
         digest.update(line.encode('utf-8', 'surrogateescape'))
+        if boxes is not None:
+            digest.update(np.ascontiguousarray(boxes[innermost(dataset, index)[1]], dtype=np.float64).tobytes())
     return digest.hexdigest()
 
 
@@ -292,6 +309,8 @@ def _batches(loader: Any, num_samples: int | None, seed: int) -> tuple[list[list
         num_images, size = len(loader.dataset), getattr(loader, 'loader', loader).batch_size
     except (AttributeError, TypeError):
         raise ValueError(f'{type(loader).__name__} is no DataLoader over a data set with a length.') from None
+    if isinstance(loader.dataset, IterableDataset):
+        raise ValueError(f'{type(loader.dataset).__name__} is iterable: an evaluation reads images by their index.')
     if not num_images:
         raise ValueError('The data set has no images.')
     if not size:
@@ -325,21 +344,25 @@ def _temperatures(
             if not temperature.get(name, 0) > 0:
                 raise ValueError(f'temperature must give pooling {name!r} a positive number, got {dict(temperature)}.')
         return {name: float(temperature[name]) for name in network.poolings}
-    path = None if journal is None else journal.folder / 'temperatures.json'
+    path = None if journal is None else journal.temperatures_path
     if path is not None and path.is_file():
-        return json.loads(path.read_text(encoding='utf-8'))
+        try:
+            return {name: float(json.loads(path.read_text(encoding='utf-8'))[name]) for name in network.poolings}
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f'{path} is damaged: delete it, or name another folder.') from None
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = sorted(rest[i] for i in order[:_MAX_CALIBRATION_IMAGES])
     logits: dict[str, list[Tensor]] = {name: [] for name in network.poolings}
     labels: list[Tensor] = []
-    device = next(network.model.parameters()).device
     with network.evaluating():
         for indices, x, target, _ in read_batches(loader, [chosen[i:i + 64] for i in range(0, len(chosen), 64)]):
             if not indices:
                 continue
             labels.append(target.cpu())
-            for name, value in network.all_logits(x.to(device)).items():
+            for name, value in network.all_logits(x.to(network.device)).items():
                 logits[name].append(value.cpu())
+    if not labels:
+        raise ValueError('None of the images outside the sample can be read, so no temperature can be fitted.')
     fitted = {name: fit_temperature(torch.cat(value), torch.cat(labels)) for name, value in logits.items()}
     if path is not None:
         with write_whole(path) as file:

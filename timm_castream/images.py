@@ -31,7 +31,7 @@ def mask_image(model_or_cfg: nn.Module | Mapping[str, Any], x: Tensor, saliency:
     check_images(x)
     check_saliency(saliency, x)
     mean, std = normalisation(model_or_cfg, x)
-    return mask_normalised(x, resize_saliency(saliency, x.shape[2:])[:, None].to(x.dtype), mean, std)
+    return mask_normalised(x, resize_saliency(saliency.to(x.device), x.shape[2:])[:, None].to(x.dtype), mean, std)
 
 
 def resize_saliency(saliency: Tensor, size: Sequence[int]) -> Tensor:

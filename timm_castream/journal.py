@@ -28,20 +28,30 @@ class Journal:
         rank: Rank of the process.
 
     Raises:
-        ValueError: If another run writes to the folder. Only the first process of a run takes the lock.
+        ValueError: If `folder` is a file.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise ValueError(f'{folder} is a file: name a folder for the results.') from None
         self.folder = folder
         self.path = folder / f'finished.{rank}.jsonl'
+        self.temperatures_path = folder / 'temperatures.json'
         self._lock = FileLock(folder / '.lock', timeout=0)
-        if rank == 0:
-            try:
-                self._lock.acquire()
-            except Timeout:
-                raise ValueError(f'Another evaluation is writing to {folder}: wait for its end, or name another '
-                                 'folder.') from None
+
+    def lock(self) -> None:
+        """Keeps other runs out until `close`. The first process of a run calls it.
+
+        Raises:
+            ValueError: If another run writes to the folder.
+        """
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ValueError(f'Another evaluation is writing to {self.folder}: wait for its end, or name another '
+                             'folder.') from None
 
     def close(self) -> None:
         """Releases the lock."""
@@ -67,6 +77,7 @@ class Journal:
         if lines:
             self._check_settings(path, wanted)
         else:
+            self.temperatures_path.unlink(missing_ok=True)  # of an evaluation that finished no batch
             with write_whole(path) as file:
                 json.dump(wanted, file, indent=2)
         records: list[dict[str, Any]] = []
@@ -123,9 +134,10 @@ def _parse(path: Path, number: int, line: bytes, widths: Mapping[str, int]) -> d
             return None
         record = None
     try:
-        if all(len(row) == widths[name] for name in ('rows', 'images') for row in record[name]):
+        if all(len(row) == widths[name] for name in widths.keys() & record.keys() for row in record[name]) \
+                and record.keys() >= {'rows', 'images'}:
             return record
-    except (KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError):
         pass
     raise ValueError(f'{path}, line {number}, is no record of this evaluation: delete that line, or name another '
                      'folder.')

@@ -7,6 +7,7 @@ Letters: B images, K targets an image, D channels and h x w locations of the lay
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import cam
 from .checks import check_names
@@ -105,7 +106,10 @@ class Batch:
     def grid(self) -> tuple[int, ...]:
         """(h, w): the locations of the feature maps, or one location for 32 x 32 pixels where there are none."""
         if self.network.has_feature_maps:
-            return self.trace.maps.shape[-2:]
+            try:
+                return self.trace.maps.shape[-2:]
+            except ValueError:  # a network that pools no feature map
+                pass
         return tuple(max(1, side // 32) for side in self.x.shape[-2:])
 
 
@@ -153,7 +157,7 @@ def _random(batch: Batch, pooling: str) -> Tensor:
 
 def _centre(batch: Batch, pooling: str) -> Tensor:
     """A Gaussian in the middle of the image. Its sigma is a quarter of the height and of the width."""
-    rows, columns = (torch.exp(-0.5 * (4 * ((torch.arange(n) + 0.5) / n - 0.5)) ** 2) for n in batch.grid)
+    rows, columns = (torch.exp(-0.5 * (4 * ((torch.arange(n) + 0.5) / n - 0.5)) ** 2) for n in batch.x.shape[-2:])
     maps = cam.scale_maps(torch.outer(rows, columns)).to(batch.x.device)
     return batch.every_target(maps.expand(len(batch.x), -1, -1), pooling)
 
@@ -175,6 +179,11 @@ METHODS: dict[str, Method] = {method.name: method for method in (
 PAPER_METHODS = tuple(method.name for method in METHODS.values() if method.in_paper)
 # The methods of the paper's tables: those that explain a class.
 TABLE_METHODS = tuple(name for name in PAPER_METHODS if 'stream' not in METHODS[name].needs)
+
+
+def method_title(name: str) -> str:
+    """The title of a method of the table, or the label of a method of the user."""
+    return METHODS[name].title if name in METHODS else name
 
 
 def resolve_methods(methods: Sequence[str] | Mapping[str, UserMethod]) -> tuple[Method, ...]:
@@ -207,22 +216,25 @@ def _user_method(label: str, value: Any) -> Method:
         raise ValueError(f'method {label!r} has a slash, which separates the columns of the result files.')
     if isinstance(value, Method):
         return value
+    if label in METHODS and not (isinstance(value, str) and value == label):
+        raise ValueError(f'method {label!r} is the name of a built-in method: choose another label.')
     if isinstance(value, str):
         check_names('method', (value,), tuple(METHODS))
         row = METHODS[value]
         return Method(label, row.title if label == value else label, row.maps, row.needs, row.in_paper, value)
     if callable(value):
-        name = getattr(value, '__qualname__', type(value).__qualname__)
-        return Method(label, label, _UserFunction(label, value), identity=f'{value.__module__}.{name}')
-    arrays = value if isinstance(value, Mapping) else {None: value}
+        return Method(label, label, _UserFunction(label, value), identity=_identity(value))
+    arrays: Any = value if isinstance(value, Mapping) else {None: value}
     try:
-        arrays = {pooling: np.asarray(array) for pooling, array in arrays.items()}
-        if not all(array.ndim == 3 and array.dtype.kind in 'fiu' for array in arrays.values()):
-            raise ValueError
+        arrays = {pooling: _to_numpy(array) for pooling, array in arrays.items()}
+        given = ', '.join(f'{array.dtype} of {array.shape}' for array in arrays.values())
+        fits = all(array.ndim == 3 and array.dtype.kind in 'bfiu' for array in arrays.values())
     except (TypeError, ValueError):
+        given, fits = type(value).__name__, False
+    if not fits:
         raise ValueError(
             f'method {label!r} must be a name, a callable, an array of shape (N, h, w) or a mapping from a pooling to '
-            f'such arrays, got {type(value).__name__}.') from None
+            f'such arrays, got {given}.')
     digest = hashlib.sha256()
     for pooling, array in arrays.items():
         digest.update(f'{pooling} {array.shape} {array.dtype}'.encode())
@@ -231,27 +243,56 @@ def _user_method(label: str, value: Any) -> Method:
     return Method(label, label, maps, identity=f'maps {digest.hexdigest()}')
 
 
+def _to_numpy(array: Any) -> np.ndarray:
+    return array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+
+
+def _identity(function: Callable[..., Any]) -> str:
+    """Text that differs where two functions differ, as far as their code and bound arguments show it."""
+    if isinstance(function, functools.partial):
+        plain = {name: value for name, value in function.keywords.items() if not isinstance(value, nn.Module)}
+        return f'{_identity(function.func)} {function.args!r} {sorted(plain.items())!r}'
+    name = f'{getattr(function, "__module__", "")}.{getattr(function, "__qualname__", type(function).__qualname__)}'
+    code = getattr(function, '__code__', None)
+    if code is None:
+        return name
+    digest = hashlib.sha256(code.co_code + repr(code.co_names).encode() + repr([
+        value for value in code.co_consts if not hasattr(value, 'co_code')]).encode())
+    return f'{name} {digest.hexdigest()[:16]}'
+
+
 @dataclass(frozen=True)
 class _UserFunction:
-    """A callable of the user as a method: it gets (R, 3, H, W) images and (R,) targets and runs with gradients."""
+    """A callable of the user as a method: it gets (B, 3, H, W) images and (B,) targets and runs with gradients."""
 
     label: str
     function: Callable[[Tensor, Tensor], Any]
 
     def __call__(self, batch: Batch, pooling: str) -> Tensor:
-        targets = batch.targets[pooling]
-        count = targets.shape[1]
-        x = batch.x.repeat_interleave(count, 0) if count > 1 else batch.x
-        with batch.network.pooled_by(pooling), torch.enable_grad():
-            values = self.function(x.detach().clone(), targets.flatten())
-        values = torch.as_tensor(values).detach().to(batch.x.device)
+        gradients = [(parameter, parameter.grad) for parameter in batch.network.model.parameters()]
+        try:
+            with batch.network.pooled_by(pooling), torch.enable_grad():
+                # One target an image at a time, so that a batch never grows.
+                maps = [self._maps(batch.x, target) for target in batch.targets[pooling].unbind(1)]
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+        return torch.stack(maps, 1)
+
+    def _maps(self, x: Tensor, target: Tensor) -> Tensor:
+        values = self.function(x.detach().clone(), target)
+        count = len(x)
+        try:
+            values = torch.as_tensor(values).detach().to(x.device)
+            given = f'shape {tuple(values.shape)}'
+        except (TypeError, ValueError, RuntimeError):
+            given, values = type(values).__name__, torch.empty(0)
         if values.ndim == 4:
             values = values.sum(1)
-        if values.ndim != 3 or len(values) != len(x):
-            raise ValueError(
-                f'method {self.label!r} returned shape {tuple(values.shape)} for {len(x)} images, valid ones: '
-                f'({len(x)}, h, w), ({len(x)}, 1, h, w) and ({len(x)}, C, H, W).')
-        return _scaled(self.label, values).unflatten(0, (-1, count))
+        if values.ndim != 3 or len(values) != count:
+            raise ValueError(f'method {self.label!r} returned {given} for {count} images, valid ones: ({count}, h, w), '
+                             f'({count}, 1, h, w) and ({count}, C, H, W).')
+        return _scaled(self.label, values)
 
 
 @dataclass(frozen=True)

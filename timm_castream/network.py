@@ -7,9 +7,10 @@ Letters: B images, N images of any number, C classes, H x W pixels.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class Network:
         if batch_size is not None:
             check_count('batch_size', batch_size)
         self.model = model
-        self.backbone: Any = castream_model(model) if self.has_stream or 'ca' in poolings else model
+        self.backbone: Any = castream_model(model) if self.has_stream or 'ca' in poolings else _unwrapped(model)
         self.poolings = tuple(poolings)
         self.layer = layer
         self.activation = activation
@@ -109,6 +110,25 @@ class Network:
     def cam_layer(self) -> str | None:
         """Name of the module whose output the CAM methods read, or None for the tensor that the model pools."""
         return cam_layer(self.backbone) if self.layer is None and self.is_timm else self.layer
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights, or the CPU for a module without any."""
+        return next((t.device for t in chain(self.model.parameters(), self.model.buffers())), torch.device('cpu'))
+
+    def check_needs(self, methods: Iterable[Any], x: Tensor) -> None:
+        """Raises ValueError unless the network has what methods need: a stream, feature maps, the normalisation.
+
+        Args:
+            methods: Rows of the table of methods.
+            x: (B, 3, H, W) images.
+        """
+        self.normalisation(x)
+        for method in methods:
+            if 'stream' in method.needs:
+                castream_model(self.model)
+            if 'feature maps' in method.needs and self.has_feature_maps:
+                self.stage  # noqa: B018 it is found here, before long work
 
     @cached_property
     def stage(self) -> Stage:
@@ -180,3 +200,9 @@ class Network:
             saliency: (N, H, W) in [0, 1].
         """
         return mask_normalised(x, saliency[:, None].to(x.dtype), *self.normalisation(x))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel or DistributedDataParallel."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return model.module if isinstance(model, wrappers) else model

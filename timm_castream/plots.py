@@ -7,12 +7,13 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from .bootstrap import mean_curve
-from .methods import METHODS
+from .methods import method_title
 from .metrics import METRICS
 from .report import Report
 
 POOLING_NAMES = {'gap': 'GAP', 'ca': 'CA'}
 _COLOURS = {'gap': 'tab:gray', 'ca': 'tab:red'}
+_VERDICT_COLOURS = {'better': 'tab:green', 'worse': 'tab:red', 'no difference seen': 'tab:gray'}
 _DPI = 160
 
 
@@ -41,7 +42,7 @@ def draw_curves(report: Report) -> Figure:
                 label = f'{POOLING_NAMES[pooling]} {report[pooling, method, kind].value:.1f} %'
                 axes.plot(share, mean, color=_COLOURS[pooling], label=label)
                 axes.fill_between(share, low, high, color=_COLOURS[pooling], alpha=0.25, linewidth=0)
-            axes.set_title(f'{_title(method)}: {METRICS[kind].heading}', fontsize=9)
+            axes.set_title(f'{method_title(method)}: {METRICS[kind].heading}', fontsize=9)
             axes.legend(fontsize=7, frameon=False)
             axes.spines[['top', 'right']].set_visible(False)
         row[0].set_ylabel('probability', fontsize=8)
@@ -67,18 +68,13 @@ def draw_differences(report: Report) -> Figure:
         axes.axvline(0, color='black', linewidth=0.8)
         for position, method in zip(positions, report.methods, strict=True):
             value, low, high = report.difference(method, metric)
-            better = value > 0 if METRICS[metric].higher_is_better else value < 0
-            colour = 'tab:gray' if low <= 0 <= high else 'tab:green' if better else 'tab:red'
+            colour = _VERDICT_COLOURS[report.verdict(method, metric)]
             axes.plot([low, high], [position, position], color=colour, linewidth=2)
             axes.plot([value], [position], marker='o', color=colour, markersize=5)
         axes.set_title(METRICS[metric].heading, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.spines[['top', 'right', 'left']].set_visible(False)
-    panels[0].set_yticks(list(positions), [_title(method) for method in report.methods])
+    panels[0].set_yticks(list(positions), [method_title(method) for method in report.methods])
     panels[0].invert_yaxis()
     figure.supxlabel('CA - GAP in points; green: better, red: worse, grey: the interval includes 0', fontsize=8)
     return figure
-
-
-def _title(method: str) -> str:
-    return METHODS[method].title if method in METHODS else method

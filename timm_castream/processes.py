@@ -37,7 +37,7 @@ class Processes:
         if self.rank == 0:
             try:
                 answer = [ask()]
-            except (OSError, ValueError) as error:
+            except Exception as error:  # the other processes wait for an answer
                 answer = [error]
         if self.count > 1:
             distributed.broadcast_object_list(answer)
@@ -73,6 +73,10 @@ class Gathered(Metric):
         for name in widths:
             self.add_state(name, [], dist_reduce_fx='cat')
         self.update(**{name: [] for name in widths})  # a process without images takes part with empty tables
+
+    def drop(self, name: str) -> None:
+        """Leaves a table out."""
+        self.widths = {key: width for key, width in self.widths.items() if key != name}
 
     def update(self, **tables: list[list[float]]) -> None:
         """Adds a batch: tables of rows that begin with the index of an image."""

@@ -70,7 +70,7 @@ class Protocol:
         self.multilabel = multilabel
         self._setting = curve_setting(setting)
         self._needs = frozenset().union(*(metric.needs for metric in self.metrics))
-        self._keep_curves = keep_curves
+        self.keep_curves = keep_curves
 
     @property
     def row_columns(self) -> tuple[Column, ...]:
@@ -157,7 +157,7 @@ class Protocol:
                 of_class = boxes(image_of_row, explained) if 'boxes' in self._needs else None
                 measured = self._measured(p, explained, saliency, images, ends, of_class)
                 columns += [explained[:, None], ends['image'][:, None], self._values(measured, len(explained))]
-                if self._keep_curves:  # the maps of the first method come first
+                if self.keep_curves:  # the maps of the first method come first
                     kinds = dict.fromkeys(kind for _, _, kind in self._curves)
                     curves += [
                         part for kind in kinds
@@ -166,7 +166,7 @@ class Protocol:
             'rows': torch.cat([column.cpu().double() for column in columns], 1).tolist(),
             'images': torch.cat([value.cpu().double() for value in (indices[:, None], *outcome)], dim=1).tolist(),
         }
-        if self._keep_curves:
+        if self.keep_curves:
             record['curves'] = torch.cat([part.cpu().double() for part in curves], 1).tolist()
         return record
 

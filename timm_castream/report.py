@@ -13,7 +13,7 @@ import numpy as np
 
 from .bootstrap import RESAMPLES, Bootstrap, Estimate, ImageValues
 from .files import write_whole
-from .methods import METHODS
+from .methods import method_title
 from .metrics import METRICS
 
 __all__ = ['Estimate', 'ImageValues', 'Report']
@@ -91,6 +91,14 @@ class Report:
     def __getitem__(self, key: tuple[str, str, str]) -> Estimate:
         return self.figures[key]
 
+    @property
+    def num_boxed(self) -> int | None:
+        """Number of rows with a box of the class, or None where no metric needs boxes."""
+        boxed = next((k for k in self.metrics if 'boxes' in METRICS[k].needs), None)
+        if boxed is None:
+            return None
+        return int((~np.isnan(self.values.row_values(self.poolings[0], self.methods[0], boxed)).any(1)).sum())
+
     def difference(self, method: str, metric: str) -> Estimate:
         """CA - GAP of a metric, paired by image, with its own interval.
 
@@ -111,7 +119,7 @@ class Report:
         if not self.differences:
             return ''
         return '\n'.join(
-            f'CA against GAP, {_title(m)}: '
+            f'CA against GAP, {method_title(m)}: '
             + ', '.join(f'{METRICS[k].symbol} {self.verdict(m, k)}' for k in self.metrics) for m in self.methods)
 
     def __str__(self) -> str:
@@ -119,7 +127,7 @@ class Report:
         accuracy += [(self.network, p.upper(), str(self.accuracy[p]), str(self.confidence[p])) for p in self.poolings]
         table: list[tuple[str, ...]] = [('NETWORK', 'METHOD', 'POOLING', *(METRICS[k].heading for k in self.metrics))]
         for m in self.methods:
-            title = _title(m)
+            title = method_title(m)
             table += [(self.network, title, p.upper(), *(str(self[p, m, k]) for k in self.metrics))
                       for p in self.poolings]
             if self.differences:
@@ -134,9 +142,12 @@ class Report:
         temperatures = self.settings.get('temperatures')
         if temperatures:
             notes.append('Temperatures: ' + ', '.join(f'{p.upper()} {t:.3f}' for p, t in temperatures.items()))
+        if self.num_boxed is not None:
+            notes.append(f'Localisation: {self.num_boxed} of {len(self.values.rows)} maps have a box')
         if self.unreadable:
+            images = 'image' if len(self.unreadable) == 1 else 'images'
             names = ', '.join(list(self.unreadable)[:3]) + (', ...' if len(self.unreadable) > 3 else '')
-            notes.append(f'{len(self.unreadable)} images could not be read and are in no figure: {names}')
+            notes.append(f'{len(self.unreadable)} {images} could not be read and are in no figure: {names}')
         return '\n'.join([*_aligned(accuracy), '', *_aligned(table), '', *notes])
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,6 +158,7 @@ class Report:
             self.accuracy_name: {p: estimate.value for p, estimate in self.accuracy.items()},
             'confidence': {p: estimate.value for p, estimate in self.confidence.items()},
             'rows': self._table_rows(),
+            'num_boxed': self.num_boxed,
             'unreadable': self.unreadable,
             'settings': self.settings,
         }
@@ -187,10 +199,6 @@ class Report:
         for name, (value, low, high) in figures.items():
             row |= {name: value, f'{name}_low': low, f'{name}_high': high}
         return row
-
-
-def _title(method: str) -> str:
-    return METHODS[method].title if method in METHODS else method
 
 
 def _signed(estimate: Estimate) -> str:

@@ -1,9 +1,14 @@
 """Temperature scaling (Guo et al., arXiv 1706.04599): one number that calibrates the confidence of a classifier."""
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+_PLAUSIBLE = (0.05, 20.)
+_logger = logging.getLogger(__name__)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -35,4 +40,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     with torch.inference_mode(False), torch.enable_grad():
         optimizer.step(closure)
-    return float(log_temperature.detach().exp())
+    temperature = float(log_temperature.detach().exp())
+    if not _PLAUSIBLE[0] <= temperature <= _PLAUSIBLE[1]:
+        _logger.warning(
+            'The fitted temperature is %.3g on %d images: the network is hardly trained, or the images are too few.',
+            temperature, len(logits))
+    return temperature

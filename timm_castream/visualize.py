@@ -115,6 +115,8 @@ def explain(
     transform = create_transform(**config, is_training=False)
     mode = 'L' if config['input_size'][0] == 1 else 'RGB'
     parameter = next(model.parameters())
+    if identity:
+        castream_model(model)
 
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -206,8 +208,7 @@ def _row(network: Network, x: Tensor, methods: Sequence[Method], name: str, inde
     with network.evaluating():
         maps = saliency_maps(network, x, methods, indices=torch.tensor([index]))
         logits = network.logits(x)
-        has_attention = any(method.maps is METHODS['attention'].maps for method in methods)
-        stages = attention_maps(backbone, x) if has_attention else []
+        stages = attention_maps(backbone, x) if any('stream' in method.needs for method in methods) else []
     predictions = {}
     for pooling in network.poolings:
         probability, class_index = network.probabilities(logits[pooling], pooling)[0].max(0)
@@ -220,7 +221,7 @@ def _row(network: Network, x: Tensor, methods: Sequence[Method], name: str, inde
         row.append(Panel(f'{title}\n{stage}', overlay(image, scale_maps(attention.mean(1)[0]))))
     row += [
         Panel(f'{method.title}\n{predictions[pooling]}', overlay(image, maps[pooling, method.name][0, 0]))
-        for method in methods if method.maps is not METHODS['attention'].maps for pooling in network.poolings
+        for method in methods if 'stream' not in method.needs for pooling in network.poolings
     ]
     return row
 

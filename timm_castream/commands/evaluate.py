@@ -15,7 +15,7 @@ EXAMPLE = 'castream evaluate --model resnet50_castream --checkpoint last.pth.tar
 # Options that do not change the figures. They may differ when an interrupted evaluation goes on.
 _NO_SETTINGS = frozenset({
     'debug', 'output', 'device', 'workers', 'batch_size', 'mask_batch_size', 'torchcompile', 'channels_last', 'plot',
-    'methods', 'maps', 'seed'})
+    'methods', 'default_methods', 'maps', 'seed'})
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

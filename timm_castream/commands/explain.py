@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from . import SKIPPED
 from .options import add_method_options, add_model_options, add_size_options, methods_from, open_from
@@ -26,6 +27,9 @@ def run(args: argparse.Namespace) -> int:
     paths = [*args.paths, *(find_images(args.images) if args.images else ())]
     if not paths:
         raise ValueError('Name images, or a folder of them with --images.')
+    for path in args.paths:
+        if os.path.isdir(path):
+            raise ValueError(f'{path} is a folder: name it with --images.')
     model = open_from(args).to(args.device).eval()
     done = explain(
         model, paths, methods_from(args, model), args.output, args.poolings, args.layer, identity=args.identity,

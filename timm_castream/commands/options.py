@@ -17,6 +17,7 @@ from torch import nn
 from ..attach import POOLINGS
 from ..loading import open_model
 from ..methods import METHODS, UserMethod
+from ..network import Network
 from ..timm_scripts.arguments import ParseKwargs
 
 
@@ -36,9 +37,24 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
 
 def add_size_options(parser: argparse._ActionsContainer) -> None:
     """The options of the eval transform."""
-    parser.add_argument('--img-size', type=int, metavar='N', help="side of the input in pixels (default: the model's)")
-    parser.add_argument('--crop-pct', type=float, metavar='X',
+    parser.add_argument('--img-size', type=_positive, metavar='N',
+                        help="side of the input in pixels (default: the model's)")
+    parser.add_argument('--crop-pct', type=_share, metavar='X',
                         help="share of the image in the crop (default: the model's)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'{value} is no number of pixels')
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f'{value} is no share, valid ones lie above 0 and up to 1')
+    return value
 
 
 def add_model_kwargs(parser: argparse._ActionsContainer) -> None:
@@ -63,8 +79,10 @@ def add_method_options(parser: argparse.ArgumentParser, methods: Sequence[str]) 
     """
     group = parser.add_argument_group('saliency')
     group.add_argument(
-        '--methods', nargs='+', default=list(methods), metavar='METHOD',
-        help=f'of {", ".join(METHODS)}, or LABEL=package.module:function (default: {" ".join(methods)})')
+        '--methods', nargs='+', metavar='METHOD',
+        help=f'of {", ".join(METHODS)}, or LABEL=package.module:function (default: {" ".join(methods)}; without '
+             'attention for a model without a stream)')
+    parser.set_defaults(default_methods=tuple(methods))
     group.add_argument(
         '--maps', nargs='+', default=[], metavar='LABEL=FILE.npy',
         help='saved maps of all images in their order, an array (N, h, w)')
@@ -81,13 +99,20 @@ def methods_from(args: argparse.Namespace, model: nn.Module) -> dict[str, UserMe
     Raises:
         ValueError: If a label is repeated, or a function or a file is not there.
     """
+    names = args.methods
+    if names is None:
+        has_stream = Network(model).has_stream
+        names = () if args.maps else [name for name in args.default_methods
+                                      if has_stream or 'stream' not in METHODS[name].needs]
     methods: dict[str, UserMethod] = {}
-    for word in (*args.methods, *args.maps):
+    for word in (*names, *args.maps):
         label, equals, source = word.partition('=')
         if label in methods:
             raise ValueError(f'method {label!r} is given twice.')
         if word in args.maps:
             methods[label] = _load_maps(word, source)
+        elif source in METHODS:
+            methods[label] = source
         elif equals:
             methods[label] = _import_function(word, source, model)
         else:
@@ -102,8 +127,8 @@ def _load_maps(word: str, path: str) -> np.ndarray:
         return np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise ValueError(f'There is no file {path}, which --maps names.') from None
-    except (EOFError, ValueError) as error:
-        raise ValueError(f'{path} is no array saved by numpy.save ({error}).') from error
+    except (EOFError, ValueError):
+        raise ValueError(f'{path} is no array saved by numpy.save, which --maps takes.') from None
 
 
 def _import_function(word: str, source: str, model: nn.Module) -> Callable[..., Any]:
