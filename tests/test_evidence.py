@@ -14,11 +14,12 @@ from PIL import Image
 import timm_castream
 from benchmarks.evidence import __main__ as program
 from benchmarks.evidence import maps, pieces
+from benchmarks.evidence.cells import excess, wrap
 from benchmarks.evidence.choice import take
 from benchmarks.evidence.images import Images, read_images
 from benchmarks.evidence.page import MARKS, page_text, readme_text
 from benchmarks.evidence.quick import make_data
-from benchmarks.evidence.results import Results
+from benchmarks.evidence.results import Results, Table
 from benchmarks.evidence.setup import read_settings
 from benchmarks.evidence.statistics import Difference, compare
 from benchmarks.evidence.training import fit_temperature
@@ -89,6 +90,24 @@ def test_the_fitted_temperature_has_the_least_cross_entropy():
         return torch.nn.functional.cross_entropy(logits / value, labels).item()
 
     assert loss(temperature) <= min(loss(temperature * factor) for factor in (0.9, 0.99, 1.01, 1.1))
+
+
+def test_no_line_of_a_paragraph_begins_a_list():
+    text = wrap('CA - GAP ' * 40, 30)
+    assert ' '.join(text.split()) == ' '.join(['CA - GAP'] * 40)
+    assert all(line.startswith('CA - GAP') and len(line) <= 30 for line in text.splitlines())
+
+
+def test_the_gain_of_a_map_that_looks_at_nothing_is_taken_off_image_by_image():
+    def values(column, *numbers):
+        return {'image': np.arange(len(numbers)), column: np.array(numbers)}
+
+    main = Table('main', {}, values('grad_cam/average_gain', 1., 2., 9.), {
+        'gap_start': {0: values('grad_cam/average_gain', 5., 7., 9.), 4: values('grad_cam/average_gain', 0., 0., 0.)}})
+    attention = Table('attention', {}, values('random/average_gain', 1., 1.), {
+        'gap_start': {0: values('random/average_gain', 2., 4.)}})
+    left = excess(main, attention, 'random', 'average_gain')
+    assert left.values == (((5 - 1) - (2 - 1) + (7 - 2) - (4 - 1)) / 2,)
 
 
 def test_boxes_of_made_images_enclose_their_shapes(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .results import Table
-from .statistics import Difference, compare
+from .statistics import LOWER_IS_BETTER, Difference, compare
 
 METHODS = {
     'grad_cam': 'Grad-CAM', 'grad_cam_pp': 'Grad-CAM++', 'score_cam': 'Score-CAM', 'attention': 'attention',
@@ -80,11 +80,12 @@ def plural(count: int, noun: str) -> str:
 def wrap(text: str, width: int = 120) -> str:
     """Lines of at most `width` characters."""
     lines = ['']
-    for word in text.split():
+    # A line that begins with a minus sign would be a list.
+    for word in text.replace(' - ', '\0-\0').split():
         if len(lines[-1]) + 1 + len(word) > width:
             lines.append('')
         lines[-1] = f'{lines[-1]} {word}'.strip()
-    return '\n'.join(lines)
+    return '\n'.join(lines).replace('\0', ' ')
 
 
 def against_centre(table: Table) -> str:
@@ -95,3 +96,26 @@ def against_centre(table: Table) -> str:
         difference = compare(np.zeros(len(runs[0])), runs)
         parts.append(f'{METRICS[metric].rstrip(" ↑↓")} {span(difference)} ({difference.verdict})')
     return listed(parts)
+
+
+def excess(main: Table, attention: Table, baseline: str, metric: str) -> Difference | None:
+    """How much more CA changes a metric of Grad-CAM than that of a map that looks at nothing.
+
+    Args:
+        main: The main table.
+        attention: The table with the baselines, on the first images of the main table.
+        baseline: `random` or `centre`.
+        metric: AD, AG or AI.
+
+    Returns:
+        (CA - GAP of Grad-CAM) - (CA - GAP of the baseline), paired by image, or None where a part has not run.
+    """
+    streams, column, other = 'gap_start', f'grad_cam/{metric}', f'{baseline}/{metric}'
+    seeds = main.streams.get(streams, {}).keys() & attention.streams.get(streams, {}).keys()
+    if main.gap is None or attention.gap is None or not seeds:
+        return None
+    count = attention.num_images
+    runs = [
+        main.streams[streams][seed][column][:count] - main.gap[column][:count]
+        - attention.streams[streams][seed][other] + attention.gap[other] for seed in sorted(seeds)]
+    return compare(np.zeros(count), runs, metric in LOWER_IS_BETTER)

@@ -17,6 +17,7 @@ from .cells import (
     STREAMS,
     against_centre,
     cells,
+    excess,
     listed,
     mean_text,
     plural,
@@ -94,7 +95,8 @@ Everything else is "no difference seen".
     if main_differences(results):
         sections.append(f"""![CA - GAP of every main figure, with the interval of every seed]({stem}_differences.png)
 """)
-    sections += [state(results), main_section(results), temperature_section(results), localisation_section(results),
+    sections += [state(results), main_section(results), temperature_section(results), baseline_section(results),
+                 localisation_section(results),
                  start_section(results, stem), variant_section(results), product_section(results),
                  unseen_section(results)]
     if results.strip():
@@ -136,7 +138,15 @@ def answer(results: Results) -> str:
     if parts:
         size = f'{temperatures.num_images} images, {plural(len(temperatures.streams["gap_start"]), "seed")}'
         third = f' Under fitted temperatures ({size}) the differences of Grad-CAM are {listed(parts)}.'
-    return wrap(f'{first} {second}{third}')
+    fourth = ''
+    attention = results.table('attention')
+    gains = [(METRICS[m].rstrip(' ↑↓'), attention.difference('gap_start', f'random/{m}'),
+              excess(table, attention, 'random', m)) for m in ('average_gain', 'average_increase')]
+    parts = [f'{name} by {signed(plain.value)} ({plain.verdict}), which leaves Grad-CAM {signed(left.value)} '
+             f'({left.verdict})' for name, plain, left in gains if plain is not None and left is not None]
+    if parts:
+        fourth = f' But random maps change too: {listed(parts)}.'
+    return wrap(f'{first} {second}{third}{fourth}')
 
 
 def state(results: Results) -> str:
@@ -241,6 +251,28 @@ def localisation_section(results: Results) -> str:
     if compared:
         note += f' {listed(compared)}. Attention - centre: {against_centre(boxes)}.'
     return '\n'.join([*blocks, *head, *lines, '', wrap(note), ''])
+
+
+def baseline_section(results: Results) -> str:
+    """How much of the gain maps that look at nothing have too."""
+    main, table = results.table('main'), results.table('attention')
+    blocks = ['## The maps, or the network?', '', wrap(
+        'AD, AG and AI depend on the map and on how the network takes a masked image. Maps that look at nothing show '
+        'the second part alone: their CA - GAP has nothing to do with what a map finds. The last two rows are what is '
+        "left of Grad-CAM's CA - GAP, paired by image and seed on the same images."), '']
+    rows: list[tuple[str, list[Difference | None]]] = [
+        (f'{METHODS[name]}, CA - GAP', [table.difference('gap_start', f'{name}/{m}') for m in MASKED])
+        for name in ('random', 'centre')]
+    rows += [
+        (f"Grad-CAM's CA - GAP less that of {METHODS[name]}", [excess(main, table, name, m) for m in MASKED])
+        for name in ('random', 'centre')]
+    if any(difference is None for _, row in rows for difference in row):
+        return '\n'.join([*blocks, 'Not run yet.', ''])
+    lines = [f'| {title} | ' + ' | '.join(f'{span(d)} {d.verdict}' for d in row if d is not None) + ' |'
+             for title, row in rows]
+    seeds = len(table.streams['gap_start'])
+    return '\n'.join([*blocks, '| | AD ↓ | AG ↑ | AI ↑ |', '| --- | --- | --- | --- |', *lines, '',
+                      f'{table.num_images} images, {plural(seeds, "seed")}.', ''])
 
 
 def start_section(results: Results, stem: str) -> str:
