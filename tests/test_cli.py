@@ -120,6 +120,7 @@ def test_the_commands_are_the_modules_and_each_is_in_the_help(capsys):
     assert all(f'\n    {name} ' in out for name in commands.COMMANDS)
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_early_is_no_error():
     done = subprocess.run(
         f'{sys.executable} -m timm_castream.cli list | head -n 1; echo ${{PIPESTATUS[0]}}', shell=True, text=True,
@@ -127,6 +128,7 @@ def test_a_reader_that_stops_early_is_no_error():
     assert done.stderr == '' and len(done.stdout.splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_command_imports_the_heavy_modules_only_when_it_needs_them():
     code = ("import sys; from timm_castream import cli; cli.main(['list', 'test_*']); "
             "assert not {'torchmetrics', 'matplotlib', 'sklearn', 'scipy'} & sys.modules.keys()")
