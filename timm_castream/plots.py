@@ -10,8 +10,8 @@ from .bootstrap import mean_curve
 from .methods import method_title
 from .metrics import METRICS
 from .report import Report
+from .visualize import POOLING_NAMES
 
-POOLING_NAMES = {'gap': 'GAP', 'ca': 'CA'}
 _COLOURS = {'gap': 'tab:gray', 'ca': 'tab:red'}
 _VERDICT_COLOURS = {'better': 'tab:green', 'worse': 'tab:red', 'no difference seen': 'tab:gray'}
 _DPI = 160

@@ -31,14 +31,8 @@ from .images import check_images, normalisation, resize_saliency
 from .methods import METHODS, PAPER_METHODS, Method, UserMethod, check_maps, resolve_methods
 from .mixin import castream_model
 from .network import Network
-from .plots import POOLING_NAMES, draw_curves, draw_differences
 
-__all__ = [
-    'POOLING_NAMES', 'ROWS_PER_GRID', 'Explained', 'Panel', 'class_name', 'denormalised', 'draw_curves',
-    'draw_differences', 'draw_grid', 'draw_identity', 'explain', 'find_images', 'heat_map', 'overlay', 'read_image',
-    'saliency_row', 'save',
-]
-
+POOLING_NAMES = {'gap': 'GAP', 'ca': 'CA'}
 ROWS_PER_GRID = 50
 
 _PANEL_INCHES, _TITLE_INCHES, _GAP_INCHES = 1.8, 0.5, 0.08
