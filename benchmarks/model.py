@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 import timm_castream
 
-MODELS = ('resnet50', 'resnet18', 'convnext_small')
+# A convolutional network of two sizes, one with layer scale, one of (B, H, W, D), one of tokens, one of 100 blocks.
+MODELS = ('resnet50', 'resnet18', 'convnext_small', 'swin_tiny_patch4_window7_224', 'vit_small_patch16_224',
+          'vit_tiny_patch16_224:depth=100')
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 
 
@@ -51,9 +53,11 @@ def compare(
         dtype: torch.dtype,
 ) -> list[str]:
     """One row: a backbone with and without its stream, in one memory format and mode."""
-    plain = timm.create_model(name).to(device, dtype, memory_format=memory_format).eval()
-    stream = timm.create_model(f'{name}_castream').to(device, dtype, memory_format=memory_format).eval()
-    trained = timm.create_model(f'{name}_castream')
+    name, *options = name.split(':')
+    kwargs = {key: int(value) for key, value in (option.split('=') for option in options)}
+    plain = timm.create_model(name, **kwargs).to(device, dtype, memory_format=memory_format).eval()
+    stream = timm.create_model(f'{name}_castream', **kwargs).to(device, dtype, memory_format=memory_format).eval()
+    trained = timm.create_model(f'{name}_castream', **kwargs)
     timm_castream.freeze_backbone(trained).to(device, dtype, memory_format=memory_format).train()
     x = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device, dtype=dtype)
     x = x.contiguous(memory_format=memory_format)
@@ -113,7 +117,8 @@ def import_seconds(rounds: int) -> tuple[float, float]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--models', nargs='+', default=MODELS, help='backbones (default: %(default)s)')
+    parser.add_argument('--models', nargs='+', default=MODELS,
+                        help='backbones, as NAME or NAME:ARGUMENT=NUMBER (default: %(default)s)')
     parser.add_argument('--formats', nargs='+', default=tuple(FORMATS), choices=tuple(FORMATS))
     parser.add_argument('--modes', nargs='+', default=('eager', 'compiled'), choices=('eager', 'compiled'))
     parser.add_argument('--device', default='cpu')

@@ -6,9 +6,11 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.deepseek_vit import DeepseekVitClassifier
 from timm.models.gemma4_vit import Gemma4VitClassifier
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
+from timm.models.qwen3_vit import Qwen3VitClassifier
 from timm.models.volo import VOLO
 from torch import nn
 
@@ -32,6 +34,15 @@ def _gemma4(num_classes: int, **kwargs: Any) -> nn.Module:
         num_classes=num_classes, **kwargs)
 
 
+def _qwen3(num_classes: int, **kwargs: Any) -> nn.Module:
+    return Qwen3VitClassifier(
+        img_size=64, embed_dim=32, depth=6, num_heads=2, pos_embed_grid_size=4, num_classes=num_classes, **kwargs)
+
+
+def _deepseek(num_classes: int, **kwargs: Any) -> nn.Module:
+    return DeepseekVitClassifier(img_size=84, embed_dim=32, depth=6, num_heads=2, num_classes=num_classes, **kwargs)
+
+
 # File of timm.models: an architecture or a function, its arguments, height and width of its images.
 TOKEN_NETWORKS: dict[str, tuple[str | Callable[..., nn.Module], dict[str, Any], tuple[int, int]]] = {
     'beit': ('beit_base_patch16_224', {'img_size': (64, 96), **SMALL_VIT}, (64, 96)),
@@ -39,6 +50,7 @@ TOKEN_NETWORKS: dict[str, tuple[str | Callable[..., nn.Module], dict[str, Any], 
     'coat': ('coat_lite_tiny', {'img_size': 64, 'embed_dims': (16, 16, 32, 32), 'serial_depths': (1, 1, 1, 2)},
              (64, 64)),
     'convit': ('convit_tiny', {'img_size': 64, 'embed_dim': 8, 'depth': 6, 'local_up_to_layer': 4}, (64, 64)),
+    'deepseek_vit': (_deepseek, {}, (84, 126)),
     'deit': ('deit_tiny_distilled_patch16_224', {'img_size': (64, 96), **SMALL_VIT}, (64, 96)),
     'efficientformer': ('efficientformer_l1', {'depths': (1, 1, 1, 2), 'embed_dims': (8, 16, 24, 32)}, (224, 224)),
     'eva': ('eva02_tiny_patch14_224', {'img_size': (56, 84), 'embed_dim': 24, 'depth': 6, 'num_heads': 2}, (56, 84)),
@@ -50,6 +62,7 @@ TOKEN_NETWORKS: dict[str, tuple[str | Callable[..., nn.Module], dict[str, Any], 
     'mlp_mixer': (MlpMixer, {'img_size': (64, 96), 'embed_dim': 32, 'num_blocks': 6}, (64, 96)),
     'mvitv2': (_mvitv2, {}, (64, 64)),
     'naflexvit': ('naflexvit_base_patch16_gap', SMALL_VIT, (64, 96)),
+    'qwen3_vit': (_qwen3, {}, (64, 96)),
     'tnt': ('tnt_s_patch16_224', {'img_size': 64, 'embed_dim': 32, 'inner_dim': 8, 'depth': 6, 'num_heads_inner': 2,
                                   'num_heads_outer': 2}, (64, 64)),
     'twins': ('twins_svt_small', {'embed_dims': (8, 16, 24, 32), 'num_heads': (1, 1, 1, 1), 'depths': (2, 2, 2, 2)},

@@ -34,11 +34,21 @@ def test_every_file_of_token_networks_has_a_network_here():
 @pytest.mark.parametrize('file', TOKEN_NETWORKS)
 def test_the_attention_of_a_location_depends_most_on_the_pixels_there(file):
     model, size = token_network(file)
+    check_order(model, size, only_first=file in MIXING)
+
+
+@pytest.mark.parametrize('file, pool', [('qwen3_vit', 'merge'), ('deepseek_vit', 'align')])
+def test_joined_patches_stand_in_image_order(file, pool):
+    model, size = token_network(file, encoder_pool=pool, out_features=32)
+    check_order(model, size)
+
+
+def check_order(model: nn.Module, size: tuple[int, int], only_first: bool = False) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, *size, generator=generator).requires_grad_()
     stages = stage_maps(model, x)
     assert any(isinstance(stage.layout, Tokens) for stage, _ in stages)
-    for _, maps in stages[:1] if file in MIXING else stages:
+    for _, maps in stages[:1] if only_first else stages:
         query = torch.randn(maps.shape[1], generator=generator) / maps.detach().std() / maps.shape[1] ** .5
         rows, columns = maps.shape[2:]
         attention = torch.einsum('d,dhw->hw', query, maps[0]).flatten().log_softmax(0).view(rows, columns)

@@ -390,7 +390,9 @@ def _token_layout(model: nn.Module, probe: _Probe, visit: _Visit) -> Layout:
     assert visit.features is not None
     count = visit.features.shape[1]
     prefixes = dict.fromkeys((getattr(model, 'num_prefix_tokens', 0) or 0, *range(9)))
-    reductions = dict.fromkeys(info.get('reduction') for info in getattr(model, 'feature_info', None) or [])
+    infos = getattr(model, 'feature_info', None) or []
+    reductions = list(dict.fromkeys(info['reduction'] for info in infos if isinstance(info.get('reduction'), int)))
+    joined = [factor * stride for stride in reductions for factor in (2, 3)]  # patches of qwen3_vit and deepseek_vit
     height, width = probe.image_size
     for num_prefix in prefixes:
         patches = count - num_prefix
@@ -398,9 +400,7 @@ def _token_layout(model: nn.Module, probe: _Probe, visit: _Visit) -> Layout:
             continue
         square = math.isqrt(height * width // patches)
         exact = square * square * patches == height * width
-        for stride in (*reductions, square if exact else None):
-            if not isinstance(stride, int):
-                continue
+        for stride in (*reductions, *([square] if exact else []), *joined):
             layout = Tokens(num_prefix, (stride, stride), visit.item, _windows(model, visit.name))
             try:
                 layout.grid(patches, probe.image_size)

@@ -1,0 +1,103 @@
+"""Attaches a stream to every network of timm that takes one, on the meta device, and writes the table of the docs.
+
+    python benchmarks/networks.py docs/networks.md
+    python benchmarks/networks.py /tmp/vit.md 'vit_*'
+"""
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from tqdm import tqdm
+
+import timm_castream
+from timm_castream import families
+from timm_castream.backbone import head_pooling
+from timm_castream.layout import NHWC, Tokens
+
+HEAD = """# Networks
+
+Each of these networks of timm {timm} has a variant `<name>_castream`. The pooling is the network's own: the stream
+replaces it. The stages are the default ones: the names of the modules, the last one for the tensor that is pooled. The
+parameters are those of the stream with its default arguments.
+
+The table is the output of `{command}`. The [limits](limits.md) have the networks that take no stream, with the reasons.
+"""
+
+
+class Row(NamedTuple):
+    """One network.
+
+    Attributes:
+        name: Name of the architecture.
+        pooling: How it pools.
+        stages: Names of the default stages.
+        parameters: Parameters of the stream.
+    """
+
+    name: str
+    pooling: str
+    stages: tuple[str, ...]
+    parameters: int
+
+
+def main() -> int:
+    args = parse_args()
+    names = [name for name in families.architectures() if name in timm.list_models(args.filter)]
+    rows, failures = [], []
+    for name in tqdm(names, disable=None):
+        try:
+            rows.append(row_of(name))
+        except Exception as error:  # the sweep tells all of them
+            failures.append(f'{name}: {type(error).__name__}: {error}')
+    args.output.write_text(page(rows), encoding='utf-8')
+    print(f'{len(rows)} of {len(names)} networks take a stream, the table is in {args.output}.')
+    print('\n'.join(failures))
+    return 1 if failures else 0
+
+
+def row_of(name: str) -> Row:
+    """Attaches a stream to one network, and takes it off again."""
+    with torch.device('meta'):  # parameters are counted, not made
+        model: Any = timm.create_model(name)
+    keys = list(model.state_dict())
+    timm_castream.attach(model)
+    pooled = model.pooled_stage
+    kind = head_pooling(model, pooled, model.forward_gap_head)
+    what = ('patch tokens' if isinstance(pooled.layout, Tokens)
+            else 'a map (B, H, W, D)' if isinstance(pooled.layout, NHWC) else 'a map (B, D, H, W)')
+    pooling = 'class token' if kind == 'token' else f'average of {what}'
+    row = Row(name, pooling, model.castream_stages, sum(p.numel() for p in model.castream.parameters()))
+    timm_castream.detach(model)
+    if list(model.state_dict()) != keys:
+        raise RuntimeError('detach did not give the network back')
+    return row
+
+
+def page(rows: Iterable[Row]) -> str:
+    """The page of the docs: a table for each file of timm.models."""
+    lines = [HEAD.format(timm=timm.__version__, command=' '.join(['python', *sys.argv]))]
+    by_file = sorted(rows, key=lambda row: families.file_of(row.name))
+    for file, group in itertools.groupby(by_file, lambda row: families.file_of(row.name)):
+        lines += [f'## {file}\n', '| network | pooling | stages | stream parameters |', '| --- | --- | --- | ---: |']
+        lines += [f'| `{row.name}` | {row.pooling} | {", ".join(row.stages)} | {row.parameters:,} |' for row in group]
+        lines.append('')
+    return '\n'.join(lines)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('output', type=Path, help='the Markdown file to write')
+    parser.add_argument('filter', nargs='?', default='*', help='as for timm.list_models (default: all)')
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    sys.exit(main())
