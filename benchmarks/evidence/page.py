@@ -428,7 +428,7 @@ def commands_section(results: Results) -> str:
     made = [facts['made_by'] for facts in (*results.facts.values(), *results.streams.values())]
     versions = sorted({f'torch {m["torch"]}, timm {m["timm"]}, timm_castream {m["timm_castream"]}' for m in made})
     machines = sorted({m['machine'] for m in made})
-    return '\n'.join(['## Run it', '', '```bash', 'wget http://cs231n.stanford.edu/tiny-imagenet-200.zip',
+    return '\n'.join(['## Run it', '', '<!-- not run: needs Tiny ImageNet and hours -->', '```bash', 'wget http://cs231n.stanford.edu/tiny-imagenet-200.zip',
                       'unzip -q tiny-imagenet-200.zip', 'make evidence DATA=tiny-imagenet-200', '```', '', wrap(
         "The network's weights come from timm's usual download; `--backbone-checkpoint` names a file instead. "
         '`--network` and `--data-dir` ask the question of another network and of your own `train/CLASS`, `val/CLASS`. '
