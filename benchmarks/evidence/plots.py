@@ -57,7 +57,7 @@ def plot_growth(results: Results, path: Path) -> None:
     gap = gap_accuracy(results)
     if gap is not None:
         axes.axhline(gap, color='black', linewidth=0.8, linestyle='--', label='GAP, all images')
-    axes.set_xlabel('training images of each class (as many steps for each); bars: lowest to highest seed')
+    axes.set_xlabel('training images of each class (as many steps for each)\nbars: lowest to highest seed')
     axes.set_ylabel('validation accuracy, %')
     axes.legend(frameon=False)
     axes.spines[['top', 'right']].set_visible(False)
