@@ -2,17 +2,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
+import timm.models
 import torch
-from timm.models.deepseek_vit import DeepseekVitClassifier
-from timm.models.gemma4_vit import Gemma4VitClassifier
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
-from timm.models.qwen3_vit import Qwen3VitClassifier
 from timm.models.volo import VOLO
 from torch import nn
+
+T = TypeVar('T')
 
 SMALL_VIT = {'embed_dim': 32, 'depth': 6, 'num_heads': 2}
 
@@ -29,22 +29,28 @@ def _volo(num_classes: int, **kwargs: Any) -> nn.Module:
 
 
 def _gemma4(num_classes: int, **kwargs: Any) -> nn.Module:
-    return Gemma4VitClassifier(
+    return timm.models.gemma4_vit.Gemma4VitClassifier(
         embed_dim=32, depth=6, num_heads=2, head_dim=16, intermediate_size=64, position_embedding_size=64,
         num_classes=num_classes, **kwargs)
 
 
 def _qwen3(num_classes: int, **kwargs: Any) -> nn.Module:
-    return Qwen3VitClassifier(
+    return timm.models.qwen3_vit.Qwen3VitClassifier(
         img_size=64, embed_dim=32, depth=6, num_heads=2, pos_embed_grid_size=4, num_classes=num_classes, **kwargs)
 
 
 def _deepseek(num_classes: int, **kwargs: Any) -> nn.Module:
-    return DeepseekVitClassifier(img_size=84, embed_dim=32, depth=6, num_heads=2, num_classes=num_classes, **kwargs)
+    return timm.models.deepseek_vit.DeepseekVitClassifier(
+        img_size=84, embed_dim=32, depth=6, num_heads=2, num_classes=num_classes, **kwargs)
+
+
+def of_this_timm(table: dict[str, T]) -> dict[str, T]:
+    """The rows of a table by files of timm.models that the installed timm has: older ones lack some."""
+    return {file: row for file, row in table.items() if hasattr(timm.models, file)}
 
 
 # File of timm.models: an architecture or a function, its arguments, height and width of its images.
-TOKEN_NETWORKS: dict[str, tuple[str | Callable[..., nn.Module], dict[str, Any], tuple[int, int]]] = {
+TOKEN_NETWORKS: dict[str, tuple[str | Callable[..., nn.Module], dict[str, Any], tuple[int, int]]] = of_this_timm({
     'beit': ('beit_base_patch16_224', {'img_size': (64, 96), **SMALL_VIT}, (64, 96)),
     'cait': ('cait_xxs24_224', {'img_size': (64, 96), **SMALL_VIT}, (64, 96)),
     'coat': ('coat_lite_tiny', {'img_size': 64, 'embed_dims': (16, 16, 32, 32), 'serial_depths': (1, 1, 1, 2)},
@@ -69,11 +75,11 @@ TOKEN_NETWORKS: dict[str, tuple[str | Callable[..., nn.Module], dict[str, Any], 
               (64, 96)),
     'vision_transformer': ('test_vit', {'dynamic_img_size': True}, (64, 96)),
     'vision_transformer_hybrid': ('vit_tiny_r_s16_p8_224', {'dynamic_img_size': True, **SMALL_VIT}, (64, 96)),
-    'vision_transformer_relpos': ('test_vit_relpos', {'img_size': (64, 96)}, (64, 96)),
+    'vision_transformer_relpos': ('vit_relpos_small_patch16_224', {'img_size': (64, 96), **SMALL_VIT}, (64, 96)),
     'vitamin': ('vitamin_small_224', {'img_size': (64, 96)}, (64, 96)),
     'volo': (_volo, {}, (64, 64)),
     'xcit': ('xcit_nano_12_p16_224', SMALL_VIT, (64, 96)),
-}
+})
 
 
 def token_network(file: str, num_classes: int = 10, **kwargs: Any) -> tuple[nn.Module, tuple[int, int]]:

@@ -30,6 +30,8 @@ def test_every_model_file_of_timm_has_a_row_once():
     ('pit_s_224', 'class token alone'),
     ('vgg11', 'layers stand between'),
     ('efficientvit_b0', 'layers stand between'),
+    ('cpubone_b0_bfrobust', 'layers stand between'),
+    ('lowformer_b0', 'layers stand between'),
     ('efficientvim_m1', 'several scales'),
     ('coat_tiny', 'several scales'),
     ('vit_base_patch16_siglip_224', 'attention pooling'),
@@ -38,6 +40,8 @@ def test_every_model_file_of_timm_has_a_row_once():
     ('resnet50_clip', 'attention pooling'),
 ])
 def test_excluded_architectures_have_a_reason(architecture, clause):
+    if not timm.is_model(architecture):
+        pytest.skip(f'timm {timm.__version__} has no {architecture}')
     assert clause in families.reason(architecture)
     assert not families.supported(architecture)
 

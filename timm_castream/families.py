@@ -14,15 +14,15 @@ from torch import nn
 
 # Files of `timm.models` whose networks average a feature map, (B, D, H, W) or (B, H, W, D).
 MAPS = frozenset({
-    'byoanet', 'byobnet', 'convmixer', 'convnext', 'cpubone', 'csatv2', 'cspnet', 'cspnext', 'davit', 'densenet',
-    'dla', 'dpn', 'edgenext', 'efficientformer_v2', 'efficientnet', 'efficientvit_msra', 'fasternet', 'fastvit',
-    'focalnet', 'gcvit', 'ghostnet', 'hardcorenas', 'hgnet', 'hieradet_sam2', 'hrnet', 'iformer', 'inception_next',
-    'inception_resnet_v2', 'inception_v3', 'inception_v4', 'lcnetv2', 'lowformer', 'mambaout', 'maxxvit',
-    'metaformer', 'mobilenetv3', 'mobilenetv5', 'mobilevit', 'nasnet', 'nest', 'nextvit', 'nfnet', 'pnasnet',
-    'pvt_v2', 'rdnet', 'regnet', 'repghost', 'repvit', 'res2net', 'resnest', 'resnet', 'resnetv2', 'rexnet',
-    'selecsls', 'senet', 'sequencer', 'shvit', 'sknet', 'starnet', 'swiftformer', 'swin_transformer',
-    'swin_transformer_v2', 'swin_transformer_v2_cr', 'tiny_vit', 'tresnet', 'vision_transformer_sam', 'visformer',
-    'vovnet', 'xception', 'xception_aligned',
+    'byoanet', 'byobnet', 'convmixer', 'convnext', 'csatv2', 'cspnet', 'cspnext', 'davit', 'densenet', 'dla', 'dpn',
+    'edgenext', 'efficientformer_v2', 'efficientnet', 'efficientvit_msra', 'fasternet', 'fastvit', 'focalnet',
+    'gcvit', 'ghostnet', 'hardcorenas', 'hgnet', 'hieradet_sam2', 'hrnet', 'iformer', 'inception_next',
+    'inception_resnet_v2', 'inception_v3', 'inception_v4', 'lcnetv2', 'mambaout', 'maxxvit', 'metaformer',
+    'mobilenetv3', 'mobilenetv5', 'mobilevit', 'nasnet', 'nest', 'nextvit', 'nfnet', 'pnasnet', 'pvt_v2', 'rdnet',
+    'regnet', 'repghost', 'repvit', 'res2net', 'resnest', 'resnet', 'resnetv2', 'rexnet', 'selecsls', 'senet',
+    'sequencer', 'shvit', 'sknet', 'starnet', 'swiftformer', 'swin_transformer', 'swin_transformer_v2',
+    'swin_transformer_v2_cr', 'tiny_vit', 'tresnet', 'vision_transformer_sam', 'visformer', 'vovnet', 'xception',
+    'xception_aligned',
 })
 
 # Files whose networks average patch tokens, (B, N, D), or read a class token beside them. In all of them the patch
@@ -41,9 +41,11 @@ _ENCODER = 'it is an encoder without a classifier'
 
 # Files whose networks are excluded.
 EXCLUDED_FILES = {
+    'cpubone': _BETWEEN,
     'crossvit': 'it has two branches, each with a class token and a classifier',
     'efficientvim': _SEVERAL,
     'efficientvit_mit': _BETWEEN,
+    'lowformer': _BETWEEN,
     'pit': 'it drops the patch tokens after its last stage and keeps the class token alone',
     'vgg': _BETWEEN,
 }
