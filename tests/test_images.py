@@ -62,10 +62,10 @@ def test_normalisation_is_that_of_the_cfg() -> None:
 
 
 @pytest.mark.parametrize(('model_or_cfg', 'message'), [
-    (nn.Linear(1, 1), 'Linear does not say the mean'),
-    ({'mean': (0.5,)}, 'dict does not say the std'),
-    ({'mean': (0.5, 0.5), 'std': (0.5, 0.5)}, 'mean for 2 channels, the images have 3'),
-    ({'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5)}, 'std for 2 channels, the images have 3'),
+    (nn.Linear(1, 1), 'Linear has no mean for its images: pass mean='),
+    ({'mean': (0.5,)}, 'dict has no std for its images: pass std='),
+    ({'mean': (0.5, 0.5), 'std': (0.5, 0.5)}, 'mean has 2 channels, the images have 3'),
+    ({'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5)}, 'std has 2 channels, the images have 3'),
 ])
 def test_masking_asks_for_mean_and_std_of_the_channels(
         model_or_cfg: Any, message: str, images: Tensor, saliency: Tensor) -> None:
