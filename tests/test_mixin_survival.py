@@ -147,7 +147,7 @@ def test_torch_export_keeps_the_stream(name, strict, make_model, x):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('name', [*SMALL, 'test_vit'])
 def test_onnx_runs_the_same(name, make_model, x, tmp_path):
     runtime = pytest.importorskip('onnxruntime', reason='onnxruntime runs the exported file')
     pytest.importorskip('onnxscript', reason='torch.onnx exports through onnxscript')
