@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models import ConvNeXt, HighResolutionNet, MultiScaleVit, ResNet, Twins
+from timm.models import CoaT, ConvNeXt, HighResolutionNet, MultiScaleVit, ResNet, Twins
 from torch import Tensor, nn
 
 from .families import has_raster_tokens, reason_for
@@ -27,6 +27,8 @@ NAMED_STAGES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     # The paper's: feature_info has `act1` for ResNet, whose F_0 is after the max pooling, and no stem for ConvNeXt.
     (ResNet, ('maxpool', 'layer1', 'layer2', 'layer3', 'layer4')),
     (ConvNeXt, ('stem', 'stages.0', 'stages.1', 'stages.2', 'stages.3')),
+    # feature_info is missing in timm before 1.0.31.
+    (CoaT, ('serial_blocks1', 'serial_blocks2', 'serial_blocks3', 'serial_blocks4')),
     # feature_info has names that are no modules of these.
     (HighResolutionNet, ('incre_modules.0', 'incre_modules.1', 'incre_modules.2', 'incre_modules.3', 'final_layer')),
     (MultiScaleVit, ('stages.0', 'stages.1', 'stages.2', 'stages.3')),
@@ -294,7 +296,7 @@ def _default_names(model: nn.Module) -> list[str]:
     if named:
         return [_resolved(model, name) for name in named[0]]
     names = _block_names(model)
-    strides = {info['reduction'] for info in model.feature_info} if names else set()  # type: ignore[union-attr]
+    strides = {info.get('reduction') for info in getattr(model, 'feature_info', None) or []}
     if len(strides) > 1 or len(names) <= MAX_DEFAULT_STAGES:
         return names
     # No stages of its own: a few blocks at equal distances, the last one among them.
@@ -302,7 +304,7 @@ def _default_names(model: nn.Module) -> list[str]:
 
 
 def _block_names(model: nn.Module) -> list[str]:
-    """The modules of timm's `feature_info`."""
+    """The modules of timm's `feature_info`, or the blocks of a network without one."""
     modules = dict(model.named_modules())
     names = []
     for info in getattr(model, 'feature_info', None) or []:
@@ -311,6 +313,9 @@ def _block_names(model: nn.Module) -> list[str]:
             name = f'encoder.{name}'
         if name and name in modules:  # some of timm's tables name a module that is none, or '', the whole model
             names.append(_resolved(model, name))
+    blocks = getattr(model, 'blocks', None)
+    if not names and isinstance(blocks, (nn.ModuleList, nn.Sequential)):  # timm before 1.0.31 has no table of some
+        names = [f'blocks.{i}' for i in range(len(blocks))]
     return names
 
 
@@ -390,8 +395,8 @@ def _token_layout(model: nn.Module, probe: _Probe, visit: _Visit) -> Layout:
     assert visit.features is not None
     count = visit.features.shape[1]
     prefixes = dict.fromkeys((getattr(model, 'num_prefix_tokens', 0) or 0, *range(9)))
-    infos = getattr(model, 'feature_info', None) or []
-    reductions = list(dict.fromkeys(info['reduction'] for info in infos if isinstance(info.get('reduction'), int)))
+    infos = [info.get('reduction') for info in getattr(model, 'feature_info', None) or []]
+    reductions = [stride for stride in dict.fromkeys(infos) if isinstance(stride, int) and stride > 0]
     joined = [factor * stride for stride in reductions for factor in (2, 3)]  # patches of qwen3_vit and deepseek_vit
     height, width = probe.image_size
     for num_prefix in prefixes:
