@@ -154,10 +154,7 @@ class Network:
 
     def forward(self, images: Tensor) -> Tensor:
         """The model's own forward, under the pooling that the model is set to: (N, C) logits of one batch."""
-        count = len(images)
-        if self._torchcompile:  # another number of images or another memory format would compile another graph
-            images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, self.batch_size(images) - count))
-        return self._forward(images.contiguous(memory_format=self.memory_format(images)))[:count]
+        return self._forward(self._prepared(images))[:len(images)]
 
     def logits(self, images: Tensor, poolings: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Logits of one batch under each pooling, from one pass over the backbone.
@@ -173,11 +170,14 @@ class Network:
         if len(poolings) == 1:
             with self.pooled_by(poolings[0]):
                 return {poolings[0]: self.forward(images)}
-        count = len(images)
-        if self._torchcompile:
-            images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, self.batch_size(images) - count))
-        both = self._forward_both(self.model, images.contiguous(memory_format=self.memory_format(images)))
-        return {name: both[name][:count] for name in poolings}
+        both = self._forward_both(self.model, self._prepared(images))
+        return {name: both[name][:len(images)] for name in poolings}
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        """One batch in the network's memory format, filled up with zeros to the batch size for a compiled network."""
+        if self._torchcompile:  # another number of images or another memory format would compile another graph
+            images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, self.batch_size(images) - len(images)))
+        return images.contiguous(memory_format=self.memory_format(images))
 
     def all_logits(self, images: Tensor, poolings: Sequence[str] | None = None) -> dict[str, Tensor]:
         """`logits` of any number of images, in batches."""
