@@ -41,6 +41,7 @@ parser.add_argument('--test-pool', action='store_true')
 parser.add_argument('--dist-bn', default='reduce')
 parser.add_argument('--resume', default='')
 parser.add_argument('--device', default='cpu')
+parser.add_argument('--amp', action='store_true', default=False)
 parser.add_argument('--crash')
 
 def validate():

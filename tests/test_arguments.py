@@ -30,6 +30,17 @@ def test_the_statistics_of_a_frozen_backbone_are_never_distributed(script, optio
     assert script(*options, '--model-kwargs', 'freeze_backbone=False')[1]['dist_bn'] == expected
 
 
+@pytest.mark.parametrize(('options', 'amp'), [
+    ([], False), (['--amp'], True), (['--device', 'cuda'], True), (['--device', 'cuda', '--no-amp'], False)])
+def test_mixed_precision_of_a_recipe_is_left_out_on_a_cpu_unless_the_user_asks_for_it(
+        script, tmp_path, monkeypatch, caplog, options, amp):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    recipe = make_file(tmp_path / 'mine.yaml', 'amp: true\n')
+    code, seen = script('-c', str(recipe), *options)
+    assert (code, seen['amp']) == (0, amp)
+    assert ('mine.yaml asks for mixed precision, which is left out' in caplog.text) == (not options)
+
+
 def test_a_recipe_is_found_by_name_among_the_packaged_ones_unless_a_file_has_that_name(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ('imagenet_sgd90.yaml', 'imagenet_sgd90'):

@@ -2,13 +2,16 @@
 
 timm replaces the `model_kwargs` of a config file by `--model-kwargs` of the command line, so `freeze_backbone` of a
 recipe would be lost without a word. Here the two are merged. Recipes are found by name. Options that would skip the
-stream, and files and folders that do not exist, are refused. The statistics of a frozen backbone are not averaged.
+stream, and files and folders that do not exist, are refused. The statistics of a frozen backbone are not averaged. A
+recipe's mixed precision is left out on a CPU.
 """
 from __future__ import annotations
 
 import ast
-from argparse import Action, ArgumentError, ArgumentParser, Namespace
+import logging
+from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +24,8 @@ import yaml
 from ..families import no_model
 
 RECIPES = Path(str(files('train_wrappers') / 'recipes'))
+
+_logger = logging.getLogger(__name__)
 
 
 class ParseKwargs(Action):
@@ -82,8 +87,8 @@ def prepare(script: Mapping[str, Any], argv: Sequence[str]) -> CommandLine:
         argv: The user's options without those of the wrapper.
 
     Returns:
-        `argv`, followed by the path of a recipe given by name, by the merged `--model-kwargs` and by `--dist-bn ''`
-        for a frozen backbone. argparse takes the last one.
+        `argv`, followed by the path of a recipe given by name, by the merged `--model-kwargs`, by `--dist-bn ''` for a
+        frozen backbone and by `--no-amp` for a recipe's `amp` on a CPU. argparse takes the last one.
 
     Raises:
         ValueError: A file, folder or name in an option does not exist, or the option does not work with a stream.
@@ -98,9 +103,10 @@ def prepare(script: Mapping[str, Any], argv: Sequence[str]) -> CommandLine:
             path = find_recipe(config.config)
             name, recipe = path.name, read_recipe(path)
             added += ['--config', str(path)]
-    typed = script['parser'].parse_args(options).model_kwargs
-    merged = {**(recipe.get('model_kwargs') or {}), **typed}
-    if merged != typed:
+    add_no_amp(script['parser'])
+    typed = script['parser'].parse_args(options)
+    merged = {**(recipe.get('model_kwargs') or {}), **typed.model_kwargs}
+    if merged != typed.model_kwargs:
         added += ['--model-kwargs', *(f'{key}={value!r}' for key, value in merged.items())]
     # Values that a namespace already holds take the place of the parser's defaults, as timm's set_defaults does.
     args = script['parser'].parse_args(options, Namespace(**{**recipe, 'model_kwargs': {}}))
@@ -110,7 +116,18 @@ def prepare(script: Mapping[str, Any], argv: Sequence[str]) -> CommandLine:
     if merged.get('freeze_backbone') and getattr(args, 'dist_bn', ''):
         # Averaging frozen statistics over processes, timm's default, changes their last bits.
         added += ['--dist-bn', '']
+    if recipe.get('amp') and not getattr(typed, 'amp', False) and str(getattr(args, 'device', '')) == 'cpu':
+        _logger.warning('%s asks for mixed precision, which is left out: a CPU computes it slowly. --amp asks for it.',
+                        name)
+        added.append('--no-amp')
     return CommandLine([*argv, *added], args, name, recipe)
+
+
+def add_no_amp(parser: ArgumentParser) -> None:
+    """Adds `--no-amp` to a script of timm, whose `--amp` cannot be taken back once a config file has set it."""
+    with suppress(ArgumentError):  # a script that has it
+        parser.add_argument(
+            '--no-amp', dest='amp', action='store_false', default=SUPPRESS, help='no mixed precision')
 
 
 def find_recipe(name: str) -> Path:
