@@ -7,7 +7,9 @@ import io
 import json
 import os
 import re
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -321,6 +323,29 @@ def test_the_command_serves_this_machine_unless_told_otherwise(
         served: list[tuple[Any, ...]], options: list[str], call: tuple[Any, ...]) -> None:
     assert cli.main(['app', *options]) == 0
     assert served == [call]
+    assert not Path(os.environ['GRADIO_TEMP_DIR']).exists()
+
+
+def test_sigterm_closes_the_server_before_the_files_of_the_page_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[bool] = []
+
+    def serve_until_sigterm(app: Any, host: str, port: int | None) -> None:
+        serve(app, host, port, prevent_thread_lock=True, quiet=True)
+        close = app.server.close
+
+        def recorded_close() -> None:
+            folders.append(Path(os.environ['GRADIO_TEMP_DIR']).exists())
+            close()
+
+        monkeypatch.setattr(app.server, 'close', recorded_close)
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        app.block_thread()
+
+    monkeypatch.setattr('timm_castream.app.serve', serve_until_sigterm)
+    for variable in ('GRADIO_TEMP_DIR', 'GRADIO_ANALYTICS_ENABLED'):
+        monkeypatch.setenv(variable, '')
+    assert cli.main(['app']) == 0
+    assert folders == [True]
     assert not Path(os.environ['GRADIO_TEMP_DIR']).exists()
 
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pkgutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +149,25 @@ def test_ctrl_c_is_one_line_and_exit_code_130(capsys, monkeypatch):
     monkeypatch.setattr(demo, 'run', interrupted)
     assert cli.main(['demo']) == 130
     assert capsys.readouterr().err == 'castream: interrupted\n'
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_and_a_second_one_does_not_stop_the_removal_of_its_files(
+        capsys, monkeypatch, tmp_path):
+    def run(*args, **kwargs):
+        (tmp_path / 'scratch').touch()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            (tmp_path / 'scratch').unlink()
+        raise AssertionError('the first signal raises')
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(demo, 'run', run)
+    assert cli.main(['demo']) == 130
+    assert capsys.readouterr().err == 'castream: interrupted\n'
+    assert not (tmp_path / 'scratch').exists()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_evaluate_writes_the_table_and_a_row_an_image(model_options, tmp_path, capsys):

@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType, ModuleType
 from typing import NoReturn
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes those of the process.
 
     Returns:
-        The exit code: 0; 1 where a part of the work was skipped; 2 for an error; 130 after Ctrl-C.
+        The exit code: 0; 1 where a part of the work was skipped; 2 for an error; 130 after Ctrl-C or SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv and argv[0] in COMMANDS else _parse_command(argv)
@@ -45,10 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _command_parser(name, command).parse_args(argv[1:])
     logging.basicConfig(format='%(message)s')
     logging.getLogger('timm_castream').setLevel(logging.INFO)  # not the HTTP client's requests
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = command.run(args)
+        with _sigterm_as_ctrl_c():
+            code = command.run(args)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -70,9 +70,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USER_ERROR
 
 
-def _terminate(signal_number: int, frame: FrameType | None) -> NoReturn:
-    """Ends the command as an exception does, so that it removes its temporary files."""
-    raise SystemExit(128 + signal_number)
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM inside raises KeyboardInterrupt, so that a command removes its temporary files and a server closes."""
+    def interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
+        # `timeout` and process managers may send SIGTERM twice. The second one would stop the removal of the files.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread alone
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Parser(argparse.ArgumentParser):
