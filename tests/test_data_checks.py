@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from timm_castream.timm_scripts.data import DataChecks
 
@@ -44,3 +46,18 @@ def test_multi_label_data_are_not_mixed(option):
         create(dense, 3, **option)
     assert create(dense, 3, **dict.fromkeys(option)) is dense
     assert create(data_set(3), 3, **option)
+
+
+def create_loader(number: int, batch_size: int, is_training: bool) -> DataLoader:
+    checks = DataChecks(Namespace(batch_size=batch_size))
+    dataset = TensorDataset(torch.zeros(number))
+    return checks.create_loader(
+        lambda dataset, is_training: DataLoader(dataset, batch_size, drop_last=is_training))(
+            dataset, is_training=is_training)
+
+
+def test_training_images_that_fill_no_batch_are_refused_with_both_numbers():
+    with pytest.raises(ValueError, match='The 5 training images fill no batch of 6: pass a smaller --batch-size'):
+        create_loader(5, 6, is_training=True)
+    assert len(create_loader(6, 6, is_training=True)) == 1
+    assert len(create_loader(5, 6, is_training=False)) == 1

@@ -144,6 +144,7 @@ def test_two_processes_train_a_class_specific_stream_on_cpus(real_scripts, image
     (train, ['--dataset', 'cub'], "no data set 'cub'; known are cub200"),
     (train, ['--train-split', 'tran'], "no split 'tran', it has train, validation"),
     (train, ['--num-classes', '2'], 'The data set has 3 classes, the model has 2: pass --num-classes 3'),
+    (train, ['-b', '37'], 'The 36 training images fill no batch of 37: pass a smaller --batch-size'),
     (validate, ['--dataset', 'cub', '--checkpoint', 'last.pth'], "no data set 'cub'; known are cub200"),
     (validate, ['--split', 'tset', '--checkpoint', 'last.pth'], "no split 'tset', it has train, validation"),
     (validate, ['--pretrained'], 'No pretrained weights exist for test_resnet_castream'),

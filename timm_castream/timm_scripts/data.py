@@ -7,18 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from timm.utils import world_info_from_env
 
 from ..datasets import count_classes
 
 
 class DataChecks:
-    """Wraps `create_model` and `create_dataset` of a script.
+    """Wraps `create_model`, `create_dataset` and `create_loader` of a script.
 
     Args:
         args: The options of the script.
     """
 
     def __init__(self, args: Namespace) -> None:
+        self.args = args
         self.mixes = any(getattr(args, name, None) for name in ('mixup', 'cutmix', 'cutmix_minmax'))
         self.num_classes: int | None = None
 
@@ -48,3 +50,19 @@ class DataChecks:
                                  'labels for each image: leave them out.')
             return dataset
         return create_dataset
+
+    def create_loader(self, create: Callable[..., Any]) -> Callable[..., Any]:
+        """Wraps `create_loader`: refuses training images that fill no batch.
+
+        timm leaves the last batch out when it is not full. Without a batch it ends in a failed assertion.
+        """
+        @functools.wraps(create)
+        def create_loader(dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            loader = create(dataset, *args, **kwargs)
+            if kwargs.get('is_training') and not len(loader):
+                _, _, count = world_info_from_env()
+                batch = f'{self.args.batch_size}' + (f' in each of {count} processes' if count > 1 else '')
+                raise ValueError(f'The {len(dataset)} training images fill no batch of {batch}: pass a smaller '
+                                 '--batch-size, or more images.')
+            return loader
+        return create_loader

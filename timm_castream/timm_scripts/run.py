@@ -116,7 +116,7 @@ def _run(path: Path, options: list[str], parser: argparse.ArgumentParser) -> Non
         script['parser'].error = _OneLine(parser.prog)  # in place of timm's, which prints all its options
         command = prepare(script, options)
         checks = DataChecks(command.args)
-        for name in ('create_model', 'create_dataset'):
+        for name in ('create_model', 'create_dataset', 'create_loader'):
             if name in script:
                 script[name] = getattr(checks, name)(script[name])
         sys.argv += command.argv
