@@ -183,3 +183,27 @@ def test_box_metrics_leave_out_maps_without_a_box() -> None:
         'tiny', ('gap',), ('a',), ('pointing_game', 'energy_pointing_game'), values, 0, {'target': 'truth'})
     assert report['gap', 'a', 'pointing_game'].value == 50
     assert report['gap', 'a', 'energy_pointing_game'].value == 4
+
+
+def test_box_metrics_of_both_poolings_have_the_same_images() -> None:
+    """GAP and CA explain their own predictions, and only images 0 and 3 have boxes of both."""
+    nan = np.nan
+    gap, ca = np.array([10., 20, nan, 40, nan]), np.array([15., nan, 35, 55, nan])
+    names = [('image',)]
+    columns = [np.arange(5.)]
+    for p, values in (('gap', gap), ('ca', ca)):
+        names += [(p, 'class'), (p, 'prob'), (p, 'a', 'energy_pointing_game'), (p, 'a', 'average_gain')]
+        columns += [np.zeros(5), np.full(5, .5), values, np.arange(5.)]
+    values = ImageValues(
+        row_columns=tuple(names), rows=np.column_stack(columns),
+        image_columns=(('image',), ('gap', 'accuracy'), ('ca', 'accuracy')),
+        images=np.column_stack([np.arange(5), np.full(5, 100.), np.full(5, 100.)]))
+    metrics = ('energy_pointing_game', 'average_gain')
+    report = Report.from_values('tiny', ('gap', 'ca'), ('a',), metrics, values, 0, {'target': 'predicted'})
+    assert report['gap', 'a', 'energy_pointing_game'].value == (10 + 40) / 2
+    assert report['ca', 'a', 'energy_pointing_game'].value == (15 + 55) / 2
+    value, low, high = report.difference('a', 'energy_pointing_game')
+    assert value == (5 + 15) / 2 and 5 <= low <= high <= 15
+    assert report['ca', 'a', 'average_gain'].value == 2
+    assert report.num_boxed == 2
+    assert 'Localisation: 2 of 5 maps have a box under both poolings' in str(report)

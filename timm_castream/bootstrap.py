@@ -61,6 +61,18 @@ class ImageValues:
         """Whether an image may have several labels."""
         return any(column[0] == 'label' for column in self.image_columns)
 
+    @property
+    def has_box(self) -> np.ndarray:
+        """(R,) bool: rows whose class has a box under every pooling.
+
+        The metrics of boxes count these rows alone, so that GAP and CA have the same images. Each pooling may explain
+        its own prediction, and one of the two classes may have no box in the image.
+        """
+        boxed = [
+            i for i, column in enumerate(self.row_columns)
+            if column[2:3] and column[2] in METRICS and 'boxes' in METRICS[column[2]].needs]
+        return ~np.isnan(self.rows[:, boxed]).any(1)
+
     def row_values(self, *name: str) -> np.ndarray:
         """The columns of `rows` whose names begin with `name`, (R, columns)."""
         return self.rows[:, [i for i, column in enumerate(self.row_columns) if column[:len(name)] == name]]
@@ -105,6 +117,7 @@ class Bootstrap:
              self._sums([100 * values.row_values(p, 'prob') for p in self._poolings])),
         ]
         self._boxed = [name for name in names if name not in everywhere]
+        self._has_box = values.has_box[:, None]
         self._names: list[Figure] = [
             *(name for group, _ in self._groups for name in group), *self._boxed, *((p, 'accuracy') for p in poolings)]
         point = self._figures(np.ones((1, len(values.images))))
@@ -140,7 +153,8 @@ class Bootstrap:
         with np.errstate(invalid='ignore'):
             parts = [(weights @ sums) / (weights @ counts)[:, None] for _, (sums, counts) in self._groups]
             for name in self._boxed:  # one after the other: MaxBoxAccV2 expands to 768 numbers a row
-                sums, counts = self._sums([METRICS[name[2]].expand(self._values.row_values(*name))])
+                numbers = METRICS[name[2]].expand(self._values.row_values(*name))
+                sums, counts = self._sums([np.where(self._has_box, numbers, np.nan)])
                 parts.append(METRICS[name[2]].figure((weights @ sums) / (weights @ counts)[:, None])[:, None])
         return np.concatenate([*parts, self._accuracy(weights)], axis=1)
 

@@ -90,7 +90,8 @@ def evaluate(
             `{pooling: array}` gives each pooling its own. Maps are clamped at 0 and scaled by their own minimum and
             maximum.
         poolings: `'gap'`, `'ca'` or both. None: both for a model with a stream, `'gap'` for others: their own forward.
-        target: The class explained: `'truth'`, the label, or `'predicted'`, under each pooling its own prediction.
+        target: The class explained: `'truth'`, the label, or `'predicted'`, under each pooling its own prediction. The
+            metrics of boxes then count the images whose predictions have a box under both poolings.
         metrics: Names of `metrics.METRICS`. Only what they need is computed. Those of localisation need a data set
             with boxes.
         setting: Insertion and Deletion as in `metrics.CURVE_SETTINGS`: `'paper'` or `'rise'`.
@@ -217,9 +218,10 @@ def evaluate(
         values = ImageValues(protocol.row_columns, protocol.image_columns, tables['rows'], tables['images'])
         if not len(values.rows):
             raise ValueError('No image has a positive label, so there is no class to explain.')
-        for name in boxed:
-            if np.isnan(values.row_values(network.poolings[0], rows[0].name, name)).all():
-                raise ValueError(f'metric {name!r} has no value: no image has a box of its class inside the input.')
+        if boxed and not values.has_box.any():
+            both = ' under both poolings' if len(network.poolings) > 1 else ''
+            raise ValueError(
+                f'metric {boxed[0]!r} has no value: no image has a box of its class inside the input{both}.')
         if network.temperatures:
             settings['temperatures'] = network.temperatures
         versions = {'torch': torch.__version__, 'timm': timm.__version__, 'timm_castream': __version__}

@@ -93,11 +93,9 @@ class Report:
 
     @property
     def num_boxed(self) -> int | None:
-        """Number of rows with a box of the class, or None where no metric needs boxes."""
-        boxed = next((k for k in self.metrics if 'boxes' in METRICS[k].needs), None)
-        if boxed is None:
-            return None
-        return int((~np.isnan(self.values.row_values(self.poolings[0], self.methods[0], boxed)).any(1)).sum())
+        """Number of rows with a box of the class under every pooling, or None where no metric needs boxes."""
+        needs_boxes = any('boxes' in METRICS[k].needs for k in self.metrics)
+        return int(self.values.has_box.sum()) if needs_boxes else None
 
     def difference(self, method: str, metric: str) -> Estimate:
         """CA - GAP of a metric, paired by image, with its own interval.
@@ -143,7 +141,8 @@ class Report:
         if temperatures:
             notes.append('Temperatures: ' + ', '.join(f'{p.upper()} {t:.3f}' for p, t in temperatures.items()))
         if self.num_boxed is not None:
-            notes.append(f'Localisation: {self.num_boxed} of {len(self.values.rows)} maps have a box')
+            both = ' under both poolings' if len(self.poolings) > 1 else ''
+            notes.append(f'Localisation: {self.num_boxed} of {len(self.values.rows)} maps have a box{both}')
         if self.unreadable:
             images = 'image' if len(self.unreadable) == 1 else 'images'
             names = ', '.join(list(self.unreadable)[:3]) + (', ...' if len(self.unreadable) > 3 else '')
