@@ -8,8 +8,9 @@ from networks import TOKEN_NETWORKS, of_this_timm, token_network
 from torch import Tensor, nn
 
 from timm_castream import families
-from timm_castream.backbone import find_stages, hook_target
+from timm_castream.backbone import find_stages
 from timm_castream.layout import Stage, Tokens
+from timm_castream.probe import hook_target
 
 # With random weights the later stages of these mix all locations: their attention outweighs their residual branch.
 MIXING = ('efficientformer', 'gemma4_vit', 'levit', 'xcit')

@@ -1,14 +1,11 @@
-"""Stages of a network, found by small forwards: which modules run, how their outputs lie, how the head pools.
+"""Stages of a network, found by the forwards of `probe`: their modules, their layouts, and how the head pools.
 
 Letters: B images, D channels, H x W locations, N tokens, l a stage from 0 to L.
 """
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +13,19 @@ from timm.models import CoaT, ConvNeXt, HighResolutionNet, MultiScaleVit, ResNet
 from torch import Tensor, nn
 
 from .families import has_raster_tokens, reason_for
-from .freezing import is_norm
 from .layout import NCHW, NHWC, ImageSize, Layout, Stage, Tokens
+from .probe import (
+    PROBE_ERRORS,
+    Probe,
+    Visit,
+    eval_mode,
+    hook_target,
+    input_channels,
+    placement,
+    run_image,
+    run_probe,
+    shape_text,
+)
 
 # Name of the pooled stage where it is the output of no named module.
 POOLED = 'forward_features'
@@ -37,35 +45,6 @@ NAMED_STAGES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 
 # Default stages of a network whose blocks all have one resolution.
 MAX_DEFAULT_STAGES = 5
-
-
-def hook_target(module: nn.Module) -> nn.Module:
-    """The module to hook for a stage's output: a Sequential's last block.
-
-    Gradient checkpointing flattens Sequentials (timm's `checkpoint_seq(flatten=True)`), whose own hooks then never
-    fire. A normalisation layer at the end is no block, and may be replaced by a synchronised one.
-    """
-    while isinstance(module, nn.Sequential) and len(module) and not is_norm(module[-1]):
-        module = module[-1]
-    return module
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside, every module's own mode afterwards."""
-    switched = [module for module in model.modules() if module.training]
-    for module in switched:
-        module.training = False
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        for module in switched:
-            module.training = True
-        # tiny_vit and others of timm's keep what eval mode computed of weights that may be loaded only later.
-        caching: list[Any] = [module for module in model.modules() if hasattr(module, 'attention_bias_cache')]
-        for module in caching:
-            module.attention_bias_cache = {}
 
 
 def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> tuple[Stage, ...]:
@@ -94,7 +73,7 @@ def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> tuple[S
     if names is not None:
         _check_names(model, chosen)
     with eval_mode(model):
-        probe = _run_probe(model, chosen)
+        probe = run_probe(model, chosen)
         pooled = _pooled_stage(model, probe)
         if head_pooling(model, pooled, model.forward_head) is None:  # type: ignore[arg-type]
             raise ValueError(f'{kind} does not pool the feature map that its forward_features gives by average, by '
@@ -129,7 +108,7 @@ def find_stage(model: nn.Module, name: str) -> Stage:
         children = ', '.join(child for child, _ in model.named_children())
         raise ValueError(f'layer {name!r} is no module of {kind}; it has {children} and their submodules.')
     with eval_mode(model):
-        probe = _run_probe(model, [name])
+        probe = run_probe(model, [name])
         if len(probe.visits) != 1:
             raise ValueError(f'layer {name!r} of {kind} runs {len(probe.visits)} times before the pooling: name a '
                              'module that runs once.')
@@ -149,7 +128,7 @@ def pooled_stage(model: nn.Module) -> Stage:
     if isinstance(own, Stage):
         return own
     with eval_mode(model):
-        return _pooled_stage(model, _run_probe(model, []))
+        return _pooled_stage(model, run_probe(model, []))
 
 
 def cam_layer(model: nn.Module) -> str | None:
@@ -171,7 +150,7 @@ def cam_layer(model: nn.Module) -> str | None:
         return None
     names = _last_blocks(model)
     with eval_mode(model):
-        probe = _run_probe(model, names, lambda features: head(features, pre_logits=True))
+        probe = run_probe(model, names, lambda features: head(features, pre_logits=True))
     return probe.last_seen or (names[-2] if len(names) > 1 else None)  # the meta device has no gradients
 
 
@@ -194,11 +173,10 @@ def head_pooling(model: nn.Module, pooled: Stage, head: Callable[..., Tensor]) -
     """
     layout = pooled.layout
     with eval_mode(model):
-        placement = _placement(model)
-        if head(pooled.one_location(torch.zeros(1, pooled.dim, **placement)), pre_logits=True).ndim > 2:
+        if head(pooled.one_location(torch.zeros(1, pooled.dim, **placement(model))), pre_logits=True).ndim > 2:
             return ''
         features = torch.linspace(0, 100, 18 * pooled.dim, dtype=torch.float32).sin().reshape(2, pooled.dim, 3, 3)
-        features = features.to(**placement)
+        features = features.to(**placement(model))
         mean, peak = features.mean((2, 3)), features.amax((2, 3))
         prefix = -peak
         output = head(layout.pack(features, prefix), pre_logits=True)
@@ -222,72 +200,11 @@ def head_pooling(model: nn.Module, pooled: Stage, head: Callable[..., Tensor]) -
     return None
 
 
-@dataclass
-class _Visit:
-    """The output of one module in the probe.
-
-    Attributes:
-        name: Name of the module.
-        output: Its output.
-        features: The one feature map in the output, or None.
-        item: Index of the feature map in a tuple.
-        version: Changes in place of the feature map so far.
-    """
-
-    name: str
-    output: Any
-    features: Tensor | None = None
-    item: int | None = None
-    version: int = 0
-
-    def __post_init__(self) -> None:
-        items = list(enumerate(self.output)) if isinstance(self.output, tuple) else [(None, self.output)]
-        # mvitv2 gives tokens and their grid, tnt tokens of pixels (another batch size) and of patches.
-        maps = [(item, value) for item, value in items
-                if isinstance(value, Tensor) and value.ndim in (3, 4) and value.shape[0] == 1]
-        if len(maps) == 1:
-            (self.item, self.features), = maps
-            # torch has no public counter of the changes in place of a tensor.
-            self.version = self.features._version
-
-    def problem(self, model: nn.Module, in_place: bool = True) -> str | None:
-        """Why the output cannot be a stage, or None."""
-        kind = type(model).__name__
-        if self.features is None:
-            return (f'{self.name} of {kind} gives {_shape(self.output)} and not one feature map, (B, D, H, W), '
-                    '(B, H, W, D) or (B, N, D).')
-        if in_place and self.features._version != self.version:
-            return (f'The output of {self.name} is changed in place by the module that follows it in {kind}; name that '
-                    'module instead.')
-        return None
-
-
-@dataclass
-class _Probe:
-    """One forward of one small image: the modules in the order in which they ran, and the final feature map.
-
-    Attributes:
-        image_size: Height and width of the image.
-        visits: The modules that ran.
-        features: Output of `forward_features`, or of the network where it is not timm's.
-        last_seen: Name of the last module with a gradient at its patch tokens, where the probe has asked for one.
-    """
-
-    image_size: ImageSize
-    visits: list[_Visit]
-    features: Any
-    last_seen: str | None = None
-
-
 def _has_module(model: nn.Module, name: str) -> bool:
     try:
         return bool(name) and model.get_submodule(name) is not None  # '' would be the model
     except AttributeError:
         return False
-
-
-def _shape(output: Any) -> str:
-    return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
 
 
 def _default_names(model: nn.Module) -> list[str]:
@@ -350,23 +267,23 @@ def _check_names(model: nn.Module, names: list[str]) -> None:
                          f'example {_default_names(model)}.')
 
 
-def _pooled_stage(model: nn.Module, probe: _Probe) -> Stage:
-    visit = _Visit(POOLED, probe.features)
+def _pooled_stage(model: nn.Module, probe: Probe) -> Stage:
+    visit = Visit(POOLED, probe.features)
     if visit.features is None or visit.item is not None:
         raise ValueError(f'{type(model).__name__} pools no feature map: its forward_features gives '
-                         f'{_shape(probe.features)}, a CA-Stream needs (B, D, H, W), (B, H, W, D) or patch tokens '
+                         f'{shape_text(probe.features)}, a CA-Stream needs (B, D, H, W), (B, H, W, D) or patch tokens '
                          '(B, N, D).')
     return _stage(model, probe, visit)
 
 
-def _stage(model: nn.Module, probe: _Probe, visit: _Visit) -> Stage:
+def _stage(model: nn.Module, probe: Probe, visit: Visit) -> Stage:
     assert visit.features is not None  # problem() comes first
     find = _map_layout if visit.features.ndim == 4 else _token_layout
     layout = find(model, probe, visit)
     return Stage(visit.name, layout.view(visit.features).shape[1], layout)
 
 
-def _map_layout(model: nn.Module, probe: _Probe, visit: _Visit) -> Layout:
+def _map_layout(model: nn.Module, probe: Probe, visit: Visit) -> Layout:
     """Whether the channels of a map come before its locations or after them.
 
     Locations follow the sides of the image. Where both readings do, a second image of twice the size tells: its map has
@@ -376,18 +293,18 @@ def _map_layout(model: nn.Module, probe: _Probe, visit: _Visit) -> Layout:
     first, last = _is_grid(shape[2:], probe.image_size), _is_grid(shape[1:3], probe.image_size)
     if first == last:
         height, width = probe.image_size
-        channels = _input_channels(model)[0]
+        channels = input_channels(model)[0]
         try:
-            second = _run_image(model, [] if visit.name == POOLED else [visit.name], (channels, 2 * height, 2 * width))
+            second = run_image(model, [] if visit.name == POOLED else [visit.name], (channels, 2 * height, 2 * width))
             other = second.features if visit.name == POOLED else second.visits[0].output
             first, last = other.shape[3] != shape[3], other.shape[1] != shape[1]
-        except _PROBE_ERRORS:  # a network of one image size
+        except PROBE_ERRORS:  # a network of one image size
             last = getattr(model, 'output_fmt', 'NCHW') == 'NHWC'
             first = not last
     return NCHW() if first and not last else NHWC()
 
 
-def _token_layout(model: nn.Module, probe: _Probe, visit: _Visit) -> Layout:
+def _token_layout(model: nn.Module, probe: Probe, visit: Visit) -> Layout:
     """Prefix tokens and stride of patch tokens.
 
     The number of tokens is P + H * W for a stride that timm gives in `feature_info`, or else for a square patch.
@@ -432,112 +349,3 @@ def _is_grid(sides: Sequence[int], image_size: ImageSize) -> bool:
     """Whether two sides follow those of an image, up to rounding by one location."""
     (rows, columns), (height, width) = sides, image_size
     return abs(rows * width - columns * height) < max(height, width)
-
-
-_PROBE_ERRORS = (AssertionError, RuntimeError, ValueError)
-
-
-def _placement(model: nn.Module) -> dict[str, Any]:
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
-    return {'device': parameter.device, 'dtype': parameter.dtype}
-
-
-def _input_channels(model: nn.Module) -> tuple[int, int]:
-    """Channels of the images that the model may take, the likely number first."""
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    in_chans = (cfg.get('input_size') or (3,))[0]
-    first_conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    # The first convolution has the channels of create_model(in_chans=...); some networks turn pixels into channels
-    # before it.
-    return (in_chans if first_conv is None else first_conv.in_channels, in_chans)
-
-
-def _image_sizes(model: Any) -> list[tuple[int, int, int]]:
-    """Sizes (3, H, W) of images that the model may take, the cheapest first."""
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    _, *full = cfg.get('input_size') or (3, 224, 224)
-    own = list(_own_image_sizes(model))
-    if cfg.get('fixed_input_size', False):
-        # create_model(img_size=...) is not in the cfg, and not every network keeps it.
-        sides = [*own, tuple(full), *((side, side) for side in range(32, 1025, 32))]
-    else:
-        sides = [(min(64, full[0]), min(64, full[1])), tuple(full), *own]
-    sizes = [(channels, *pair) for pair in sides for channels in _input_channels(model)]
-    return list(dict.fromkeys(sizes))
-
-
-def _own_image_sizes(model: Any) -> Iterator[tuple[int, int]]:
-    """Image sizes that a network of one size keeps in its modules."""
-    for module in model.modules():
-        size = getattr(module, 'img_size', None)
-        if isinstance(size, int):
-            size = (size, size)
-        if isinstance(size, (tuple, list)) and len(size) == 2:
-            yield size[0], size[1]
-    grid = list(getattr(model, 'tokens_spatial_shape', ()))  # Hiera's
-    if len(grid) == 2:
-        yield grid[0] * model.patch_stride[0], grid[1] * model.patch_stride[1]
-
-
-Head = Callable[[Tensor], Tensor]
-
-
-def _run_probe(model: nn.Module, names: list[str], head: Head | None = None) -> _Probe:
-    """One forward of an image of the first size that the model takes.
-
-    Args:
-        model: The network.
-        names: The modules to visit.
-        head: A head whose gradients tell `last_seen`.
-    """
-    failure: Exception | None = None
-    for size in _image_sizes(model):
-        try:
-            return _run_image(model, names, size, head)
-        except _PROBE_ERRORS as error:
-            failure = failure or error
-    sizes = ', '.join(f'{height} x {width}' for _, height, width in _image_sizes(model)[:3])
-    raise ValueError(f'{type(model).__name__} takes no image of {sizes} or other sizes, so its stages cannot be found: '
-                     f'{failure}') from failure
-
-
-def _run_image(model: Any, names: list[str], size: tuple[int, int, int], head: Head | None = None) -> _Probe:
-    visits: list[_Visit] = []
-    thread = threading.get_ident()
-
-    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def visit(module: nn.Module, args: Any, output: Any) -> None:
-            if threading.get_ident() == thread:  # not another thread's forward of the same model
-                visits.append(_Visit(name, output))
-        return visit
-
-    handles = [hook_target(model.get_submodule(name)).register_forward_hook(hook(name)) for name in names]
-    forward = getattr(model, 'forward_features', model)
-    images = torch.zeros(1, *size, **_placement(model))
-    try:
-        if head is None:
-            return _Probe(size[1:], visits, forward(images))
-        with torch.enable_grad():
-            images = torch.arange(images.numel(), device=images.device).sin().to(images.dtype).view_as(images)
-            features = forward(images.requires_grad_())
-            return _Probe(size[1:], visits, features, _last_seen(visits, head(features)))
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _last_seen(visits: list[_Visit], output: Tensor) -> str | None:
-    """Name of the last visit whose locations have a gradient of a head's output."""
-    # Different weights: the sum of a LayerNorm's output is constant.
-    weights = torch.arange(1., output.numel() + 1, device=output.device).cos().to(output.dtype)
-    score = (output.flatten() * weights).sum()
-    for visit in reversed(visits):
-        if visit.features is None:
-            continue
-        gradient, = torch.autograd.grad(score, [visit.features], retain_graph=True, allow_unused=True)
-        if gradient is not None and gradient.is_meta:
-            return None
-        # A class token has a gradient at one place alone.
-        if gradient is not None and (gradient.abs().sum(-1) > 0).sum() > gradient.shape[1] // 2:
-            return visit.name
-    return None

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .backbone import head_pooling, hook_target
+from .backbone import head_pooling
 from .freezing import hold_norms, unfreeze
 from .layout import ImageSize, Stage
+from .probe import hook_target
 from .stream import CAStream
 
 KEY_PREFIX = 'castream.'  # of the stream's entries in a state dict

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attach import POOLINGS, forward_both, pooling
-from .backbone import cam_layer, eval_mode, find_stage, pooled_stage
+from .backbone import cam_layer, find_stage, pooled_stage
 from .checks import check_count, check_names
 from .images import default_batch_size, fast_memory_format, mask_normalised, normalisation
 from .layout import Stage
 from .mixin import CAStreamMixin, castream_model
 from .probabilities import ACTIVATIONS, probabilities
+from .probe import eval_mode
 
 
 class Network:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbone import hook_target
 from .cam import scale_maps, varies
 from .layout import ImageSize, Stage
 from .mixin import CAStreamMixin, query_of
 from .network import Network
 from .probabilities import at_least_float32
+from .probe import hook_target
 
 
 class Trace:
