@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib
 import pickle
 import subprocess
 import sys
@@ -23,9 +22,7 @@ from timm.layers import set_reentrant_ckpt
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from timm_castream import attention_maps, class_labels, detach, forward_both, pooling
-
-mixin_module = importlib.import_module('timm_castream.mixin')
+from timm_castream import attention_maps, class_labels, detach, forward_both, frame, pooling
 
 
 def test_concurrent_forwards_from_threads_do_not_meet(make_model):
@@ -57,7 +54,7 @@ def test_a_forward_that_raises_half_way_leaves_no_trace(make_model, x):
         with pytest.raises(KeyError):
             call(3 * x)
     handle.remove()
-    assert mixin_module._open.frame is None
+    assert frame._open.frame is None
     model.layer1(torch.randn(1, 32, 8, 8))  # a stage on its own
     assert torch.equal(model(x), expected)
 

@@ -11,7 +11,6 @@ Letters: B images, C classes, D channels, H x W locations, l a stage from 0 to L
 from __future__ import annotations
 
 import functools
-import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,90 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import head_pooling
+from .frame import Frame, StageHook, call_in_frame
 from .freezing import hold_norms, unfreeze
-from .layout import ImageSize, Stage
+from .layout import Stage
 from .probe import hook_target
 from .stream import CAStream
 
 KEY_PREFIX = 'castream.'  # of the stream's entries in a state dict
-
-
-class _Frame:
-    """The state of one call of `forward_features`; gone when the call returns.
-
-    Args:
-        stream: The stream to run.
-        query: q_0 of the batch, or None where the stages wait for `start`.
-        image_size: Height and width of the images.
-        attention: A list that receives the attention of each stage, or None.
-    """
-
-    def __init__(
-            self,
-            stream: CAStream,
-            query: Tensor | None,
-            image_size: ImageSize,
-            attention: list[Tensor] | None = None,
-    ) -> None:
-        self.stream = stream
-        self.query = query
-        # Only attention maps have to be in image order.
-        self.image_size = None if attention is None else image_size
-        self.attention = attention
-        self.visited = 0
-        # Not their views: a checkpointed region may record no graph until it has returned.
-        self.waiting: list[tuple[Stage, Tensor]] = []
-
-    def visit(self, stage: Stage, output: Any) -> None:
-        """Takes the query through the block of the stage whose module has just returned `output`."""
-        if self.query is None:
-            self.waiting.append((stage, stage.tensor(output)))
-        else:
-            self._step(self.query, stage, stage.tensor(output))
-
-    def start(self, query: Tensor) -> None:
-        """Runs the stages that have waited for q_0."""
-        self.query = query
-        waiting, self.waiting = self.waiting, []
-        for stage, features in waiting:
-            self._step(self.query, stage, features)
-
-    def _step(self, query: Tensor, stage: Stage, features: Tensor) -> None:
-        view = stage.view(features, self.image_size)
-        self.query = self.stream.step(self.visited, query, view, self.attention)
-        self.visited += 1
-
-
-class _OpenFrame(threading.local):
-    """The frame of this thread. At module level: a module that holds it could be neither copied nor pickled."""
-
-    def __init__(self) -> None:
-        # Set here and not as a class default, which torch.compile's guards fail on.
-        self.frame: _Frame | None = None
-
-
-_open = _OpenFrame()
-
-
-def _call(frame: _Frame | None, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls `forward` with this frame open, or with none open even where a model calls another one half way."""
-    outer, _open.frame = _open.frame, frame
-    try:
-        return forward(*args, **kwargs)
-    finally:
-        _open.frame = outer
-
-
-class StageHook:
-    """Forward hook of a stage. It holds no tensor and no model: copies, replicas and pickles share it safely."""
-
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        frame = _open.frame
-        if frame is not None:
-            frame.visit(self.stage, output)
 
 
 @dataclass
@@ -192,12 +114,12 @@ class CAStreamMixin(_Backbone):
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self._castream.uses_stream:
-            return _call(None, super().forward_features, x, *args, **kwargs)
+            return call_in_frame(None, super().forward_features, x, *args, **kwargs)
         return self._run_stream(super().forward_features, x, *args, **kwargs)
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self._castream.uses_stream:
-            return _call(None, super().forward_intermediates, x, *args, **kwargs)
+            return call_in_frame(None, super().forward_intermediates, x, *args, **kwargs)
         return self._run_stream(super().forward_intermediates, x, *args, **kwargs)
 
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -263,7 +185,7 @@ class CAStreamMixin(_Backbone):
 
     def gap_features(self, x: Tensor) -> Tensor:
         """`forward_features` without the stream, under either pooling: the tensor that is pooled."""
-        return _call(None, super().forward_features, x)
+        return call_in_frame(None, super().forward_features, x)
 
     def forward_gap_head(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The backbone's own head, under either pooling: (B, C) logits."""
@@ -295,8 +217,8 @@ class CAStreamMixin(_Backbone):
             raise RuntimeError(
                 'FX symbolic tracing cannot follow a CA-Stream: it does not see forward hooks. Use torch.export.')
         query = self._initial_query(x)
-        frame = _Frame(self.castream, None if self._is_checkpointed() else query, x.shape[-2:], attention)
-        output = _call(frame, forward, x, *args, **kwargs)
+        frame = Frame(self.castream, None if self._is_checkpointed() else query, x.shape[-2:], attention)
+        output = call_in_frame(frame, forward, x, *args, **kwargs)
         features: Any = output[0] if isinstance(output, tuple) else output
         if not isinstance(features, Tensor):  # forward_intermediates(intermediates_only=True): no map for a head
             return output
