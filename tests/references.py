@@ -1,7 +1,13 @@
-"""Calculations of others, written from their definitions, to hold the project's against."""
+"""Calculations and names of others, written from their definitions, to hold the project's against."""
 from __future__ import annotations
 
 import numpy as np
+
+# The 20 classes of Pascal VOC in the order of the devkit.
+VOC_CLASSES = [
+    'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog',
+    'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor',
+]
 
 
 def devkit_average_precision(labels: np.ndarray, scores: np.ndarray) -> float:

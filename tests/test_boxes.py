@@ -7,6 +7,7 @@ import timm
 import timm.data
 import torch
 from PIL import Image
+from references import VOC_CLASSES
 from timm.data import create_transform
 from timm.data import transforms as timm_transforms
 from torch.utils.data import Subset, TensorDataset, default_collate
@@ -147,7 +148,7 @@ class TestVOC:
     @pytest.fixture
     def voc(self, tmp_path):
         """One image with a cat, two persons of which one is difficult, and a dog that is difficult."""
-        lists, names = tmp_path / 'ImageSets' / 'Main', VOC2012_CLASSES
+        lists, names = tmp_path / 'ImageSets' / 'Main', VOC_CLASSES
         for folder in (lists, tmp_path / 'JPEGImages', tmp_path / 'Annotations'):
             folder.mkdir(parents=True)
         (lists / 'val.txt').write_text('2008_000001\n')
@@ -206,12 +207,6 @@ class TestVOC:
             VOC2012(voc, 'val').boxes_of(0, 7)
 
 
-VOC2012_CLASSES = [
-    'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog',
-    'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor',
-]
-
-
 class TestReadBoxes:
     @pytest.fixture
     def folder(self, tmp_path):
@@ -234,31 +229,23 @@ class TestReadBoxes:
             data.boxes = boxes
             assert boxes_for(data, [2, 0], [0, 0]).isnan().all(-1).tolist() == [[False, True], [False, False]]
 
-    def test_names_that_fit_two_images_and_images_that_fit_two_names_are_refused(self, folder):
-        data = timm.data.ImageDataset(folder / 'images')
-        (folder / 'boxes.txt').write_text('a.JPEG,1,2,3,4\n')
-        with pytest.raises(ValueError, match=r'lists a\.JPEG, which may be .*n01/a\.JPEG or .*n02/a\.JPEG'):
-            read_boxes(folder / 'boxes.txt', data)
-        (folder / 'boxes.txt').write_text('n01/a.JPEG,1,2,3,4\nval/n01/a.JPEG,1,2,3,4\n')
-        with pytest.raises(ValueError, match=r'lists n01/a\.JPEG and val/n01/a\.JPEG, either of which may'):
-            read_boxes(folder / 'boxes.txt', data)
-
-    @pytest.mark.parametrize('line', ['a.JPEG,1,2,3', 'a.JPEG,1,2,3,x', 'a.JPEG,1,2,nan,4', 'a.JPEG 1 2 3 4'])
-    def test_damaged_lines_are_refused_with_file_and_line(self, folder, line):
-        (folder / 'boxes.txt').write_text(f'n02/a.JPEG,1,2,3,4\n{line}\n')
-        with pytest.raises(ValueError, match=r'boxes\.txt, line 2: .* is not of the form str, number, number'):
+    @pytest.mark.parametrize(('lines', 'message'), [
+        (['a.JPEG,1,2,3,4'], r'lists a\.JPEG, which may be .*n01/a\.JPEG or .*n02/a\.JPEG'),
+        (['n01/a.JPEG,1,2,3,4', 'val/n01/a.JPEG,1,2,3,4'],
+         r'lists n01/a\.JPEG and val/n01/a\.JPEG, either of which may'),
+        *((['n02/a.JPEG,1,2,3,4', line], r'boxes\.txt, line 2: .* is not of the form str, number, number')
+          for line in ('a.JPEG,1,2,3', 'a.JPEG,1,2,3,x', 'a.JPEG,1,2,nan,4', 'a.JPEG 1 2 3 4')),
+        (['n01/a.JPEG,3,2,3,4'], r'boxes\.txt: the box \[3.0, 2.0, 3.0, 4.0\] of n01/a\.JPEG has no area'),
+        (['n01/b.JPEG,1,2,3,4'], r'boxes\.txt lists none of the 3 images, such as val/n01/a\.JPEG'),
+    ])
+    def test_text_files_that_are_damaged_or_ambiguous_or_list_no_image_are_refused(self, folder, lines, message):
+        (folder / 'boxes.txt').write_text('\n'.join(lines))
+        with pytest.raises(ValueError, match=message):
             read_boxes(folder / 'boxes.txt', timm.data.ImageDataset(folder / 'images'))
 
-    def test_boxes_without_an_area_and_files_that_list_no_image_are_refused(self, folder):
-        data = timm.data.ImageDataset(folder / 'images')
-        (folder / 'boxes.txt').write_text('n01/a.JPEG,3,2,3,4\n')
-        with pytest.raises(ValueError, match=r'boxes\.txt: the box \[3.0, 2.0, 3.0, 4.0\] of n01/a\.JPEG has no area'):
-            read_boxes(folder / 'boxes.txt', data)
-        (folder / 'boxes.txt').write_text('n01/b.JPEG,1,2,3,4\n')
-        with pytest.raises(ValueError, match=r'boxes\.txt lists none of the 3 images, such as val/n01/a\.JPEG'):
-            read_boxes(folder / 'boxes.txt', data)
+    def test_a_file_that_is_missing_is_named(self, folder):
         with pytest.raises(FileNotFoundError, match=r'nothing\.txt is missing'):
-            read_boxes(folder / 'nothing.txt', data)
+            read_boxes(folder / 'nothing.txt', timm.data.ImageDataset(folder / 'images'))
 
     @pytest.mark.parametrize('under', ['', 'n02'])
     def test_imagenets_xml_files_belong_to_the_images_of_their_names(self, folder, under):

@@ -10,6 +10,7 @@ import timm.data
 import timm.task
 import torch
 from PIL import Image
+from references import VOC_CLASSES
 from torch.utils.data import DataLoader, default_collate
 from torchmetrics.classification import BinaryAveragePrecision
 
@@ -23,11 +24,6 @@ from timm_castream.datasets import (
     create_dataset,
     write_image_folder,
 )
-
-VOC_CLASSES = [
-    'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog',
-    'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor',
-]
 
 
 def write(path: Path, *lines: str) -> None:

@@ -17,7 +17,7 @@ import timm.task
 import timm.utils
 import torch
 from PIL import Image
-from references import devkit_mean_average_precision
+from references import VOC_CLASSES, devkit_mean_average_precision
 from states import make_file
 from torch import nn
 
@@ -28,9 +28,6 @@ pytest_plugins = ('stand_in_scripts',)
 
 pytestmark = pytest.mark.slow
 CLASSES = 3
-VOC_CLASSES = (
-    'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog',
-    'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor')
 SMALL = ['--model', 'test_resnet_castream', '--img-size', '64', '--device', 'cpu', '-j', '1', '-b', '6']
 COMMON = [*SMALL, '--num-classes', str(CLASSES)]
 
