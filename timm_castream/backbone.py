@@ -225,6 +225,8 @@ def _block_names(model: nn.Module) -> list[str]:
     modules = dict(model.named_modules())
     names = []
     for info in getattr(model, 'feature_info', None) or []:
+        if info.get('reduction') == 0:  # ConViT before timm 1.0.31 lists its head alone
+            continue
         name = info.get('module', '')
         if name not in modules and f'encoder.{name}' in modules:  # gemma4_vit has the names of its encoder
             name = f'encoder.{name}'
