@@ -42,6 +42,7 @@ def test_a_space_has_the_files_that_the_hub_expects(opened: OpenedModel, tmp_pat
     assert "It's {random}." in text
     assert sorted(path.name for path in (folder / 'examples').iterdir()) == [
         'photograph_china.jpg', 'photograph_flower.jpg']
+    assert list((folder / 'hf_configs').glob('*.json')) and list((folder / 'train_wrappers').rglob('*.yaml'))
     assert not list(folder.rglob('__pycache__')) and [path.name for path in tmp_path.iterdir()] == ['page']
 
 
@@ -57,14 +58,19 @@ def test_every_requirement_is_pinned_to_the_installed_version(opened: OpenedMode
 
 
 def start(folder: Path, cwd: Path) -> dict[str, Any]:
-    """Imports the app of a Space in a process of its own, from another directory, and returns facts on it."""
+    """Imports the app of a Space in a process of its own, from another directory, and returns facts on it.
+
+    An editable install of this package is hidden from the process.
+    """
     code = (
         'import json, runpy, sys, torch\n'
         f'sys.path.insert(0, {str(folder)!r})\n'
+        'sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in str(finder)]\n'
         f'page = runpy.run_path({str(folder / "app.py")!r})\n'
-        'import timm_castream\n'
+        'import hf_configs, timm_castream, train_wrappers\n'
         'opened = page["opened"]\n'
-        'print(json.dumps({"package": timm_castream.__file__, "name": opened.name, "weights": opened.weights,'
+        'print(json.dumps({"packages": [m.__file__ for m in (timm_castream, hf_configs, train_wrappers)],'
+        ' "name": opened.name, "weights": opened.weights,'
         ' "activation": opened.network.activation, "training": opened.model.training,'
         ' "logits": opened.model(torch.ones(1, 3, 64, 64))[0].tolist(),'
         ' "functions": [f.api_name for f in page["app"].fns.values()]}))\n')
@@ -79,7 +85,8 @@ def test_a_space_starts_from_its_folder_alone_with_the_same_network(opened: Open
     facts = start(write_space(opened, tmp_path / 'page'), tmp_path)
     with torch.no_grad():
         expected = opened.model(torch.ones(1, 3, 64, 64))[0].tolist()
-    assert facts['package'] == str(tmp_path / 'page' / 'timm_castream' / '__init__.py')
+    packages = ('timm_castream', 'hf_configs', 'train_wrappers')
+    assert facts['packages'] == [str(tmp_path / 'page' / name / '__init__.py') for name in packages]
     assert facts['name'] == opened.name and facts['weights'] == opened.weights
     assert facts['activation'] == 'sigmoid' and facts['training'] is False
     assert facts['logits'] == pytest.approx(expected, rel=1e-5)

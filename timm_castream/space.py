@@ -1,10 +1,11 @@
-"""Write the page as a Hugging Face Space: a folder with the page, its network, this package and pinned requirements."""
+"""Write the page as a Hugging Face Space: a folder with the page, its network, its packages and pinned requirements."""
 from __future__ import annotations
 
 import shutil
 import sys
 import tempfile
 from importlib import metadata
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .publish import write_repository
 NUM_SCENES = 6
 
 _PACKAGE = 'timm_castream'
+_FOLDERS = (_PACKAGE, 'hf_configs', 'train_wrappers')  # timm_castream reads files of the other two
 
 _APP = """'''The page of `castream app` for one network. `python app.py` starts it.'''
 from pathlib import Path
@@ -61,7 +63,8 @@ To run it on your machine:
     pip install -r requirements.txt
     python app.py
 
-`castream app --space` wrote this folder. `timm_castream/` is the package, `model/` the network.
+`castream app --space` wrote this folder. `model/` is the network. `timm_castream/` is the package. `hf_configs/` and
+`train_wrappers/` hold the files that the package reads.
 """
 
 
@@ -89,8 +92,8 @@ def write_space(opened: OpenedModel, folder: str | Path, digits: bool = False) -
         'gradio': pinned['gradio'], 'python': '.'.join(map(str, sys.version_info[:2]))}
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.castream-space-') as scratch:
         unfinished = Path(scratch, 'space')
-        # The installed version may be in no index, so the package goes along.
-        shutil.copytree(Path(__file__).parent, unfinished / _PACKAGE, ignore=shutil.ignore_patterns('__pycache__'))
+        for name in _FOLDERS:  # the installed version may be in no index
+            shutil.copytree(str(files(name)), unfinished / name, ignore=shutil.ignore_patterns('__pycache__'))
         _write_model(opened, unfinished / 'model', digits)
         write_examples(unfinished / 'examples', digits)
         for name, text in (
