@@ -53,6 +53,12 @@ def write_photographs(folder: Path, side: int = 64) -> None:
             photograph.crop((left, top, left + 180, top + 180)).resize((side, side)).save(split / f'{i:03}.jpg')
 
 
+@pytest.mark.parametrize('page', PAGES, ids=page_id)
+def test_true_and_false_are_written_as_python_reads_them(page: Path) -> None:
+    # ParseKwargs gives the string 'true', which attach refuses.
+    assert not re.findall(r'\b\w+=(?:true|false)\b', page.read_text(encoding='utf-8'))
+
+
 @pytest.fixture(scope='session')
 def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that the pages expect of a reader: the demo's folder, a photograph, an image folder."""

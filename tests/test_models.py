@@ -334,3 +334,14 @@ def test_freezing_loaded_weights_does_not_warn(weights_of_the_hub, tmp_path: Pat
     torch.save(random_weights('test_resnet', num_classes=3), tmp_path / 'gap.pth')
     timm.create_model('test_resnet_castream', num_classes=3, freeze_backbone=True,
                       backbone_checkpoint=str(tmp_path / 'gap.pth'))
+
+
+@pytest.mark.parametrize(('kwargs', 'message'), [
+    ({'freeze_backbone': 'false'}, "freeze_backbone must be True or False, got 'false'"),
+    ({'stream_class_specific': 'false'}, "stream_class_specific must be True or False, got 'false'"),
+    ({'backbone_pretrained': 'true'}, "backbone_pretrained .* got 'true': write True"),
+    ({'backbone_pretrained': 'False'}, "backbone_pretrained .* got 'False': write False"),
+])
+def test_a_string_in_place_of_true_or_false_is_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('test_resnet_castream', **kwargs)

@@ -5,13 +5,14 @@ stage from 0 to L.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from .backbone import find_stages, head_pooling
+from .checks import check_bool
 from .freezing import freeze
 from .loading import load_gap_weights
 from .mixin import (
@@ -38,6 +39,8 @@ __all__ = [
 ]
 
 POOLINGS = ('gap', 'ca')
+
+_FLAGS = ('stream_class_specific', 'stream_bias', 'freeze_backbone')
 
 _POOLED_BY = {
     'max': 'maximum',
@@ -96,11 +99,15 @@ def attach(
     if isinstance(model, CAStreamMixin):
         raise ValueError(
             f'This {type(model).__name__} has a CA-Stream already; call timm_castream.detach(model) first.')
+    check_flags({
+        'stream_class_specific': stream_class_specific, 'stream_bias': stream_bias, 'freeze_backbone': freeze_backbone,
+        'backbone_pretrained': backbone_pretrained})
     backbone: Any = model  # torch types the attributes of a module as tensors or modules
     stages = find_stages(backbone, stream_stages)
-    if not isinstance(stream_start, int) or not 0 <= stream_start < len(stages):
+    is_index = isinstance(stream_start, int) and not isinstance(stream_start, bool)
+    if not is_index or not 0 <= stream_start < len(stages):
         raise ValueError(
-            f'stream_start {stream_start!r} is out of range: {type(model).__name__} has the stages 0 to '
+            f'stream_start {stream_start!r} is no stage: {type(model).__name__} has the stages 0 to '
             f'{len(stages) - 1} ({", ".join(stage.name for stage in stages)}).')
     stages = stages[stream_start:]
     head = head_pooling(backbone, stages[-1], backbone.forward_head)
@@ -141,6 +148,20 @@ def attach(
     if freeze_backbone:
         _freeze(backbone)
     return model
+
+
+def check_flags(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for a string in place of True or False.
+
+    Args:
+        arguments: Some of the arguments of `attach`, by name.
+    """
+    for name in _FLAGS:
+        check_bool(name, arguments.get(name, False))
+    pretrained = arguments.get('backbone_pretrained')
+    if isinstance(pretrained, str) and pretrained.lower() in ('true', 'false'):
+        raise ValueError(f'backbone_pretrained must be True, False or a tag of weights, got {pretrained!r}: write '
+                         f'{pretrained.title()}.')
 
 
 def detach(model: nn.Module) -> nn.Module:

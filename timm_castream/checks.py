@@ -26,6 +26,12 @@ def check_names(kind: str, names: Sequence[str], valid: Sequence[str]) -> None:
         raise ValueError(f'{kind} {repeated!r} is given twice.')
 
 
+def check_bool(name: str, value: bool) -> None:
+    """Raises ValueError unless the value is a bool. The string 'false' would count as true."""
+    if not isinstance(value, bool):
+        raise ValueError(f'{name} must be True or False, got {value!r}.')
+
+
 def check_count(name: str, value: int) -> None:
     """Raises ValueError unless the value is a positive int."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -15,7 +15,7 @@ from typing import Any
 from timm.models import PretrainedCfg, generate_default_cfgs, model_entrypoint, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from .attach import attach
+from .attach import attach, check_flags
 from .configs import read_configs
 from .families import architectures
 from .loading import load_weights
@@ -68,6 +68,7 @@ def _create_castream(
     """
     backbone = variant.removesuffix('_castream')
     attach_args = {name: kwargs.pop(name) for name in _ATTACH_ARGS & kwargs.keys()}
+    check_flags(attach_args)
     saved_args = {**kwargs, **attach_args}
     gap_name = _gap_name(backbone, attach_args.pop('backbone_pretrained', False), pretrained, kwargs)
     gap_cfg = resolve_pretrained_cfg(backbone, gap_name.partition('.')[2] or GAP_TAGS.get(backbone))

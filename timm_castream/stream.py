@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .checks import check_count
+
 BLOCK_TYPES = ('ca', 'proj_ca')
 INITS = ('paper', 'gap')
 
@@ -43,7 +45,7 @@ class CrossAttention(nn.Module):
         bias: Whether the linear layers have biases.
 
     Raises:
-        ValueError: If ``block`` is unknown, ``num_heads`` does not divide ``dim`` or ``drop`` is out of range.
+        ValueError: If ``block`` is unknown, ``num_heads`` does not divide ``dim`` or ``drop`` is no rate.
     """
 
     def __init__(
@@ -60,9 +62,10 @@ class CrossAttention(nn.Module):
         super().__init__()
         if block not in BLOCK_TYPES:
             raise ValueError(f'block {block!r} is unknown, valid ones: {", ".join(map(repr, BLOCK_TYPES))}.')
-        if not isinstance(num_heads, int) or num_heads < 1 or dim % num_heads:
+        check_count('num_heads', num_heads)
+        if dim % num_heads:
             raise ValueError(f'num_heads {num_heads!r} does not divide the {dim} channels of a stage.')
-        if not 0. <= drop <= 1.:
+        if isinstance(drop, bool) or not isinstance(drop, (int, float)) or not 0. <= drop <= 1.:
             raise ValueError(f'drop {drop!r} is no rate, valid ones: 0 to 1.')
         self.dim = dim
         self.num_heads = num_heads
