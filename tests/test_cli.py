@@ -1,10 +1,12 @@
 """The command line as its users type it: what it prints, writes and returns."""
 from __future__ import annotations
 
+import configparser
 import csv
 import json
 import os
 import pkgutil
+import re
 import signal
 import subprocess
 import sys
@@ -135,6 +137,35 @@ def test_a_command_imports_the_heavy_modules_only_when_it_needs_them():
     code = ("import sys; from timm_castream import cli; cli.main(['list', 'test_*']); "
             "assert not {'torchmetrics', 'matplotlib', 'sklearn', 'scipy'} & sys.modules.keys()")
     subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(('module', 'words'), [
+    ('torchmetrics.utilities', 'needs torchmetrics: pip install "timm_castream[eval]"'),
+    ('scipy', 'needs scipy: pip install "timm_castream[eval]"'),
+    ('matplotlib.figure', 'needs matplotlib: pip install "timm_castream[eval]"'),
+    ('sklearn.datasets', 'needs sklearn: pip install "timm_castream[demo]"'),
+    ('gradio', 'needs gradio: pip install "timm_castream[app]"'),
+    ('datasets', 'needs datasets: pip install datasets'),
+    ('nonexistent_lib.part', 'needs nonexistent_lib: pip install nonexistent_lib'),
+])
+def test_a_missing_library_is_named_with_the_package_that_has_it(module, words, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ModuleNotFoundError(f'No module named {module!r}', name=module)
+
+    monkeypatch.setattr(demo, 'run', fail)
+    assert cli.main(['demo']) == 2
+    assert capsys.readouterr().err == f'castream demo {words}\n'
+
+
+def test_the_extras_hold_the_libraries_that_an_error_names():
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[1] / 'setup.cfg')
+    names = {'scikit-learn': 'sklearn'}
+    for extra in ('eval', 'demo', 'app'):
+        lines = setup['options.extras_require'][extra].split('\n')
+        packages = {re.split('[>=<]', line)[0] for line in lines if line and 'timm_castream' not in line}
+        assert {names.get(package, package) for package in packages} == {
+            library for library, name in cli.EXTRAS.items() if name == extra}
 
 
 def test_debug_shows_the_traceback():

@@ -26,6 +26,9 @@ USER_ERROR = 2
 INTERRUPTED = 130  # as shells report Ctrl-C
 BROKEN_PIPE = 141  # as shells report it
 
+# Libraries of the extras in setup.cfg, by the name that is imported.
+EXTRAS = {'torchmetrics': 'eval', 'scipy': 'eval', 'matplotlib': 'eval', 'sklearn': 'demo', 'gradio': 'app'}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
@@ -60,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if args.debug:
             raise
-        extra = {'sklearn': 'demo', 'gradio': 'app'}.get(str(error.name).partition('.')[0], 'eval')
-        print(f'castream {name} needs {error.name}: pip install "timm_castream[{extra}]"', file=sys.stderr)
+        library = str(error.name).partition('.')[0]
+        package = f'"timm_castream[{EXTRAS[library]}]"' if library in EXTRAS else library
+        print(f'castream {name} needs {library}: pip install {package}', file=sys.stderr)
         return USER_ERROR
     except Exception as error:
         if args.debug:
