@@ -35,10 +35,11 @@ def load_cfg(model: Any, cfg: dict[str, Any], num_classes: int = 1000, allow_pic
 
 
 class TestDownload:
-    def test_variant_by_name_loads_once_and_then_without_a_body(self, hub):
+    def test_variant_by_name_loads_once_and_then_without_a_body(self, hub, monkeypatch):
+        monkeypatch.setenv('TIMM_CASTREAM_NAMESPACE', 'mirror')
         model = make_model('resnet18_castream', num_classes=1000)
-        hub.add('timm-castream/resnet18_castream.sgd90_in1k', model__safetensors=save(model.state_dict()))
-        for bodies in (['/cdn/timm-castream/resnet18_castream.sgd90_in1k/model.safetensors'], []):
+        hub.add('mirror/resnet18_castream.sgd90_in1k', model__safetensors=save(model.state_dict()))
+        for bodies in (['/cdn/mirror/resnet18_castream.sgd90_in1k/model.safetensors'], []):
             hub.requests.clear()
             assert same(snapshot(model), snapshot(make_model('resnet18_castream', seed=1, pretrained=True)))
             assert hub.bodies_sent() == bodies
@@ -222,12 +223,21 @@ class TestFailures:
         load_cfg(model, self.cfg, num_classes=5)
         assert same(snapshot(source), snapshot(model))
 
-    def test_variant_that_was_never_published_says_where_it_looked_and_what_to_do(self, hub):
+    @pytest.mark.parametrize('namespace', ['', 'mirror'])
+    def test_variant_that_was_never_published_says_where_it_looked_and_what_to_do(self, hub, monkeypatch, namespace):
+        monkeypatch.setenv('TIMM_CASTREAM_NAMESPACE', namespace)
+        searched = r' \(looked for mirror/resnet18_castream\.sgd90_in1k on the Hub\)' if namespace else ''
         with pytest.raises(RuntimeError, match=(
-                r'^The weights of resnet18_castream\.sgd90_in1k have not been published \(looked for timm-castream/'
-                r'resnet18_castream\.sgd90_in1k on the Hub\): train .* backbone_pretrained=True')) as caught:
+                rf'^The weights of resnet18_castream\.sgd90_in1k have not been published{searched}: '
+                r'train .* backbone_pretrained=True')) as caught:
             make_model('resnet18_castream', pretrained=True)
         assert '\n' not in str(caught.value)
+        assert bool(hub.requests) == bool(namespace)
+
+    def test_variant_that_was_never_published_is_not_asked_for_offline(self, monkeypatch):
+        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+        with pytest.raises(RuntimeError, match='have not been published'):
+            make_model('resnet18_castream', pretrained=True)
 
     def test_no_network_and_no_cache_is_an_oserror_that_names_the_repository(self, hub):
         hub.__exit__()

@@ -6,6 +6,7 @@ request fails. A pickle is read where the user names it, and with torch's `weigh
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from .configs import hub_repository
+from .configs import NAMESPACE_VARIABLE, hub_repository
 from .download import NO_PICKLE, PICKLE_NAME, WEIGHTS_NAME, download
 from .weights import STREAM_PREFIX, read_safetensors, stream_state_dict
 
@@ -63,18 +64,23 @@ def read_cfg_weights(cfg: dict[str, Any], cache_dir: str | Path | None = None, a
 
     Raises:
         ValueError: If the file is damaged.
-        RuntimeError: If there are no such weights, or only pickled ones.
+        RuntimeError: If there are no such weights, or only pickled ones. Weights that have not been published are
+            requested only where TIMM_CASTREAM_NAMESPACE names a namespace.
         OSError: If the Hub cannot be reached and the file is not in the cache.
     """
     source, file = cfg.get('source'), cfg.get('file')
     filename = cfg.get('hf_hub_filename') or WEIGHTS_NAME
     name = '.'.join(filter(None, (cfg.get('architecture'), cfg.get('tag'))))
-    repo_id = cfg.get('hf_hub_id') or (hub_repository(name) if cfg.get('tag') else None)
+    repo_id = cfg.get('hf_hub_id')  # published weights have one
+    if not repo_id and cfg.get('tag') and os.environ.get(NAMESPACE_VARIABLE):
+        repo_id = hub_repository(name)
     if source not in ('hf-hub', 'local-dir'):
         if cfg.get('state_dict'):
             return Weights(dict(cfg['state_dict']), 'The state_dict of the pretrained cfg')
         if file:
             return read_file(file)
+        if not repo_id and cfg.get('tag'):
+            raise RuntimeError(_not_published(name))
         if not repo_id:
             raise RuntimeError(
                 f'No pretrained weights exist for {name or "this model"}. Use pretrained=False for random init, or '
@@ -93,11 +99,13 @@ def read_cfg_weights(cfg: dict[str, Any], cache_dir: str | Path | None = None, a
         missing = isinstance(reason, RepositoryNotFoundError) and not isinstance(reason, GatedRepoError)
         if source == 'hf-hub' or not missing:
             raise
-        raise RuntimeError(
-            f'The weights of {name} have not been published (looked for {repo_id} on the Hub): train them with the '
-            'recipe imagenet_sgd90.yaml, or start from GAP weights with backbone_pretrained=True in place of '
-            'pretrained=True.') from reason
+        raise RuntimeError(_not_published(name, f' (looked for {repo_id} on the Hub)')) from reason
     return read_file(path, f'{filename} of {repo_id}')
+
+
+def _not_published(name: str, searched: str = '') -> str:
+    return (f'The weights of {name} have not been published{searched}: train them with the recipe imagenet_sgd90.yaml, '
+            'or start from GAP weights with backbone_pretrained=True in place of pretrained=True.')
 
 
 def read_file(path: str | Path, origin: str | None = None) -> Weights:
