@@ -232,6 +232,14 @@ def test_an_upload_that_cannot_be_read_gives_a_sentence_and_the_page_goes_on(
     assert not is_error(user.explain(photograph(folder)))
 
 
+def test_an_upload_that_was_deleted_is_asked_for_again(opened: OpenedModel, folder: Path) -> None:
+    app = create_app(opened)
+    explain = next(function.fn for function in app.fns.values() if function.api_name == 'explain')
+    answer = explain(str(folder / 'gone.png'), METHODS, None)
+    assert any('The image was deleted in the meantime: upload it again.' in str(value) for value in answer.values())
+    assert not any(str(folder) in str(value) for value in answer.values())
+
+
 def test_an_unknown_class_is_refused_and_the_page_goes_on(user: User, folder: Path) -> None:
     user.explain(photograph(folder))
     with pytest.raises(gradio_client.exceptions.AppError, match='99 is not in the list of choices'):
@@ -347,6 +355,14 @@ def test_sigterm_closes_the_server_before_the_files_of_the_page_are_removed(monk
     assert cli.main(['app']) == 0
     assert folders == [True]
     assert not Path(os.environ['GRADIO_TEMP_DIR']).exists()
+
+
+def test_the_command_names_a_port_that_does_not_exist(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    for variable in ('GRADIO_TEMP_DIR', 'GRADIO_ANALYTICS_ENABLED'):
+        monkeypatch.setenv(variable, '')
+    assert cli.main(['app', '--port', '99999']) == 2
+    error = capsys.readouterr().err
+    assert 'cannot listen on port 99999 of 127.0.0.1: name another --port.' in error and error.count('\n') == 1
 
 
 def test_the_command_names_a_port_that_is_taken(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

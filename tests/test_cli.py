@@ -80,6 +80,8 @@ def test_the_training_commands_show_their_own_half_even_without_a_script(command
     (['evaluate', '--model', 'test_resnet', '--dataset', 'digits', '--methods', 'lime'], "'lime' is unknown"),
     (['evaluate', '--model', 'test_resnet_castream', '--checkpoint', 'missing.pth'], 'missing.pth'),
     (['evaluate', '--model', 'no_such_castream', '--dataset', 'digits'], 'no_such_castream'),
+    (['evaluate', '--model', 'test_resnet', '--model-kwargs', 'foo=1', '--dataset', 'digits'],
+     "test_resnet takes no argument 'foo'."),
     (['explain', '--model', 'test_resnet_castream'], '--images'),
     (['explain', '--model', 'test_resnet_castream', '--images', 'no_folder'], 'no_folder'),
     (['app', '--checkpoint', 'missing.pth'], 'need the name of the model'),
@@ -98,6 +100,14 @@ def test_an_unknown_option_is_one_line_that_names_the_help_of_the_command(capsys
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count('\n') == 1
     assert error.startswith('castream demo: ') and error.endswith('(see castream demo --help)\n')
+
+
+@pytest.mark.parametrize('command', ['evaluate', 'explain', 'app'])
+def test_an_unknown_device_is_one_line(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, '--model', 'test_resnet', '--device', 'foo'])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1 and "'foo' is no device, valid ones are cpu, cuda" in error
 
 
 @pytest.mark.parametrize('argv', [[], ['paint']])

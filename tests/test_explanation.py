@@ -211,21 +211,30 @@ def test_a_photograph_stands_upright(opened: OpenedModel, tmp_path: Path) -> Non
     (b'no image', 'The file is not an image that can be read.'),
     ('truncated', 'The image file is damaged and cannot be read.'),
     ('huge', f'The image has 9000 x 8000 pixels; at most {explanation.MAX_PIXELS // 10**6} million pixels are read.'),
-    (None, 'The image was deleted in the meantime: upload it again.'),
 ])
 def test_a_file_that_cannot_be_read_gives_a_sentence_without_a_path(
-        opened: OpenedModel, tmp_path: Path, content: bytes | str | None, sentence: str) -> None:
+        opened: OpenedModel, tmp_path: Path, content: bytes | str, sentence: str) -> None:
     path = tmp_path / 'upload.png'
     if content == 'huge':
         Image.new('1', (9000, 8000)).save(path)
     elif content == 'truncated':
         photograph(64, 64).save(path)
         path.write_bytes(path.read_bytes()[:2000])
-    elif content is not None:
+    else:
         path.write_bytes(content)  # type: ignore[arg-type]
     with pytest.raises(ValueError) as caught:
         explain_image(opened, path)
     assert str(caught.value) == sentence
+
+
+def test_a_missing_file_is_named(opened: OpenedModel) -> None:
+    with pytest.raises(FileNotFoundError, match=r'There is no file nope\.jpg'):
+        explain_image(opened, 'nope.jpg')
+
+
+def test_a_string_is_no_list_of_methods(explained: Explanation, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="methods must be a sequence of names, got 'grad_cam'"):
+        write_explanation(explained, tmp_path, 'grad_cam', 0)
 
 
 def test_an_unknown_class_or_method_is_named(explained: Explanation) -> None:

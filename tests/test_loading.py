@@ -152,6 +152,11 @@ class TestNames:
             open_model(*args)
         assert '\n' not in str(caught.value)
 
+    @pytest.mark.parametrize('name', ['test_resnet', 'test_resnet_castream'])
+    def test_an_argument_that_the_network_does_not_take_is_named(self, name):
+        with pytest.raises(ValueError, match=f"^{name} takes no argument 'foo'"):
+            open_model(name, foo=1)
+
     @pytest.mark.parametrize('kwargs', [{}, {'backbone_checkpoint': 'gap.safetensors'}], ids=str)
     def test_weights_that_are_random_are_warned_about(self, kwargs, tmp_path, monkeypatch, caplog):
         monkeypatch.chdir(tmp_path)

@@ -104,6 +104,8 @@ def create_app(opened: OpenedModel, examples: Sequence[str | Path] = (), choose_
             if image is None:
                 return blank | {message: page.status(_START)}
             try:
+                if not Path(image).is_file():
+                    raise FileNotFoundError('The image was deleted in the meantime: upload it again.')
                 progress(0, desc='Running the network')
                 explanation = explain_image(model or opened, image)
                 return show(explanation, explanation.predicted, methods, progress) | {

@@ -22,7 +22,8 @@ from torch import Tensor
 from .attach import attention_maps
 from .attribution import Identity, attention_identity, attribute_all
 from .cam import scale_maps
-from .methods import METHODS, resolve_methods
+from .checks import check_names
+from .methods import METHODS
 from .metrics import DEFAULT_METRICS, METRICS, Measurements, deletion_curve, insertion_curve, mask_image
 from .opened import OpenedModel
 from .visualize import POOLING_NAMES, denormalised, read_image
@@ -118,12 +119,12 @@ class Explanation:
             progress: Called before each method that has to be computed.
 
         Raises:
-            ValueError: If a name or the class is unknown.
+            ValueError: If a name or the class is unknown, a name is repeated, or `methods` is a string.
         """
+        if methods:
+            check_names('method', methods, tuple(METHODS))
         network = self.opened.network
         missing = [name for name in methods if (network.poolings[0], name, target) not in self._maps]
-        if missing:
-            resolve_methods(missing)  # names the valid ones
         for position, method in enumerate(missing):
             if progress is not None:
                 progress(position / len(missing), METHODS[method].title)
@@ -193,24 +194,25 @@ def explain_image(opened: OpenedModel, image: str | Path | Image.Image) -> Expla
         image: A file in any format that PIL opens, or a PIL image. It goes through the network's own eval transform.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If the file is no image, or has more than `MAX_PIXELS` pixels. The message is a sentence for the
             user of a page and names no path.
     """
     config = resolve_model_data_config(opened.model)
     mode = 'L' if config['input_size'][0] == 1 else 'RGB'
-    image = image.convert(mode) if isinstance(image, Image.Image) else _read_upload(Path(image), mode)
+    image = image.convert(mode) if isinstance(image, Image.Image) else _read_file(Path(image), mode)
     parameter = next(opened.model.parameters())
     return Explanation(opened, create_transform(**config, is_training=False)(image)[None].to(parameter))
 
 
-def _read_upload(path: Path, mode: str) -> Image.Image:
+def _read_file(path: Path, mode: str) -> Image.Image:
     try:
         with warnings.catch_warnings():  # PIL warns about large images; the limit below is lower
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 width, height = file.size
     except FileNotFoundError:
-        raise ValueError('The image was deleted in the meantime: upload it again.') from None
+        raise FileNotFoundError(f'There is no file {path}.') from None
     except Image.DecompressionBombError:
         raise ValueError(f'The image is too large; at most {MAX_PIXELS // 10**6} million pixels are read.') from None
     except Exception:  # PIL's decoders raise about anything on a broken file

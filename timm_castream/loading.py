@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ def open_model(
         The model, in training mode as timm creates it.
 
     Raises:
-        ValueError: If the name or the checkpoint does not fit.
+        ValueError: If the name, an argument or the checkpoint does not fit.
         RuntimeError: If there are no published weights.
         OSError: If there is no such file, or the Hub cannot be reached.
     """
@@ -67,7 +68,7 @@ def open_model(
         raise ValueError('EMA weights are part of a checkpoint of train.py: name its file.')
     if checkpoint is not None:
         return _open_repository(name, str(checkpoint), kwargs)
-    model: Any = timm.create_model(name, pretrained=pretrained, **kwargs)
+    model: Any = _create_model(name, pretrained=pretrained, **kwargs)
     if not pretrained:
         part = 'The stream' if any(kwargs.get(key) for key in _BACKBONE_WEIGHTS) else 'Every weight'
         _logger.warning('%s of %s is random: name trained weights, a checkpoint or the published ones.', part, name)
@@ -86,6 +87,17 @@ def _check_name(name: str) -> None:
         raise ValueError(no_model(name))
 
 
+def _create_model(name: str, **kwargs: Any) -> nn.Module:
+    """`timm.create_model`, with a sentence for an argument that the network does not have."""
+    try:
+        return timm.create_model(name, **kwargs)
+    except TypeError as error:
+        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if found is None or found[1] not in kwargs:
+            raise
+        raise ValueError(f'{name} takes no argument {found[1]!r}.') from error
+
+
 def _open_file(name: str, path: Path, use_ema: bool, kwargs: dict[str, Any]) -> nn.Module:
     weights = read_checkpoint(path, use_ema)
     architecture = name.partition('.')[0]
@@ -96,10 +108,10 @@ def _open_file(name: str, path: Path, use_ema: bool, kwargs: dict[str, Any]) -> 
         remembered |= StreamHeader.parse(weights.metadata, weights.origin).stream_args
     args = {**remembered, **kwargs}
     if weights.stream and not weights.backbone:
-        model = timm.create_model(name, **{**args, **_backbone_weights(args)})
+        model = _create_model(name, **{**args, **_backbone_weights(args)})
         load_stream(model, path)
         return model
-    model = timm.create_model(name, **args)
+    model = _create_model(name, **args)
     _remember_args(model, args)
     if isinstance(model, CAStreamMixin) and not weights.stream:
         raise ValueError(f'{path} holds a model without a CA-Stream: open it as {backbone_name(model)}, or pass it as '
@@ -117,7 +129,7 @@ def _open_repository(name: str, checkpoint: str, kwargs: dict[str, Any]) -> nn.M
     architecture = read_architecture(repo_id)
     if architecture != name:
         raise ValueError(f'{repo_id} holds a {architecture}, not a {name}: name it with --model.')
-    return timm.create_model(f'hf-hub:{repo_id}', pretrained=True, **kwargs)
+    return _create_model(f'hf-hub:{repo_id}', pretrained=True, **kwargs)
 
 
 def _backbone_weights(args: dict[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         examples = write_examples(Path(scratch, 'examples'), digits)
         try:
             serve(create_app(opened, examples, choose_model=args.host in _LOCAL), args.host, args.port)
-        except OSError as error:
+        except (OSError, OverflowError) as error:  # a port above 65535 overflows
             if args.port is None:
                 raise
             raise OSError(f'The page cannot listen on port {args.port} of {args.host}: name another --port.') from error

@@ -31,7 +31,7 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
     group.add_argument('--use-ema', action='store_true', help='the averaged weights of the checkpoint')
     group.add_argument('--num-classes', type=int, help="other than the model's own")
     add_model_kwargs(group)
-    group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+    group.add_argument('--device', type=_device, default='cuda' if torch.cuda.is_available() else 'cpu',
                        help='(default: %(default)s)')
 
 
@@ -41,6 +41,14 @@ def add_size_options(parser: argparse._ActionsContainer) -> None:
                         help="side of the input in pixels (default: the model's)")
     parser.add_argument('--crop-pct', type=_share, metavar='X',
                         help="share of the image in the crop (default: the model's)")
+
+
+def _device(text: str) -> str:
+    try:
+        torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f'{text!r} is no device, valid ones are cpu, cuda, cuda:1, ...') from None
+    return text
 
 
 def _positive(text: str) -> int:
