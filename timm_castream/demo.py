@@ -141,7 +141,17 @@ def create_network(name: str, **kwargs: Any) -> nn.Module:
 
 
 def make_loader(model: nn.Module, dataset: Any, batch_size: int, training: bool = False) -> Any:
-    """timm's loader of a data set, as the model's data config says, without augmentation."""
+    """timm's loader of a data set, as the model's data config says, without augmentation.
+
+    Args:
+        model: A timm model.
+        dataset: A data set of images and labels. The loader sets its `transform`.
+        batch_size: Images at a time.
+        training: Whether to shuffle the images and to drop the last batch where it is smaller.
+
+    Returns:
+        The loader, of batches x (B, 3, H, W) and target (B,).
+    """
     config = resolve_model_data_config(model)
     return create_loader(
         dataset, config['input_size'], batch_size, is_training=training, no_aug=training, mean=config['mean'],
@@ -151,7 +161,15 @@ def make_loader(model: nn.Module, dataset: Any, batch_size: int, training: bool 
 
 def train(
         model: nn.Module, dataset: DigitScenes, epochs: int, settings: DemoSettings, name: str) -> None:
-    """Trains what requires gradients, with AdamW and a cosine from the learning rate to 0 over all updates."""
+    """Trains the parameters that require gradients: AdamW, and a cosine from the learning rate to 0 over all updates.
+
+    Args:
+        model: A timm model. It is left in training mode.
+        dataset: The training images.
+        epochs: Epochs.
+        settings: `batch_size`, `lr` and `weight_decay` are read.
+        name: Name of the network in the progress bar.
+    """
     loader = make_loader(model, dataset, settings.batch_size, training=True)
     task = ClassificationTask(model, nn.CrossEntropyLoss(), device=torch.device('cpu'), verbose=False)
     optimizer = create_optimizer_v2(model, opt='adamw', lr=settings.lr, weight_decay=settings.weight_decay)
@@ -173,7 +191,19 @@ def train(
 
 @torch.no_grad()
 def measure_accuracy(model: nn.Module, dataset: DigitScenes, batch_size: int) -> dict[str, float]:
-    """Top-1 accuracy of both poolings in percent, from one pass."""
+    """Top-1 accuracy of both poolings, from one pass.
+
+    Args:
+        model: A model with a stream, in evaluation mode.
+        dataset: The images.
+        batch_size: Images at a time.
+
+    Returns:
+        {pooling: percent}.
+
+    Raises:
+        ValueError: If the model has no stream.
+    """
     hits = dict.fromkeys(POOLINGS, 0)
     for x, target in make_loader(model, dataset, batch_size):
         for pooling, logits in forward_both(model, x).items():
@@ -182,7 +212,20 @@ def measure_accuracy(model: nn.Module, dataset: DigitScenes, batch_size: int) ->
 
 
 def saliency_in_box(model: nn.Module, scenes: DigitScenes, batch_size: int, seed: int) -> dict[str, float]:
-    """The energy pointing game of the digits' boxes, in percent, by `method/pooling`. `centre` is a baseline."""
+    """The energy pointing game of the digits' boxes. The method `centre` is a baseline.
+
+    Args:
+        model: A model with a stream.
+        scenes: The images, with their boxes.
+        batch_size: Images at a time.
+        seed: Of the intervals.
+
+    Returns:
+        {`method/pooling`: percent}.
+
+    Raises:
+        ValueError: If the model has no stream.
+    """
     report = evaluate(
         model, make_loader(model, scenes, batch_size), ('attention', 'grad_cam', 'centre'), POOLINGS,
         metrics=('energy_pointing_game',), seed=seed)

@@ -49,7 +49,6 @@ _WEIGHTS_FIELDS = (
 _NOT_SAVED = ('device', 'dtype', 'pretrained_model_args')
 
 
-
 def _create_castream(
         variant: str,
         pretrained: bool = False,

@@ -32,7 +32,14 @@ class Processes:
         return cls(0, 1)
 
     def agree(self, ask: Callable[[], Any]) -> Any:
-        """The result of `ask` in the first process, or its error, in all processes."""
+        """The result of `ask` in the first process, or its error, in all processes.
+
+        Args:
+            ask: Is called in the first process alone. Its result or its error must be picklable.
+
+        Raises:
+            Exception: The error of `ask`, in all processes.
+        """
         answer: list[Any] = [None]
         if self.rank == 0:
             try:

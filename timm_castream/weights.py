@@ -162,7 +162,16 @@ def stream_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file, whole or not at all."""
+    """Writes a safetensors file, whole or not at all.
+
+    Args:
+        path: File to write.
+        tensors: Tensors by name, on any device.
+        metadata: Strings for the header.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
     with write_whole(path, 'wb') as file:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file.name, metadata)
 
