@@ -1,7 +1,9 @@
 """The metrics against float64 loops written from their definitions, image by image."""
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 
 import pytest
 import torch
@@ -211,3 +213,10 @@ def test_bad_probabilities_are_refused_and_leave_no_trace(metric, p, o, message)
 def test_bad_curves_are_refused(metric, curve, message):
     with pytest.raises(ValueError, match=message):
         metric().update(curve)
+
+
+def test_without_torchmetrics_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torchmetrics', None)  # an import then fails as that of a missing library
+    spec = importlib.util.find_spec('timm_castream.metrics')
+    with pytest.raises(ImportError, match=r"pip install 'timm_castream\[eval\]'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from .checks import check_unit_range
 from .curves import CURVE_SETTINGS, deletion_curve, insertion_curve
@@ -33,6 +32,11 @@ from .localization import (
     localization_error,
     pointing_game,
 )
+
+try:
+    from torchmetrics import Metric
+except ModuleNotFoundError as error:
+    raise ImportError("The metrics need torchmetrics: pip install 'timm_castream[eval]'.") from error
 
 __all__ = [
     'CURVE_SETTINGS',
