@@ -7,8 +7,6 @@ Letters: B images, K targets an image, D channels and h x w locations of the lay
 """
 from __future__ import annotations
 
-import functools
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import cam
 from .checks import check_names
+from .identity import identity
 from .network import Network
 from .trace import Trace
 
@@ -37,7 +36,7 @@ class Method:
         maps: Maps of a batch under a pooling, (B, K, h, w) in [0, 1].
         needs: Of `'stream'`, `'feature maps'`, `'gradients'`, `'masked forwards'`, `'seed'`.
         in_paper: Whether the paper shows the method.
-        identity: Text that tells one method of the user from another, for the settings of an evaluation.
+        source: Name, callable or arrays behind a method of the user.
     """
 
     name: str
@@ -45,7 +44,12 @@ class Method:
     maps: Maps
     needs: frozenset[str] = frozenset()
     in_paper: bool = False
-    identity: str = ''
+    source: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def identity(self) -> str:
+        """Text that tells one method of the user from another, for the settings of an evaluation."""
+        return '' if self.source is None else identity(self.source)
 
 
 class Batch:
@@ -223,7 +227,7 @@ def _user_method(label: str, value: Any) -> Method:
         row = METHODS[value]
         return Method(label, row.title if label == value else label, row.maps, row.needs, row.in_paper, value)
     if callable(value):
-        return Method(label, label, _UserFunction(label, value), identity=_identity(value))
+        return Method(label, label, _UserFunction(label, value), source=value)
     arrays: Any = value if isinstance(value, Mapping) else {None: value}
     try:
         arrays = {pooling: _to_numpy(array) for pooling, array in arrays.items()}
@@ -235,30 +239,11 @@ def _user_method(label: str, value: Any) -> Method:
         raise ValueError(
             f'method {label!r} must be a name, a callable, an array of shape (N, h, w) or a mapping from a pooling to '
             f'such arrays, got {given}.')
-    digest = hashlib.sha256()
-    for pooling, array in arrays.items():
-        digest.update(f'{pooling} {array.shape} {array.dtype}'.encode())
-        digest.update(np.ascontiguousarray(array).data)
-    maps = _SavedMaps(label, arrays)
-    return Method(label, label, maps, identity=f'maps {digest.hexdigest()}')
+    return Method(label, label, _SavedMaps(label, arrays), source=arrays)
 
 
 def _to_numpy(array: Any) -> np.ndarray:
     return array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
-
-
-def _identity(function: Callable[..., Any]) -> str:
-    """Text that differs where two functions differ, as far as their code and bound arguments show it."""
-    if isinstance(function, functools.partial):
-        plain = {name: value for name, value in function.keywords.items() if not isinstance(value, nn.Module)}
-        return f'{_identity(function.func)} {function.args!r} {sorted(plain.items())!r}'
-    name = f'{getattr(function, "__module__", "")}.{getattr(function, "__qualname__", type(function).__qualname__)}'
-    code = getattr(function, '__code__', None)
-    if code is None:
-        return name
-    digest = hashlib.sha256(code.co_code + repr(code.co_names).encode() + repr([
-        value for value in code.co_consts if not hasattr(value, 'co_code')]).encode())
-    return f'{name} {digest.hexdigest()[:16]}'
 
 
 @dataclass(frozen=True)
