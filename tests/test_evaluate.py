@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import create_loader, create_transform, resolve_model_data_config
@@ -138,12 +140,61 @@ def test_a_folder_of_another_network_is_refused(model, make_model, tmp_path) -> 
     interrupt(model, tmp_path)
     two_heads = make_model('test_resnet', stream_heads=2)
     two_heads.load_state_dict(model.state_dict())
-    with pytest.raises(ValueError, match='holds an evaluation with stream='):
+    with pytest.raises(ValueError, match=r'holds an evaluation with .*stream='):
         evaluate(two_heads, DataLoader(Scenes(), 2), METHODS, output_dir=tmp_path)
     with torch.no_grad():
         model.castream.cls_token[0, 0] += 1
     with pytest.raises(ValueError, match='holds an evaluation with weights='):
         evaluate(model, DataLoader(Scenes(), 2), METHODS, output_dir=tmp_path)
+
+
+def test_the_same_weights_in_another_architecture_are_refused(tmp_path) -> None:
+    def dilated(output_stride: int) -> nn.Module:
+        torch.manual_seed(0)
+        return timm.create_model('test_resnet', num_classes=10, output_stride=output_stride).eval()
+
+    arguments = {'methods': ('centre',), 'metrics': ('average_drop',), 'output_dir': tmp_path}
+    evaluate(dilated(32), DataLoader(Scenes(), 2), **arguments)
+    with pytest.raises(ValueError, match='holds an evaluation with architecture='):
+        evaluate(dilated(8), DataLoader(Scenes(), 2), **arguments)
+
+
+def with_transform(side: int = 64, mean: float = 0.5) -> DataLoader:
+    scenes = datasets.create_dataset('digits', split='validation', num_samples=2)
+    scenes.transform = create_transform((3, side, side), mean=(mean,) * 3, std=(0.5,) * 3)
+    return DataLoader(scenes, 2)
+
+
+@pytest.mark.parametrize(('one', 'other', 'message'), [
+    ({}, {'loader': with_transform(32)}, r'input_size=\[3, 64, 64\]'),
+    ({}, {'loader': with_transform(mean=0.4)}, r'loader_normalisation=\[\[0\.5'),
+    ({}, {'mean': (0.4,) * 3}, r'mean=\[0\.5, 0\.5, 0\.5\], this one has mean=\[0\.4'),
+    ({}, {'std': (0.4,) * 3}, r'std=\[0\.5, 0\.5, 0\.5\], this one has std=\[0\.4'),
+    *(({'methods': {'mine': way(1)}}, {'methods': {'mine': way(2)}}, 'user_methods=') for way in (
+        lambda side: lambda x, target: x[:, :side],
+        lambda side: functools.partial(lambda x, target, side: x[:, :side], side=side))),
+])
+def test_another_input_or_method_of_the_user_is_refused_in_the_same_folder(
+        model, tmp_path, one, other, message) -> None:
+    arguments = {
+        'loader': with_transform(), 'methods': ('centre',), 'metrics': ('average_drop',), 'output_dir': tmp_path, **one}
+    expected = evaluate(model, **arguments)
+    assert_equal(evaluate(model, **arguments), expected)
+    with pytest.raises(ValueError, match=f'holds an evaluation with .*{message}'):
+        evaluate(model, **{**arguments, **other})
+
+
+def test_a_transform_without_a_repr_does_not_stop_a_second_start(model, tmp_path) -> None:
+    class Transform:
+        def __call__(self, image: Image.Image) -> Tensor:
+            return torch.full((3, 64, 64), np.asarray(image).mean() / 255)
+
+    for _ in range(2):
+        loader = with_transform()
+        loader.dataset.transform = Transform()
+        evaluate(model, loader, ('centre',), metrics=('average_drop',), output_dir=tmp_path)
+    saved = json.loads((tmp_path / 'evaluation.json').read_text())
+    assert 'Transform object>' in saved['settings']['transform']
 
 
 def _run_process(rank: int, model: nn.Module, folder: Path) -> None:

@@ -115,14 +115,15 @@ def test_changed_images_are_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_0_1_goes_on(tmp_path: Path) -> None:
-    """0.1 recorded neither metrics nor images, a seed in any case, and the dropout rate of the stream."""
+    """0.1 recorded no metrics, images, size and normalisation, a seed in any case, and the dropout rate."""
     stream = {'stream_start': 0, 'stream_block': 'ca'}
     old = {'weights': 'abc', 'methods': ['grad_cam'], 'seed': 0, 'stream': {**stream, 'stream_drop': 0.}, 'layer': None}
     (tmp_path / 'settings.json').write_text(json.dumps(old))
     (tmp_path / 'finished.0.jsonl').write_text('\n' + json.dumps(record(0, 1)) + '\n')
     five = ['average_drop', 'average_gain', 'average_increase', 'insertion', 'deletion']
     new = {**SETTINGS, 'stream': stream, 'layer': None, 'metrics': five, 'images': 'hash', 'user_methods': {},
-           'temperature': None}
+           'temperature': None, 'architecture': 'hash', 'input_size': [3, 64, 64], 'transform': 'Compose()',
+           'loader_normalisation': [[.5], [.5]], 'mean': [.5], 'std': [.5]}
     assert read(tmp_path, new) == [record(0, 1)]
     with pytest.raises(ValueError, match='metrics='):
         read(tmp_path, {**new, 'metrics': five[:3]})

@@ -32,7 +32,9 @@ from .datasets import (
 )
 from .datasets.unreadable import innermost
 from .files import write_whole
+from .identity import architecture
 from .journal import Journal
+from .loaders import normalisation_of, transform_text
 from .methods import TABLE_METHODS, UserMethod, check_maps, resolve_methods
 from .metrics import DEFAULT_METRICS, METRICS
 from .network import Network
@@ -149,13 +151,21 @@ def evaluate(
 
     processes = Processes.current()
     device = network.device
-    network.check_needs(rows, torch.zeros(1, *np.shape(first_image)[-3:], device=device))
+    blank = torch.zeros(1, *np.shape(first_image)[-3:], device=device)
+    network.check_needs(rows, blank)
+    mean, std = ([round(value, 6) for value in values.flatten().tolist()] for values in network.normalisation(blank))
     settings = {
         **(arguments or {}),
         'weights': weights_hash(model),
+        'architecture': architecture(network.backbone),
         'stream': _stream_config(network),
         'images_in_data_set': len(dataset),
         'images': _images_hash(dataset, batches),
+        'input_size': list(blank.shape[1:]),
+        'transform': transform_text(loader),
+        'loader_normalisation': normalisation_of(loader),
+        'mean': mean,
+        'std': std,
         'methods': [method.name for method in rows],
         'user_methods': {method.name: method.identity for method in rows if method.identity},
         'metrics': list(metrics),

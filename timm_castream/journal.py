@@ -17,6 +17,8 @@ from .files import write_whole
 # Settings that 0.1 did not write, with the values that its evaluations had.
 _SETTINGS_OF_0_1: dict[str, Any] = {
     'metrics': ['average_drop', 'average_gain', 'average_increase', 'insertion', 'deletion']}
+# Settings that 0.1 did not write and that its evaluations may have had in any way: they go on with those of now.
+_UNKNOWN_IN_0_1 = ('images', 'architecture', 'input_size', 'transform', 'loader_normalisation', 'mean', 'std')
 _WORDS = 60  # characters of one value in an error
 
 
@@ -107,11 +109,9 @@ class Journal:
         except (OSError, ValueError):
             raise ValueError(f'{path} is missing or damaged, so the finished batches beside it cannot be used: delete '
                              f'{self.folder}, or name another folder.') from None
-        found = {**_SETTINGS_OF_0_1, **found}
+        found = {**_SETTINGS_OF_0_1, **{name: wanted.get(name) for name in _UNKNOWN_IN_0_1}, **found}
         if wanted.get('seed') is None:  # it changes no record
             found.pop('seed', None)
-        if found.get('images') is None:  # 0.1 did not record the images
-            found['images'] = wanted.get('images')
         if isinstance(found.get('stream'), dict):  # 0.1 recorded the dropout rate too
             found['stream'] = {k: v for k, v in found['stream'].items() if k in (wanted.get('stream') or {})}
         wrong = [key for key in sorted(found.keys() | wanted.keys())
