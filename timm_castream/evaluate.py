@@ -34,7 +34,7 @@ from .datasets.unreadable import innermost
 from .files import write_whole
 from .identity import architecture
 from .journal import Journal
-from .loaders import normalisation_of, transform_text
+from .loaders import normalisation_of, transform_text, warn_of_another_normalisation
 from .methods import TABLE_METHODS, UserMethod, check_maps, resolve_methods
 from .metrics import DEFAULT_METRICS, METRICS
 from .network import Network
@@ -84,7 +84,8 @@ def evaluate(
     Args:
         model: A model with a stream, any timm model, or any module that gives (B, C) logits, on the device to run on.
         loader: A `DataLoader` or one of timm's `create_loader`, of images normalised as the model's `pretrained_cfg`
-            says. Its data set is read by index and in order; its sampler plays no part.
+            says; another normalisation is warned about where the loader shows it. Its data set is read by index and in
+            order; its sampler plays no part.
         methods: Names of `methods.METHODS`, or a mapping from a label to a name, a callable or an array. A callable
             gets (x, target), (B, 3, H, W) images and (B,) class indices, and returns (B, h, w), (B, 1, h, w) or
             (B, C, H, W), whose channels are summed. It runs with gradients, once under each pooling, with the model
@@ -154,6 +155,7 @@ def evaluate(
     blank = torch.zeros(1, *np.shape(first_image)[-3:], device=device)
     network.check_needs(rows, blank)
     mean, std = ([round(value, 6) for value in values.flatten().tolist()] for values in network.normalisation(blank))
+    warn_of_another_normalisation(loader, mean, std)
     settings = {
         **(arguments or {}),
         'weights': weights_hash(model),
