@@ -292,8 +292,12 @@ def test_a_plain_timm_model_is_explained_like_one_with_a_stream_under_gap(model:
     for method in (*CAMS, 'score_cam'):
         torch.testing.assert_close(
             attribute(plain, x, method, TARGET, 'gap'), attribute(model, x, method, TARGET, 'gap'), atol=1e-5, rtol=0)
+    assert torch.equal(attribute(plain, x, 'grad_cam', TARGET), attribute(plain, x, 'grad_cam', TARGET, 'gap'))
+    assert torch.equal(attribute(model, x, 'grad_cam', TARGET), attribute(model, x, 'grad_cam', TARGET, 'ca'))
+    with pytest.raises(ValueError, match=r"ResNet has no CA-Stream; .*, or choose pooling 'gap'\."):
+        attribute(plain, x, 'grad_cam', pooling='ca')
     with pytest.raises(ValueError, match='has no CA-Stream'):
-        attribute(plain, x, 'grad_cam')
+        attribute(plain, x, 'attention')
 
 
 def test_every_registered_variant_has_a_mean_and_a_std_for_score_cam() -> None:

@@ -14,7 +14,7 @@ from .checks import check_class_indices
 from .images import check_images
 from .methods import METHODS, PAPER_METHODS, Batch, Method, UserMethod, resolve_methods
 from .mixin import castream_model, query_of
-from .network import Network
+from .network import Network, has_stream
 
 __all__ = ['METHODS', 'Identity', 'attention_identity', 'attribute', 'attribute_all']
 
@@ -26,18 +26,28 @@ def attribute(
         x: Tensor,
         method: str,
         target: Target = None,
-        pooling: str = 'ca',
+        pooling: str | None = None,
         layer: str | None = None,
         batch_size: int | None = None,
         *,
         activation: str = 'softmax',
         seed: int = 0,
 ) -> Tensor:
-    """Saliency maps of a batch by one method under one pooling; `attribute_all` explains the arguments.
+    """Saliency maps of a batch by one method under one pooling.
+
+    Args:
+        model, x, target, layer, batch_size, activation, seed: As for `attribute_all`.
+        method: A name of `METHODS`.
+        pooling: `'gap'` or `'ca'`. None: `'ca'` for a model with a stream, `'gap'` for others.
 
     Returns:
         (B, h, w) in [0, 1], or (B, K, h, w) for a target of shape (B, K).
+
+    Raises:
+        ValueError: As `attribute_all`.
     """
+    if pooling is None:
+        pooling = 'ca' if has_stream(model) else 'gap'
     maps = attribute_all(model, x, (method,), target, (pooling,), layer, batch_size, activation=activation, seed=seed)
     return maps[pooling, method]
 

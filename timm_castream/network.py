@@ -65,7 +65,7 @@ class Network:
             std: Sequence[float] | None = None,
             temperatures: Mapping[str, float] | None = None,
     ) -> None:
-        self.has_stream = any(isinstance(module, CAStreamMixin) for module in model.modules())
+        self.has_stream = has_stream(model)
         if poolings is None:
             poolings = POOLINGS if self.has_stream else POOLINGS[:1]
         check_names('pooling', poolings, POOLINGS)
@@ -73,7 +73,12 @@ class Network:
         if batch_size is not None:
             check_count('batch_size', batch_size)
         self.model = model
-        self.backbone: Any = castream_model(model) if self.has_stream or 'ca' in poolings else _unwrapped(model)
+        if 'ca' in poolings and not self.has_stream:
+            try:
+                castream_model(model)
+            except ValueError as error:
+                raise ValueError(f"{str(error).removesuffix('.')}, or choose pooling 'gap'.") from None
+        self.backbone: Any = castream_model(model) if self.has_stream else _unwrapped(model)
         self.poolings = tuple(poolings)
         self.layer = layer
         self.activation = activation
@@ -201,6 +206,11 @@ class Network:
             saliency: (N, H, W) in [0, 1].
         """
         return mask_normalised(x, saliency[:, None].to(x.dtype), *self.normalisation(x))
+
+
+def has_stream(model: nn.Module) -> bool:
+    """Whether the model, or a model inside a wrapper, has a stream."""
+    return any(isinstance(module, CAStreamMixin) for module in model.modules())
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
