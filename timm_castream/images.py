@@ -75,7 +75,9 @@ def normalisation(
                              'pretrained_cfg.')
         value = torch.as_tensor(given, dtype=x.dtype, device=x.device).view(-1, 1, 1)
         if len(value) not in (1, x.shape[1]):
-            raise ValueError(f'{name} has {len(value)} channels, the images have {x.shape[1]}.')
+            raise ValueError(f"{name} has {len(value)} channels, the images have {x.shape[1]}: set model.pretrained_cfg"
+                             "['mean'] and ['std'] to one number or to one a channel, or pass mean= and std= where the "
+                             'function has them.')
         values.append(value)
     return values[0], values[1]
 
