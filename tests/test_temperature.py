@@ -71,8 +71,16 @@ def test_an_evaluation_fits_on_images_outside_its_sample(make_model, tmp_path: P
     ({'temperature': 'best'}, "temperature 'best' is unknown"),
     ({'temperature': {'gap': 1.}}, "temperature must give pooling 'ca' a positive number"),
     ({'temperature': {'gap': 1., 'ca': -2.}}, "temperature must give pooling 'ca' a positive number"),
+    ({'temperature': {'gap': float('inf'), 'ca': 1.}}, "pooling 'gap' a positive number below infinity, got .*inf"),
+    ({'temperature': {'gap': '2', 'ca': 1.}}, "pooling 'gap' a positive number"),
+    ({'temperature': {'gap': 1, 'ca': 1, 'avg': 3}}, "pooling 'avg', which is unknown, valid ones: 'gap', 'ca'"),
+    ({'temperature': 1.5}, r"temperature 1\.5 is unknown, valid ones: 'fit', or a number for each pooling, as in"),
+    ({'temperature': [1., 2.]}, r"temperature \[1\.0, 2\.0\] is unknown, valid ones: 'fit', or a number for each"),
+    ({'num_samples': 2.5}, r'num_samples must be a positive int, got 2\.5'),
+    ({'num_samples': '2'}, "num_samples must be a positive int, got '2'"),
+    ({'num_samples': 3}, 'num_samples 3 is out of range, the data set has 2 images'),
 ])
-def test_bad_temperatures_are_refused(make_model, arguments, message) -> None:
+def test_bad_temperatures_and_samples_are_refused(make_model, arguments, message) -> None:
     loader = DataLoader(TensorDataset(torch.zeros(2, 3, 64, 64), torch.zeros(2, dtype=torch.long)), 2)
     with pytest.raises(ValueError, match=message):
         evaluate(make_model('test_resnet'), loader, ('grad_cam',), metrics=('average_drop',), **arguments)

@@ -8,8 +8,10 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
+from .attach import POOLINGS
 from .bootstrap import ImageValues
+from .checks import check_count
 from .datasets import (
     Unreadable,
     boxes_for,
@@ -139,6 +143,7 @@ def evaluate(
         network, rows, metrics, target, setting, num_classes=num_classes, seed=seed, multilabel=multilabel,
         keep_curves=keep_curves)
     check_maps(rows, len(dataset), network.poolings)
+    temperature = _checked_temperature(temperature, network.poolings)
     boxed = [name for name in metrics if 'boxes' in METRICS[name].needs]
     if boxed and not has_boxes(dataset):
         raise ValueError(f'metric {boxed[0]!r} needs boxes, which the data set lacks: set dataset.boxes with '
@@ -146,8 +151,6 @@ def evaluate(
     if temperature == 'fit' and not rest:
         raise ValueError("temperature 'fit' needs images outside the sample: choose num_samples below "
                          f'{len(dataset)}.')
-    if isinstance(temperature, str) and temperature != 'fit':
-        raise ValueError(f"temperature {temperature!r} is unknown, valid ones: 'fit', or a number for each pooling.")
     _check_classes(dataset, num_classes)
 
     processes = Processes.current()
@@ -179,7 +182,7 @@ def evaluate(
         # Without a subset and without random maps the seed changes the intervals alone.
         'seed': seed if num_samples or any('seed' in method.needs for method in rows) else None,
         'amp_dtype': str(amp_dtype).removeprefix('torch.') if amp_dtype else None,
-        'temperature': temperature if temperature is None or isinstance(temperature, str) else dict(temperature),
+        'temperature': temperature,
     }
     processes.check_same_weights(settings['weights'])
     widths = {'rows': len(protocol.row_columns), 'images': len(protocol.image_columns)}
@@ -331,6 +334,7 @@ def _batches(loader: Any, num_samples: int | None, seed: int) -> tuple[list[list
         raise ValueError('The loader has no batch_size: make it with one, not with a batch sampler.')
     indices, rest = torch.arange(num_images), torch.arange(0)
     if num_samples is not None:
+        check_count('num_samples', num_samples)
         if not 1 <= num_samples <= num_images:
             raise ValueError(f'num_samples {num_samples} is out of range, the data set has {num_images} images.')
         order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
@@ -344,8 +348,27 @@ def _boxes(dataset: Any, indices: list[int], image_of_row: Tensor, classes: Tens
     return boxes_for(dataset, images, classes.tolist()).to(classes.device)
 
 
+def _checked_temperature(temperature: Any, poolings: Sequence[str]) -> str | dict[str, float] | None:
+    """None, `'fit'`, or a temperature for each of the poolings, in plain numbers."""
+    if temperature is None or (isinstance(temperature, str) and temperature == 'fit'):
+        return temperature
+    if not isinstance(temperature, Mapping):
+        raise ValueError(f"temperature {temperature!r} is unknown, valid ones: 'fit', or a number for each pooling, as "
+                         "in {'gap': 1.2, 'ca': 1.5}.")
+    for name in temperature:
+        if name not in POOLINGS:
+            raise ValueError(f'temperature has a number for pooling {name!r}, which is unknown, valid ones: '
+                             f'{", ".join(map(repr, POOLINGS))}.')
+    for name in poolings:
+        number = temperature.get(name)
+        if not isinstance(number, Real) or not 0 < float(number) < math.inf:
+            raise ValueError(f'temperature must give pooling {name!r} a positive number below infinity, got '
+                             f'{dict(temperature)}.')
+    return {name: float(temperature[name]) for name in poolings}
+
+
 def _temperatures(
-        temperature: str | Mapping[str, float],
+        temperature: str | dict[str, float],
         network: Network,
         loader: Any,
         rest: list[int],
@@ -354,10 +377,7 @@ def _temperatures(
 ) -> dict[str, float]:
     """One temperature a pooling: given, read from the folder of an interrupted evaluation, or fitted."""
     if not isinstance(temperature, str):
-        for name in network.poolings:
-            if not temperature.get(name, 0) > 0:
-                raise ValueError(f'temperature must give pooling {name!r} a positive number, got {dict(temperature)}.')
-        return {name: float(temperature[name]) for name in network.poolings}
+        return temperature
     path = None if journal is None else journal.temperatures_path
     if path is not None and path.is_file():
         try:
