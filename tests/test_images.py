@@ -66,6 +66,8 @@ def test_normalisation_is_that_of_the_cfg() -> None:
     ({'mean': (0.5,)}, 'dict has no std for its images: pass std='),
     ({'mean': (0.5, 0.5), 'std': (0.5, 0.5)}, 'mean has 2 channels, the images have 3'),
     ({'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5)}, 'std has 2 channels, the images have 3'),
+    ({'mean': (0.5,), 'std': (0, 0, 0)}, r'std must hold positive numbers, got \(0\.0, 0\.0, 0\.0\)'),
+    ({'mean': (math.nan,), 'std': (0.5,)}, r'mean must hold finite numbers, got \(nan,\)'),
 ])
 def test_masking_asks_for_mean_and_std_of_the_channels(
         model_or_cfg: Any, message: str, images: Tensor, saliency: Tensor) -> None:
@@ -77,6 +79,8 @@ def test_masking_asks_for_mean_and_std_of_the_channels(
     ({'x': torch.rand(3, 24, 32)}, r'x must hold normalised images of shape \(B, C, H, W\), got \(3, 24, 32\)'),
     ({'x': torch.zeros(3, 3, 24, 32, dtype=torch.uint8)}, 'of torch.uint8'),
     ({'x': torch.full((3, 3, 24, 32), math.nan)}, 'x must be finite'),
+    ({'x': np.zeros((3, 3, 24, 32))}, 'x must be a tensor of normalised images, .* got ndarray'),
+    ({'saliency': np.zeros((3, 6, 8))}, 'saliency must have shape .* got ndarray'),
     ({'saliency': torch.rand(2, 6, 8)}, r'saliency must have shape \(3, h, w\), one map an image, got \(2, 6, 8\)'),
     ({'saliency': torch.rand(3, 1, 6, 8)}, r'got \(3, 1, 6, 8\)'),
     ({'saliency': torch.full((3, 6, 8), 1.5)}, r'saliency must lie in \[0, 1\], got 1.5'),

@@ -4,6 +4,7 @@ Letters: B images of C channels and H x W pixels, h x w the size of a saliency m
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,8 @@ def normalisation(
         Two (C, 1, 1) or (1, 1, 1) tensors.
 
     Raises:
-        ValueError: If mean or std are missing, or have another number of channels than the images.
+        ValueError: If mean or std are missing, are not finite, have another number of channels than the images, or a
+            std is not positive.
     """
     cfg = model_or_cfg if isinstance(model_or_cfg, Mapping) else getattr(model_or_cfg, 'pretrained_cfg', None) or {}
     values = []
@@ -73,6 +75,10 @@ def normalisation(
         if given is None:
             raise ValueError(f'{type(model_or_cfg).__name__} has no {name} for its images: pass {name}=, or set it in '
                              'pretrained_cfg.')
+        numbers = torch.as_tensor(given, dtype=torch.float64).flatten().tolist()
+        kind = 'finite' if name == 'mean' else 'positive'
+        if not all(math.isfinite(number) and (number > 0 or name == 'mean') for number in numbers):
+            raise ValueError(f'{name} must hold {kind} numbers, got {tuple(numbers)}.')
         value = torch.as_tensor(given, dtype=x.dtype, device=x.device).view(-1, 1, 1)
         if len(value) not in (1, x.shape[1]):
             raise ValueError(f"{name} has {len(value)} channels, the images have {x.shape[1]}: set model.pretrained_cfg"
@@ -118,6 +124,8 @@ def default_batch_size(x: Tensor) -> int:
 
 def check_images(x: Tensor) -> None:
     """Raises ValueError unless x holds images, (B, C, H, W) of finite floating point numbers."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f'x must be a tensor of normalised images, (B, C, H, W), got {type(x).__name__}.')
     if x.ndim != 4 or not x.numel() or not x.is_floating_point():
         raise ValueError(f'x must hold normalised images of shape (B, C, H, W), got {tuple(x.shape)} of {x.dtype}.')
     if not x.isfinite().all():
@@ -126,6 +134,7 @@ def check_images(x: Tensor) -> None:
 
 def check_saliency(saliency: Tensor, x: Tensor) -> None:
     """Raises ValueError unless there is a map for each image, (B, h, w) in [0, 1]."""
-    if saliency.ndim != 3 or len(saliency) != len(x):
-        raise ValueError(f'saliency must have shape ({len(x)}, h, w), one map an image, got {tuple(saliency.shape)}.')
+    if not isinstance(saliency, Tensor) or saliency.ndim != 3 or len(saliency) != len(x):
+        given = tuple(saliency.shape) if isinstance(saliency, Tensor) else type(saliency).__name__
+        raise ValueError(f'saliency must have shape ({len(x)}, h, w), one map an image, got {given}.')
     check_unit_range('saliency', saliency)
