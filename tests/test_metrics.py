@@ -184,6 +184,8 @@ def test_two_processes_with_unequal_shares_agree_on_the_mean_over_all_images(tmp
 @pytest.mark.parametrize('metric', PAIR_METRICS)
 @pytest.mark.parametrize('p, o, message', [
     (torch.rand(4, 1), torch.rand(4), r'shape \(B,\), got \(4, 1\) and \(4,\)'),
+    ([.5], [.2], r'prob and masked_prob must both be tensors of shape \(B,\), got list and list'),
+    (torch.rand(1), .2, 'got Tensor and float'),
     (torch.rand(4), torch.rand(4, 1), r'shape \(B,\), got \(4,\) and \(4, 1\)'),
     (torch.rand(4, 1), torch.rand(4, 1), r'got \(4, 1\)'),
     (torch.rand(4), torch.rand(3), r'got \(4,\) and \(3,\)'),
@@ -203,6 +205,7 @@ def test_bad_probabilities_are_refused_and_leave_no_trace(metric, p, o, message)
 
 @pytest.mark.parametrize('metric', CURVE_METRICS)
 @pytest.mark.parametrize('curve, message', [
+    ([[.5, .2]], r'curve must be a tensor of shape \(B, n \+ 1\), got list'),
     (torch.rand(4), r'shape \(B, n \+ 1\) with n of at least 1, got \(4,\)'),
     (torch.rand(4, 1), r'got \(4, 1\)'),
     (torch.rand(2, 3, 4), r'got \(2, 3, 4\)'),

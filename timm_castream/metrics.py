@@ -113,6 +113,8 @@ def area_under_curve(curve: Tensor) -> Tensor:
     Raises:
         ValueError: If the shape is another, or a value is NaN, outside [0, 1] or in half precision.
     """
+    if not isinstance(curve, Tensor):
+        raise ValueError(f'curve must be a tensor of shape (B, n + 1), got {type(curve).__name__}.')
     if curve.ndim != 2 or curve.shape[1] < 2:
         raise ValueError(f'curve must have shape (B, n + 1) with n of at least 1, got {tuple(curve.shape)}.')
     _check_probabilities('curve', curve)
@@ -318,6 +320,9 @@ DEFAULT_METRICS = tuple(row.name for row in METRICS.values() if 'boxes' not in r
 
 
 def _check_pair(prob: Tensor, masked_prob: Tensor) -> None:
+    if not isinstance(prob, Tensor) or not isinstance(masked_prob, Tensor):
+        raise ValueError('prob and masked_prob must both be tensors of shape (B,), '
+                         f'got {type(prob).__name__} and {type(masked_prob).__name__}.')
     # (B, 1) against (B,) would broadcast to B x B without a word.
     if prob.ndim != 1 or prob.shape != masked_prob.shape:
         raise ValueError(
