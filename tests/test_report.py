@@ -150,6 +150,19 @@ def test_the_verdict_follows_the_direction_of_the_metric_and_the_interval() -> N
     assert one.summary() == '' and not one.differences
 
 
+def test_an_unknown_figure_is_refused_with_those_that_there_are() -> None:
+    report, _ = make_pair(np.random.default_rng(8))
+    contents = "poolings: 'gap', 'ca'; methods: 'grad_cam'; metrics: 'average_gain', 'average_drop'"
+    with pytest.raises(KeyError) as error:
+        report['gap', 'grad_cam', 'insertion']
+    assert error.value.args == (f"there is no figure ('gap', 'grad_cam', 'insertion'); {contents}",)
+    with pytest.raises(KeyError) as error:
+        report.difference('centre', 'average_drop')
+    assert error.value.args == (f"there is no difference ('centre', 'average_drop'); {contents}",)
+    with pytest.raises(KeyError, match='which needs both poolings'):
+        make_report(np.zeros((3, 5)), np.zeros(3)).difference('grad_cam', 'insertion')
+
+
 def test_differences_are_printed_and_saved(tmp_path) -> None:
     report, of = make_pair(np.random.default_rng(9))
     line = next(line for line in str(report).splitlines() if 'CA - GAP' in line and 'Grad-CAM' in line)

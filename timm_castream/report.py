@@ -89,7 +89,14 @@ class Report:
         )
 
     def __getitem__(self, key: tuple[str, str, str]) -> Estimate:
+        if key not in self.figures:
+            raise KeyError(f'there is no figure {key!r}; {self._contents}')
         return self.figures[key]
+
+    @property
+    def _contents(self) -> str:
+        return '; '.join(f'{kind} {", ".join(map(repr, names))}' for kind, names in (
+            ('poolings:', self.poolings), ('methods:', self.methods), ('metrics:', self.metrics)))
 
     @property
     def num_boxed(self) -> int | None:
@@ -103,6 +110,9 @@ class Report:
         Raises:
             KeyError: If the evaluation did not have both poolings, the method or the metric.
         """
+        if (method, metric) not in self.differences:
+            need = '' if self.differences else ', which needs both poolings'
+            raise KeyError(f'there is no difference {(method, metric)!r}{need}; {self._contents}')
         return self.differences[method, metric]
 
     def verdict(self, method: str, metric: str) -> str:
