@@ -213,6 +213,15 @@ def test_methods_that_do_not_fit_are_refused_in_a_sentence(
         evaluate(model, DataLoader(TensorDataset(x, TARGET), 2), methods)
 
 
+def test_an_exception_of_a_callable_is_reported_with_the_method_and_its_type(model: nn.Module, x: Tensor) -> None:
+    def method(images: Tensor, target: Tensor) -> Tensor:
+        return {}['foo']
+
+    with pytest.raises(RuntimeError, match="method 'mine' raised KeyError: 'foo'") as error:
+        attribute_all(model, x, {'mine': method})
+    assert isinstance(error.value.__cause__, KeyError)
+
+
 def test_functions_that_differ_have_different_identities() -> None:
     def f(x: Tensor, target: Tensor, side: int = 0) -> Tensor:
         return x[:, side]

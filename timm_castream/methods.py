@@ -248,7 +248,10 @@ def _to_numpy(array: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _UserFunction:
-    """A callable of the user as a method: it gets (B, 3, H, W) images and (B,) targets and runs with gradients."""
+    """A callable of the user as a method: it gets (B, 3, H, W) images and (B,) targets and runs with gradients.
+
+    An exception of the callable becomes the cause of a RuntimeError with the label of the method.
+    """
 
     label: str
     function: Callable[[Tensor, Tensor], Any]
@@ -265,7 +268,10 @@ class _UserFunction:
         return torch.stack(maps, 1)
 
     def _maps(self, x: Tensor, target: Tensor) -> Tensor:
-        values = self.function(x.detach().clone(), target)
+        try:
+            values = self.function(x.detach().clone(), target)
+        except Exception as error:
+            raise RuntimeError(f'method {self.label!r} raised {type(error).__name__}: {error}') from error
         count = len(x)
         try:
             values = torch.as_tensor(values).detach().to(x.device)
