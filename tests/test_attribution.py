@@ -473,6 +473,7 @@ def test_attention_logits_are_the_class_agnostic_cam_of_eq_5(
     ({'target': {'gap': torch.tensor([1, 1])}}, "target has no classes for pooling 'ca', only for 'gap'"),
     ({'x': torch.zeros(3, 64, 64)}, r'got \(3, 64, 64\)'),
     ({'x': torch.zeros(0, 3, 64, 64)}, r'got \(0, 3, 64, 64\)'),
+    ({'x': torch.zeros(2, 4, 64, 64)}, 'x has 4 channels, ResNet takes images of 3'),
     ({'x': torch.zeros(2, 3, 64, 64).byte()}, 'of torch.uint8'),
     ({'x': torch.full((2, 3, 64, 64), float('nan'))}, 'x must be finite, got NaN or infinity'),
 ])

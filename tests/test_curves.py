@@ -340,8 +340,10 @@ def test_bad_saliency_is_refused(model, batch, saliency, message):
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'target': torch.tensor([0, 1])}, r'target must have shape \(3,\), one class an image, got \(2,\)'),
+    ({'target': torch.tensor([0, 1])}, r'target must be a tensor of shape \(3,\), one class an image, got \(2,\)'),
     ({'target': torch.tensor([[0], [1], [2]])}, r'got \(3, 1\)'),
+    ({'target': 3}, r'target must be a tensor of shape \(3,\), one class an image, got int'),
+    ({'target': [0, 1, 2]}, 'got list'),
     ({'target': torch.rand(3)}, 'class indices, got torch.float32'),
     ({'target': torch.tensor([0, -1, 2])}, 'has classes from -1 to 2, class indices start at 0'),
     ({'target': torch.tensor([0, 5, 2])}, 'target has classes from 0 to 5, the model has 0 to 4'),

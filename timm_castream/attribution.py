@@ -97,6 +97,7 @@ def attribute_all(
     rows = resolve_methods(methods)
     check_images(x)
     network = Network(model, poolings, layer=layer, activation=activation, batch_size=batch_size)
+    network.check_channels(x)
     with network.evaluating():
         maps = saliency_maps(network, x, rows, target, seed=seed)
     one_each = {p: getattr(_of_pooling(target, p), 'ndim', 1) == 1 for p in network.poolings}

@@ -243,9 +243,11 @@ def _target_curve(
         step: int,
 ) -> Tensor:
     """The curve of one map and one target an image, (B, n + 1)."""
+    network.check_channels(start)
     check_saliency(saliency, start)
-    if target.shape != start.shape[:1]:
-        raise ValueError(f'target must have shape ({len(start)},), one class an image, got {tuple(target.shape)}.')
+    if not isinstance(target, Tensor) or target.shape != start.shape[:1]:
+        given = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(f'target must be a tensor of shape ({len(start)},), one class an image, got {given}.')
     check_class_indices('target', target)
     target = target.to(start.device, torch.int64)
 

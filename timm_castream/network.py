@@ -122,13 +122,29 @@ class Network:
         """The device of the weights, or the CPU for a module without any."""
         return next((t.device for t in chain(self.model.parameters(), self.model.buffers())), torch.device('cpu'))
 
+    def check_channels(self, images: Tensor) -> None:
+        """Raises ValueError where a timm model takes images of another number of channels.
+
+        The first convolution tells the number, unless the network turns pixels into channels before it.
+        """
+        convolution = next((m for m in self.backbone.modules() if isinstance(m, nn.Conv2d)), None)
+        own = ((getattr(self.backbone, 'pretrained_cfg', None) or {}).get('input_size') or (3,))[0]
+        if not self.is_timm or convolution is None or convolution.in_channels > own:
+            return
+        if images.shape[1] != convolution.in_channels:
+            raise ValueError(f'x has {images.shape[1]} channels, {self.name} takes images of '
+                             f'{convolution.in_channels}.')
+
     def check_needs(self, methods: Iterable[Any], x: Tensor) -> None:
-        """Raises ValueError unless the network has what methods need: a stream, feature maps, the normalisation.
+        """Raises ValueError unless the network takes the images and has what methods need.
+
+        Methods need a stream, feature maps and the normalisation.
 
         Args:
             methods: Rows of the table of methods.
             x: (B, 3, H, W) images.
         """
+        self.check_channels(x)
         self.normalisation(x)
         for method in methods:
             if 'stream' in method.needs:
