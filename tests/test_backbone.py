@@ -115,8 +115,12 @@ def test_a_module_that_gives_no_map_or_does_not_run_once_is_refused():
         find_stage(model, 'layer9')
     with pytest.raises(ValueError, match=r"layer '' is no module of ResNet"):
         find_stage(model, '')
-    with pytest.raises(ValueError, match=r"layer 'fc' of ResNet runs 0 times before the pooling"):
+    with pytest.raises(ValueError, match=r"layer 'fc' of ResNet runs after the pooling or not at all: .* 'layer4'\."):
         find_stage(model, 'fc')
+    unused = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Flatten())
+    unused[0].unused = nn.Conv2d(3, 3, 1)
+    with pytest.raises(ValueError, match=r"layer '0\.unused' of Sequential runs after .*, for example '0'\."):
+        find_stage(unused, '0.unused')
     with pytest.raises(ValueError, match=r'1 of Sequential gives \(1, 12288\) and not one feature map'):
         find_stage(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Flatten(), nn.ReLU()), '1')
 

@@ -109,6 +109,12 @@ def find_stage(model: nn.Module, name: str) -> Stage:
         raise ValueError(f'layer {name!r} is no module of {kind}; it has {children} and their submodules.')
     with eval_mode(model):
         probe = run_probe(model, [name])
+        if not probe.visits:
+            names = _default_names(model) or [child for child, _ in model.named_modules() if child]
+            valid = [visit.name for visit in run_probe(model, names).visits if not visit.problem(model, False)]
+            example = f', for example {valid[-1]!r}' if valid else ''
+            raise ValueError(f'layer {name!r} of {kind} runs after the pooling or not at all: name a module that runs '
+                             f'once before it{example}.')
         if len(probe.visits) != 1:
             raise ValueError(f'layer {name!r} of {kind} runs {len(probe.visits)} times before the pooling: name a '
                              'module that runs once.')
