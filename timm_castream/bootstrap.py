@@ -168,7 +168,16 @@ class Bootstrap:
 
 
 def mean_curve(curves: np.ndarray, image_of_row: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The mean of (R, n + 1) curves and its bootstrap 95 % band: three arrays of shape (n + 1,)."""
+    """The mean of curves and its bootstrap 95 % band.
+
+    Args:
+        curves: (R, n + 1) probabilities.
+        image_of_row: (R,) index of the image of each curve. The curves of one image are resampled together.
+        seed: Seed of the resamples, at least 0.
+
+    Returns:
+        Mean, lower and upper end of the band, (n + 1,) each.
+    """
     _, index = np.unique(image_of_row, return_inverse=True)
     num_images = index.max() + 1
     sums = np.zeros((num_images, curves.shape[1]))

@@ -196,7 +196,19 @@ def blur_kernel(kernel_size: int, sigma: float) -> Tensor:
 
 
 def blur(x: Tensor, kernel_size: int = 5, sigma: float = 5.) -> Tensor:
-    """Normalised images (B, C, H, W) filtered by `blur_kernel`, with zeros after normalisation around the image."""
+    """Images filtered by `blur_kernel`, with zeros after normalisation around the image.
+
+    Args:
+        x: (B, C, H, W) normalised images.
+        kernel_size: Side of the kernel in pixels, odd.
+        sigma: Standard deviation in pixels, positive and finite.
+
+    Returns:
+        (B, C, H, W), normalised as x.
+
+    Raises:
+        ValueError: As `blur_kernel`.
+    """
     kernel = blur_kernel(kernel_size, sigma).to(x).expand(x.shape[1], 1, -1, -1)
     with torch.autocast(x.device.type, enabled=False):
         # Contiguous input keeps CUDA on its float32 depthwise kernel; cuDNN's would round to TF32.

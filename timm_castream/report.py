@@ -68,7 +68,13 @@ class Report:
             unreadable: Mapping[str, str] | None = None,
             curves: Mapping[tuple[str, str, str], np.ndarray] | None = None,
     ) -> Report:
-        """Averages over all rows, with intervals from resamples of the images."""
+        """Averages over all rows, with intervals from resamples of the images.
+
+        Args:
+            network, poolings, methods, metrics, settings, unreadable, curves: As the attributes.
+            values: Values of every image: (R, columns) rows and (N, columns) images, see `ImageValues`.
+            seed: Seed of the resamples, at least 0.
+        """
         bootstrap = Bootstrap(values, poolings, seed)
         estimates = bootstrap.estimates()
         return cls(
