@@ -125,11 +125,11 @@ class Network:
     def check_channels(self, images: Tensor) -> None:
         """Raises ValueError where a timm model takes images of another number of channels.
 
-        The first convolution tells the number, unless the network turns pixels into channels before it.
+        The first convolution has the number, unless the network turns pixels into channels before it.
         """
         convolution = next((m for m in self.backbone.modules() if isinstance(m, nn.Conv2d)), None)
         own = ((getattr(self.backbone, 'pretrained_cfg', None) or {}).get('input_size') or (3,))[0]
-        if not self.is_timm or convolution is None or convolution.in_channels > own:
+        if not self.is_timm or convolution is None or convolution.in_channels not in (1, own):
             return
         if images.shape[1] != convolution.in_channels:
             raise ValueError(f'x has {images.shape[1]} channels, {self.name} takes images of '
