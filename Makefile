@@ -13,8 +13,8 @@ demo: $(VENV)/demo.installed  ## Train a CA-Stream on real pixels and report, in
 app: $(VENV)/app.installed  ## A web page that explains images
 	$(BIN)/castream app
 
-evidence: $(VENV)/dev.installed  ## The experiments of docs/evidence.md; without DATA=tiny-imagenet-200 a quick run on made data
-	$(BIN)/python -m benchmarks.evidence $(if $(DATA),--data-dir $(DATA),--quick)
+evidence: $(VENV)/dev.installed  ## The experiments of docs/evidence.md again; without DATA=tiny-imagenet-200 a quick run on made data
+	$(BIN)/python -m benchmarks.evidence $(if $(DATA),--data-dir $(DATA) --results-dir evidence_work/results --page evidence_work/evidence.md,--quick)
 
 test: $(VENV)/dev.installed  ## The fast tests, with coverage
 	$(PYTEST) -m "not slow" --cov

@@ -14,10 +14,11 @@ from PIL import Image
 import timm_castream
 from benchmarks.evidence import __main__ as program
 from benchmarks.evidence import maps, pieces
-from benchmarks.evidence.cells import excess, wrap
 from benchmarks.evidence.choice import take
 from benchmarks.evidence.images import Images, read_images
 from benchmarks.evidence.page import MARKS, page_text, readme_text
+from benchmarks.evidence.page.cells import wrap
+from benchmarks.evidence.page.main_table import excess
 from benchmarks.evidence.quick import make_data
 from benchmarks.evidence.results import Results, Table
 from benchmarks.evidence.setup import read_settings
@@ -28,7 +29,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'benchmarks' / 'evidence_results'
 SETTINGS = ROOT / 'benchmarks' / 'evidence' / 'settings.yaml'
 PAGE = ROOT / 'docs' / 'evidence.md'
-MAIN = (('average_drop', 'AD ↓'), ('average_gain', 'AG ↑'), ('average_increase', 'AI ↑'))
+MASKED = {'AD ↓': 'average_drop', 'AG ↑': 'average_gain', 'AI ↑': 'average_increase'}
+CURVES = {'I ↑': 'insertion', 'D ↓': 'deletion'}
 
 
 def test_a_difference_is_paired_by_image_and_its_interval_is_that_of_the_mean_difference():
@@ -216,25 +218,85 @@ def test_the_readme_shows_the_figures_of_the_page():
         assert table == readme_text(Results(RESULTS, read_settings(SETTINGS))).strip()
 
 
-def test_the_main_differences_are_the_means_of_the_committed_values_of_every_image():
-    def column(name: str, metric: str) -> list[float]:
-        with gzip.open(RESULTS / 'pieces' / f'{name}.csv.gz', 'rt') as file:
-            rows = {int(row['image']): float(row[metric]) for row in csv.DictReader(file)}
-        return [rows[image] for image in sorted(rows)]
+def column(piece: str, name: str) -> list[float]:
+    """The committed values of every image, read without the program."""
+    with gzip.open(RESULTS / 'pieces' / f'{piece}.csv.gz', 'rt') as file:
+        rows = {int(row['image']): float(row[name]) for row in csv.DictReader(file)}
+    return [rows[image] for image in sorted(rows)]
 
-    seeds = sorted(path.name.removesuffix('.csv.gz') for path in (RESULTS / 'pieces').glob('main-gap_start-*.csv.gz'))
-    page = PAGE.read_text(encoding='utf-8')
-    assert seeds or 'The main table has not run yet.' in page
-    for metric, title in MAIN if seeds else ():
-        gap = column('main-gap', f'grad_cam/{metric}')
-        runs = [column(seed, f'grad_cam/{metric}') for seed in seeds]
-        mean = python_statistics.fmean(python_statistics.fmean(run) for run in runs)
-        difference = mean - python_statistics.fmean(gap)
-        line = next(line for line in page.splitlines() if line.startswith(f'| Grad-CAM | {title} |'))
-        figures = [cell.strip() for cell in line.split('|')]
-        assert float(figures[3]) == pytest.approx(python_statistics.fmean(gap), abs=0.051)
-        assert float(figures[4]) == pytest.approx(mean, abs=0.051)
-        assert float(figures[5].split()[0]) == pytest.approx(difference, abs=0.051)
+
+def rows_of(section: str) -> list[list[str]]:
+    """The cells of every line of the tables under a title of the page."""
+    text = PAGE.read_text(encoding='utf-8').partition(f'## {section}')[2].partition('\n## ')[0]
+    return [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines() if line.startswith('| ')]
+
+
+def check_difference(cell: str, gap: list[float], runs: list[list[float]]) -> None:
+    """A cell `+7.1 [6.0, 8.2]` against the mean of paired differences and the normal intervals of the seeds."""
+    value, low, high = map(float, cell.strip('*').replace('[', '').replace(']', '').replace(',', '').split())
+    seeds = [[after - before for before, after in zip(gap, run, strict=True)] for run in runs]
+    means = [python_statistics.fmean(seed) for seed in seeds]
+    reaches = [1.96 * python_statistics.stdev(seed) / len(seed) ** 0.5 for seed in seeds]
+    assert value == pytest.approx(python_statistics.fmean(means), abs=0.051)
+    # The page's intervals are bootstrapped; those of a mean of many images are nearly normal.
+    tolerance = max(0.1, 2 / len(gap) ** 0.5) * max(reaches) + 0.06
+    assert low == pytest.approx(min(m - r for m, r in zip(means, reaches, strict=True)), abs=tolerance)
+    assert high == pytest.approx(max(m + r for m, r in zip(means, reaches, strict=True)), abs=tolerance)
+
+
+def pieces_of(table: str, stream: str = 'gap_start') -> list[str]:
+    """Names of a stream's committed pieces, one a seed."""
+    paths = (RESULTS / 'pieces').glob(f'{table}-{stream}-*.csv.gz')
+    return sorted(path.name.removesuffix('.csv.gz') for path in paths)
+
+
+@pytest.mark.parametrize('table', ['main', 'curves', 'score_cam'])
+def test_the_main_table_has_the_differences_of_the_committed_values(table):
+    methods = {'Grad-CAM': 'grad_cam', 'Grad-CAM++': 'grad_cam_pp'} if table != 'score_cam' else {
+        'Score-CAM': 'score_cam'}
+    metrics = {'main': MASKED, 'curves': CURVES, 'score_cam': MASKED | CURVES}[table]
+    rows = [row for row in rows_of('Main table') if row[0] in methods and row[1] in metrics]
+    assert len(rows) == len(methods) * len(metrics)
+    for row in rows:
+        name = f'{methods[row[0]]}/{metrics[row[1]]}'
+        gap, runs = column(f'{table}-gap', name), [column(piece, name) for piece in pieces_of(table)]
+        assert float(row[2]) == pytest.approx(python_statistics.fmean(gap), abs=0.051)
+        assert float(row[3]) == pytest.approx(python_statistics.fmean(map(python_statistics.fmean, runs)), abs=0.051)
+        check_difference(row[4], gap, runs)
+        assert [int(cell) for cell in row[6:8]] == [len(runs), len(gap)]
+
+
+@pytest.mark.parametrize(('section', 'table', 'title', 'stream'), [
+    ('How the stream starts', 'initialisation', "S_0 - S_4, `'paper'` start", 'paper_start'),
+    *[("The paper's tables", 'placement', f'S_{i} - S_4', f's{i}') for i in range(1, 5)],
+    ("The paper's tables", 'block', 'PROJ -> CA', 'proj_ca'),
+    ("The paper's tables", 'class_specific', 'class specific', 'class_specific'),
+    ("The product's own way", 'product', '`castream train -c own_data.yaml`', 'gap_start'),
+])
+def test_tables_of_other_streams_have_the_differences_of_the_committed_values(section, table, title, stream):
+    (row,) = [row for row in rows_of(section) if row[0] == title and '[' in row[2]]
+    names = ['accuracy', *(f'grad_cam/{metric}' for metric in MASKED.values())]
+    for cell, name in zip(row[2:6], names, strict=True):
+        check_difference(cell, column('main-gap', name), [column(piece, name) for piece in pieces_of(table, stream)])
+    assert int(row[6]) == len(pieces_of(table, stream))
+
+
+def test_temperatures_and_baselines_have_the_differences_of_the_committed_values():
+    fitted = {row[1]: row for row in rows_of('With fitted temperatures') if row[0] == 'Grad-CAM'}
+    baselines = {row[0]: row[1:] for row in rows_of('The maps, or the network?')}
+    for i, (title, metric) in enumerate(MASKED.items()):
+        name = f'grad_cam/{metric}'
+        check_difference(
+            fitted[title][4], column('temperatures-gap', name), [column(p, name) for p in pieces_of('temperatures')])
+        for other in ('random', 'centre'):
+            gap = column('attention-gap', f'{other}/{metric}')
+            runs = [column(piece, f'{other}/{metric}') for piece in pieces_of('attention')]
+            check_difference(baselines[f'{other}, CA - GAP'][i], gap, runs)
+            mains = [column(piece, name) for piece in pieces_of('main')]
+            check_difference(
+                baselines[f"Grad-CAM's CA - GAP less that of {other}"][i],
+                [a - b for a, b in zip(column('main-gap', name), gap, strict=True)],
+                [[a - b for a, b in zip(main, run, strict=True)] for main, run in zip(mains, runs, strict=True)])
 
 
 def test_probabilities_and_metrics_of_the_committed_values_agree():

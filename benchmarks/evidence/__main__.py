@@ -15,6 +15,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from .choice import choose
@@ -30,6 +31,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 RESULTS = ROOT / 'benchmarks' / 'evidence_results'
 PAGE = ROOT / 'docs' / 'evidence.md'
+SIZE_SEEDS = (0, 1, 2)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,8 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     setup = Setup(
         settings, args.data_dir, args.work_dir or Path('evidence_work'), args.results_dir, args.backbone_checkpoint,
         shlex.join(command))
-    steps = args.steps or ['choices', *settings['tables'], 'growth', 'strip', 'page']
-    known = ['choices', *settings['tables'], 'growth', 'strip', 'page']
+    known = ['choices', *settings['tables'], 'growth', *settings.get('sizes', {}), 'strip', 'page']
+    steps = args.steps or known
     if unknown := [step for step in steps if step not in known]:
         raise SystemExit(f'Step {unknown[0]!r} is unknown, valid ones: {", ".join(known)}.')
     if steps != ['page'] and args.data_dir is None:
@@ -66,7 +68,8 @@ def run_step(setup: Setup, step: str, args: argparse.Namespace) -> None:
     """Runs one step; whatever it finds finished it leaves."""
     start = time.monotonic()
     if step == 'page':
-        write_page(Results(args.results_dir, setup.settings), args.page, None if args.quick else ROOT / 'README.md')
+        readme = ROOT / 'README.md' if args.page == PAGE else None
+        write_page(Results(args.results_dir, setup.settings), args.page, readme)
         print(f'wrote {args.page}')
         return
     setup.fit_gap()
@@ -78,12 +81,23 @@ def run_step(setup: Setup, step: str, args: argparse.Namespace) -> None:
         run_growth(setup, args.streams, args.seeds)
     elif step == 'strip':
         draw_strip(setup, args.page)
+    elif step in setup.settings.get('sizes', {}):
+        run_size(setup.of_size(step), args.seeds)
     else:
         for piece in pieces(setup.settings, step):
             if (piece.stream is None or args.seeds is None or piece.seed in args.seeds) and (
                     piece.stream is None or args.streams is None or piece.stream in args.streams):
                 run_piece(setup, piece)
     print(f'{step}: {time.monotonic() - start:.0f} s', flush=True)
+
+
+def run_size(setup: Setup, seeds: Sequence[int] | None) -> None:
+    """Runs the main row at another size, plain and with fitted temperatures."""
+    setup.fit_gap()
+    for table in ('main', 'temperatures'):
+        for piece in pieces(setup.settings, table):
+            if piece.stream is None or piece.seed in (seeds or SIZE_SEEDS):
+                run_piece(setup, piece)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -94,8 +108,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument('--backbone-checkpoint', help="weights of the network (default: timm's own, downloaded)")
     parser.add_argument('--network', help='another timm network than that of the settings')
     parser.add_argument('--image-size', type=int, help='pixels, instead of the settings')
-    parser.add_argument('--steps', nargs='+', help='choices, a table of the settings, growth, strip or page; all by '
-                        'default')
+    parser.add_argument('--steps', nargs='+', help='choices, a table of the settings, growth, a size of the settings, '
+                        'strip or page; all by default')
     parser.add_argument('--seeds', nargs='+', type=int, help='only these seeds of the tables')
     parser.add_argument('--streams', nargs='+', help='only these kinds of stream of the tables')
     parser.add_argument('--settings', type=Path, default=HERE / 'settings.yaml', help='the plain file of settings')

@@ -67,7 +67,7 @@ def take(tried: Sequence[dict[str, Any]], least_accuracy: float, score_margin: f
 
 def recipe_of(setup: Setup, kind: str) -> dict[str, Any]:
     """The training settings of a kind of stream: chosen for it, or for the kind that it is `like`."""
-    return choose(setup, setup.settings['streams'][kind].get('like', kind))['taken']
+    return choose(setup.base or setup, setup.settings['streams'][kind].get('like', kind))['taken']
 
 
 def _gap(setup: Setup) -> dict[str, float]:

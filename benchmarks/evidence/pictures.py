@@ -1,54 +1,95 @@
-"""A strip of photographs that may be published, with attention and Grad-CAM of both poolings."""
+"""Photographs that may be published, with attention and Grad-CAM of both poolings."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform
+from torch import Tensor
 
 from timm_castream.attribution import attribute_all
-from timm_castream.visualize import Panel, denormalised, draw_grid, overlay
+from timm_castream.visualize import denormalised, overlay
 
 from .choice import recipe_of
+from .pieces import HALF
 from .setup import Setup
 
-PHOTOGRAPHS = ('china.jpg', 'flower.jpg')
 STREAM, SEED = 'gap_start', 0
 SCALE = 2  # times the image size of the experiments: finer maps
+COLUMNS = {
+    'attention of the last stage': ('ca', 'attention'), 'Grad-CAM, GAP': ('gap', 'grad_cam'),
+    'Grad-CAM, CA': ('ca', 'grad_cam')}
 
 
 def draw_strip(setup: Setup, page: Path) -> None:
-    """Draws scikit-learn's photographs beside the page, and writes `strip.json`.
+    """Draws the photographs beside the page, and writes `strip.json`.
+
+    Two pictures: attention and Grad-CAM under a stream trained on all classes; and, for the photographs of a class that
+    a stream trained on half of the classes never saw, the attention of both streams.
 
     Args:
         setup: The run.
-        page: The page that shows the strip.
+        page: The page that shows them.
     """
-    from sklearn.datasets import load_sample_image  # in the extra demo
+    recipe = recipe_of(setup, STREAM)
+    model, _ = setup.stream(STREAM, SEED, recipe, f'{STREAM}-{SEED}')
+    x = photographs(model, SCALE * setup.settings['image_size'])
+    with torch.no_grad():
+        target = setup.gap_model()(x).argmax(1)
+    maps = attribute_all(model, x, ('attention', 'grad_cam'), target, ('gap', 'ca'))
+    pixels = denormalised(model, x)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    draw({title: maps[key] for title, key in COLUMNS.items()}, pixels, page.with_name(f'{page.stem}_strip.jpg'))
+    facts = {
+        'stream': STREAM, 'seed': SEED, 'pixels': x.shape[-1], 'columns': '; '.join(['photograph', *COLUMNS]),
+        'classes': [class_name(setup, i) for i in target.tolist()]}
+    unseen = (target % HALF == 1).nonzero()[:, 0]
+    if len(unseen):
+        classes = range(0, setup.num_classes, HALF)
+        half, _ = setup.stream(STREAM, SEED, recipe, f'{STREAM}-{SEED}-half', classes=classes)
+        columns = {
+            'attention, trained on all classes': maps['ca', 'attention'][unseen],
+            'attention, class never seen': attribute_all(half, x, ('attention',), target, ('ca',))['ca', 'attention'][
+                unseen]}
+        draw(columns, [pixels[i] for i in unseen.tolist()], page.with_name(f'{page.stem}_unseen.jpg'))
+        facts |= {
+            'unseen_columns': '; '.join(['photograph', *columns]),
+            'unseen_classes': [facts['classes'][i] for i in unseen.tolist()]}
+    setup.write(setup.results_dir / 'strip.json', facts)
 
-    model, _ = setup.stream(STREAM, SEED, recipe_of(setup, STREAM), f'{STREAM}-{SEED}')
-    size = SCALE * setup.settings['image_size']
+
+def photographs(model: Any, size: int) -> Tensor:
+    """Photographs of scikit-image and scikit-learn, (B, 3, size, size), normalised for the model."""
+    from skimage.data import chelsea, coffee  # in the extra dev
+    from sklearn.datasets import load_sample_image
+
     cfg = model.pretrained_cfg
     transform = create_transform(
         (3, size, size), mean=cfg['mean'], std=cfg['std'], interpolation=cfg['interpolation'], crop_pct=1.)
-    x = torch.stack([transform(Image.fromarray(load_sample_image(name))) for name in PHOTOGRAPHS])
-    with torch.no_grad():
-        target = setup.gap_model()(x).argmax(1)
-    info = ImageNetInfo()
-    known = info.label_names()
-    names = [setup.image_set.classes[i] for i in target.tolist()]
-    classes = [info.label_name_to_description(name, detailed=False) if name in known else name for name in names]
-    maps = attribute_all(model, x, ('attention', 'grad_cam'), target, ('gap', 'ca'))
-    columns = {
-        'attention of the last stage': ('ca', 'attention'), 'Grad-CAM, GAP': ('gap', 'grad_cam'),
-        'Grad-CAM, CA': ('ca', 'grad_cam')}
-    rows = []
-    for i, pixels in enumerate(denormalised(model, x)):
-        rows.append([Panel('photograph', pixels), *(
-            Panel(title, overlay(pixels, maps[key][i])) for title, key in columns.items())])
-    page.parent.mkdir(parents=True, exist_ok=True)
-    draw_grid(rows).savefig(page.with_name(f'{page.stem}_strip.jpg'), pil_kwargs={'quality': 88})
-    setup.write(setup.results_dir / 'strip.json', {
-        'stream': STREAM, 'seed': SEED, 'pixels': size, 'columns': '; '.join(['photograph', *columns]),
-        'classes': classes})
+    images = [chelsea(), coffee(), load_sample_image('flower.jpg'), load_sample_image('china.jpg')]
+    return torch.stack([transform(Image.fromarray(image)) for image in images])
+
+
+def draw(columns: dict[str, Tensor], pixels: Sequence[np.ndarray], path: Path) -> None:
+    """One row a photograph: the photograph, then each column's map over it."""
+    figure = Figure(figsize=(2 * (1 + len(columns)), 2 * len(pixels) + 0.25), dpi=120, layout='constrained')
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    panels = figure.subplots(len(pixels), 1 + len(columns), squeeze=False)
+    for row, photograph, *maps in zip(panels, pixels, *columns.values(), strict=True):
+        for axes, picture in zip(row, [photograph, *(overlay(photograph, saliency) for saliency in maps)], strict=True):
+            axes.imshow(picture)
+            axes.set_axis_off()
+    for axes, title in zip(panels[0], ['photograph', *columns], strict=True):
+        axes.set_title(title, fontsize=9)
+    figure.savefig(path, pil_kwargs={'quality': 88})
+
+
+def class_name(setup: Setup, index: int) -> str:
+    """ImageNet's name of a class, or the name of its folder."""
+    info, name = ImageNetInfo(), setup.image_set.classes[index]
+    return info.label_name_to_description(name, detailed=False) if name in info.label_names() else name

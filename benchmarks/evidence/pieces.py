@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._inductor import config as inductor
 from torch.utils.data import DataLoader
 
 from timm_castream.evaluate import evaluate
@@ -34,6 +35,7 @@ METRICS = {
 NEEDS_STREAM = ('attention',)
 BATCH = 32
 DIGITS = 5
+HALF = 2  # `train_on: half`: every second class from the first one on trains, the others are looked at
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def run_piece(setup: Setup, piece: Piece) -> None:
     elif by_product:
         model = product_model(setup, piece.seed)
     else:
-        classes = range(0, setup.num_classes, 2) if table.get('train_on') == 'half' else None
+        classes = range(0, setup.num_classes, HALF) if table.get('train_on') == 'half' else None
         name = f'{piece.stream}-{piece.seed}' + ('' if classes is None else '-half')
         model, training = setup.stream(piece.stream, piece.seed, facts['recipe'], name, classes=classes)
         facts['training_seconds'] = training['seconds']
@@ -96,9 +98,11 @@ def run_piece(setup: Setup, piece: Piece) -> None:
     more = {'temperature': {pooling: facts['temperature']}} if 'temperature' in facts else {}
     start = time.monotonic()
     print(f'{piece.name}: {len(images)} images', flush=True)
-    evaluate(
-        model, DataLoader(images, batch_size=BATCH), methods=methods, poolings=(pooling,), metrics=facts['metrics'],
-        channels_last=True, output_dir=folder, progress=True, **more)
+    # Frozen weights: the compiler folds batch normalisation into the convolutions.
+    with inductor.patch(freezing=True):
+        evaluate(
+            model, DataLoader(images, batch_size=BATCH), methods=methods, poolings=(pooling,), metrics=facts['metrics'],
+            channels_last=True, torchcompile=table.get('torchcompile', False), output_dir=folder, progress=True, **more)
     facts |= {'images_found': len(images), 'seconds': round(time.monotonic() - start, 1)}
     copy_values(folder / 'images.csv', path.with_suffix('.csv.gz'))
     setup.write(path, facts)
@@ -108,7 +112,7 @@ def run_piece(setup: Setup, piece: Piece) -> None:
 def _images(setup: Setup, table: dict[str, Any]) -> Images:
     samples = setup.samples('val')
     if table.get('train_on') == 'half':
-        samples = [sample for sample in setup.image_set.val if sample.label % 2]
+        samples = [sample for sample in setup.image_set.val if sample.label % HALF]
     return Images(samples[:table['images']], setup.unfitted, setup.settings['image_size'])
 
 

@@ -47,6 +47,10 @@ class Results:
         path = self.folder / 'classifier.json'
         return read_json(path) if path.is_file() else None
 
+    def of_size(self, name: str) -> Results:
+        """The results of a run of `sizes` in the settings: the main row at another size."""
+        return Results(self.folder / name, self.settings | self.settings['sizes'][name])
+
     def strip(self) -> dict[str, Any] | None:
         """The facts of the strip of photographs."""
         path = self.folder / 'strip.json'
@@ -116,5 +120,7 @@ class Table:
         scale = 100 if column == 'prob' else 1
         metric = column.rpartition('/')[2]
         lower_is_better = None if metric == 'prob' else metric in LOWER_IS_BETTER
+        count = min(len(self.gap['image']), *(len(values['image']) for values in runs))  # a table may be half rerun
         return compare(
-            scale * self.gap[gap_column or column], [scale * values[column] for values in runs], lower_is_better)
+            scale * self.gap[gap_column or column][:count], [scale * values[column][:count] for values in runs],
+            lower_is_better)
