@@ -131,8 +131,7 @@ def test_code_and_variables_of_the_methods_module_count() -> None:
 
 def test_an_identity_is_the_same_in_another_process(tmp_path: Path) -> None:
     (tmp_path / 'mine.py').write_text(textwrap.dedent("""
-        import timm_castream  # noqa: F401 registers the models
-from timm_castream.identity import identity
+        from timm_castream.identity import identity
 
         class Explainer:
             words, lock = {'a', 'b', 'c'}, object()

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checks import check_count
-
 BLOCK_TYPES = ('ca', 'proj_ca')
 INITS = ('paper', 'gap')
 
@@ -62,7 +60,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         if block not in BLOCK_TYPES:
             raise ValueError(f'block {block!r} is unknown, valid ones: {", ".join(map(repr, BLOCK_TYPES))}.')
-        check_count('num_heads', num_heads)
+        if not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 1:
+            raise ValueError(f'num_heads must be a positive int, got {num_heads!r}.')
         if dim % num_heads:
             raise ValueError(f'num_heads {num_heads!r} does not divide the {dim} channels of a stage.')
         if isinstance(drop, bool) or not isinstance(drop, (int, float)) or not 0. <= drop <= 1.:
