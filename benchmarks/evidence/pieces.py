@@ -78,13 +78,13 @@ def run_piece(setup: Setup, piece: Piece) -> None:
         'recipe': None, 'network': setup.settings['network'], 'image_size': setup.settings['image_size']}
     by_product = table.get('train') == 'product'
     if piece.stream is not None:
-        facts['recipe'] = RECIPE if by_product else recipe_of(setup, piece.stream)
+        facts['recipe'] = {'file': RECIPE, **table.get('changes', {})} if by_product else recipe_of(setup, piece.stream)
     if path.is_file() and facts.items() <= read_json(path).items():
         return
     if piece.stream is None:
         model = setup.gap_model()
     elif by_product:
-        model = product_model(setup, piece.seed)
+        model = product_model(setup, piece.seed, table.get('changes', {}))
     else:
         classes = range(0, setup.num_classes, HALF) if table.get('train_on') == 'half' else None
         name = f'{piece.stream}-{piece.seed}' + ('' if classes is None else '-half')

@@ -3,12 +3,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from timm_castream.loading import open_model
+from timm_castream.timm_scripts.arguments import find_recipe, read_recipe
 
 from .images import Sample
 from .setup import Setup
@@ -16,16 +19,22 @@ from .setup import Setup
 RECIPE = 'own_data.yaml'
 
 
-def product_model(setup: Setup, seed: int) -> Any:
+def product_model(setup: Setup, seed: int, changes: Mapping[str, Any]) -> Any:
     """The network with a stream that `castream train` has trained, at the first call.
 
-    It has the images of the cached maps, with the recipe's augmentation, and the fitted classifier.
+    It has the images of the cached maps and the fitted classifier.
 
     Args:
         setup: The run.
         seed: Of the training.
+        changes: Options of the recipe that are changed.
     """
-    folder = setup.work_dir / 'product'
+    folder = setup.work_dir / '-'.join(['product', *(f'{k}_{v}' for k, v in changes.items())])
+    recipe = RECIPE
+    if changes:
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe = str(folder / RECIPE)
+        Path(recipe).write_text(yaml.safe_dump(read_recipe(find_recipe(RECIPE)) | dict(changes)), encoding='utf-8')
     checkpoint = folder / f'seed{seed}' / 'last.pth.tar'
     network, classes = f'{setup.settings["network"]}_castream', setup.num_classes
     if not (checkpoint.parent / 'finished').is_file():
@@ -46,7 +55,7 @@ def product_model(setup: Setup, seed: int) -> Any:
             '--experiment': f'seed{seed}',
         }
         words = [str(word) for option in options.items() for word in option]
-        subprocess.run([sys.executable, '-m', 'timm_castream.cli', 'train', '-c', RECIPE, *words], check=True)
+        subprocess.run([sys.executable, '-m', 'timm_castream.cli', 'train', '-c', recipe, *words], check=True)
         (checkpoint.parent / 'finished').touch()
     return open_model(network, checkpoint=checkpoint, num_classes=classes).eval()
 

@@ -54,7 +54,8 @@ def answer(results: Results) -> str:
 
 def advice(results: Results) -> str:
     """What a user can take from the tables: a list, or nothing where they have not run."""
-    lines = [*filter(None, (start_advice(results), placement_advice(results), smoothing_advice(results)))]
+    lines = [*filter(None, (
+        start_advice(results), placement_advice(results), augmentation_advice(results), smoothing_advice(results)))]
     if lines:
         lines.append('Report AG and AI with the mean probability, with fitted temperatures and beside random maps. '
                      'They depend on the network as much as on the map.')
@@ -87,6 +88,20 @@ def placement_advice(results: Results) -> str:
     found |= {symbol(m): values.difference(kind, f'grad_cam/{m}') for m in MASKED}
     figures = [f'{title} {span(d)} ({d.verdict})' for title, d in found.items() if d is not None]
     return f'Of these streams {STREAMS[kind]} loses the least accuracy: {listed(figures)}.'
+
+
+def augmentation_advice(results: Results) -> str:
+    """What timm's augmentation did through `castream train`, where AG rose without it and not with it."""
+    if not {'product', 'augmentation'} <= results.settings['tables'].keys():
+        return ''
+    tables = [results.table(name) for name in ('product', 'augmentation')]
+    without, with_it = ([table.difference('gap_start', f'grad_cam/{m}') for m in MASKED[1:]] for table in tables)
+    if None in (*without, *with_it) or without[0].verdict != 'better' or with_it[0].verdict == 'better':
+        return ''
+    figures = [listed([f'{symbol(m)} {span(d)}' for m, d in zip(MASKED[1:], row, strict=True)])
+               for row in (without, with_it)]
+    return (f'Train on plain images. Through `castream train` CA - GAP of Grad-CAM is {figures[0]}; with the random '
+            f'crops and flips of timm and as many epochs it is {figures[1]}.')
 
 
 def smoothing_advice(results: Results) -> str:

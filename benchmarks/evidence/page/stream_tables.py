@@ -10,6 +10,8 @@ from .main_table import excess
 from .plots import gap_accuracy, growth_points
 
 STARTS = ('gap_start', 'paper_start')
+PRODUCT = {
+    'product': '`castream train -c own_data.yaml`', 'augmentation': "the same with timm's augmentation"}
 HEAD = ['stream', 'parameters', 'accuracy CA - GAP', *(f'{METRICS[m]} CA - GAP' for m in MASKED), 'seeds', 'images']
 
 
@@ -97,21 +99,24 @@ def stream_rows(results: Results, variants: Iterable[tuple[str, str]]) -> list[l
         if found[0] is None:
             continue
         parameters = next(facts['parameters'] for facts in results.streams.values() if facts['kind'] == kind)
-        title = '`castream train -c own_data.yaml`' if name == 'product' else STREAMS[kind]
+        title = PRODUCT.get(name, STREAMS[kind])
         rows.append([title, f'{parameters:,}', *map(bold_span, found), str(len(found[0].values)),
                      str(values.num_images)])
     return rows
 
 
 def product_section(results: Results) -> str:
-    """The product's own commands beside the cached maps."""
-    if 'product' not in results.settings['tables']:
+    """The product's own commands, without and with augmentation, beside the cached maps."""
+    tables = [name for name in PRODUCT if name in results.settings['tables']]
+    if not tables:
         return ''
-    rows = stream_rows(results, [('main', 'gap_start'), ('product', 'gap_start')])
+    missing = [PRODUCT[name] for name in tables if not results.table(name).streams]
     return section("The product's own way", wrap(
-        "The same images, network and classifier through `castream train`: timm's loop, its augmentation, and the "
-        'recipe for data of your own, beside the stream of the main table, which was trained on cached maps.'),
-        table(HEAD, rows) if results.table('product').streams else NOT_RUN)
+        'The same images, network and classifier through `castream train` with the recipe for data of your own, beside '
+        'the stream of the main table, which was trained on cached maps. The recipe crops, flips and scales no image. '
+        "The last row has timm's random crops, scales and flips, and as many epochs."),
+        table(HEAD, stream_rows(results, [(name, 'gap_start') for name in ('main', *tables)])),
+        f'Not run yet: {listed(missing)}.' if missing else '')
 
 
 def size_section(results: Results) -> str:
