@@ -7,8 +7,8 @@ from pathlib import Path
 from timm_castream.files import write_whole
 
 from ..results import Results
-from .answer import advice, answer, question
-from .cells import cells, section, table
+from .answer import advice, answer, augmentation_advice, question
+from .cells import cells, section, table, wrap
 from .main_table import baseline_section, main_rows, main_section, temperature_section
 from .map_tables import localisation_section, unseen_section
 from .plots import growth_points, plot_differences, plot_growth
@@ -74,7 +74,9 @@ def page_text(results: Results, stem: str = 'evidence') -> str:
 
 
 def readme_text(results: Results) -> str:
-    """The README's table: the answer and the main figures."""
+    """The README's part: the answer, the main figures, and what augmentation did."""
     rows = [[', '.join(filter(None, (method, metric))), *cells(difference), str(len(difference.values)),
              str(source.num_images)] for method, metric, source, difference in main_rows(results)]
-    return f'{answer(results)}\n\n{table(["", "GAP", "CA", "CA - GAP", "", "seeds", "images"], rows)}'
+    blocks = [answer(results), table(['', 'GAP', 'CA', 'CA - GAP', '', 'seeds', 'images'], rows),
+              wrap(augmentation_advice(results))]
+    return '\n\n'.join(filter(None, blocks))
