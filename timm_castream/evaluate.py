@@ -335,7 +335,7 @@ def _batches(loader: Any, num_samples: int | None, seed: int) -> tuple[list[list
     indices, rest = torch.arange(num_images), torch.arange(0)
     if num_samples is not None:
         check_count('num_samples', num_samples)
-        if not 1 <= num_samples <= num_images:
+        if num_samples > num_images:
             raise ValueError(f'num_samples {num_samples} is out of range, the data set has {num_images} images.')
         order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
         indices, rest = order[:num_samples].sort().values, order[num_samples:].sort().values

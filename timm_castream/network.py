@@ -24,7 +24,7 @@ from .images import default_batch_size, fast_memory_format, mask_normalised, nor
 from .layout import Stage
 from .mixin import CAStreamMixin, castream_model
 from .probabilities import ACTIVATIONS, probabilities
-from .probe import eval_mode
+from .probe import eval_mode, first_convolution, input_channels
 
 
 class Network:
@@ -127,13 +127,11 @@ class Network:
 
         The first convolution has the number, unless the network turns pixels into channels before it.
         """
-        convolution = next((m for m in self.backbone.modules() if isinstance(m, nn.Conv2d)), None)
-        own = ((getattr(self.backbone, 'pretrained_cfg', None) or {}).get('input_size') or (3,))[0]
-        if not self.is_timm or convolution is None or convolution.in_channels not in (1, own):
+        if not self.is_timm or first_convolution(self.backbone) is None:
             return
-        if images.shape[1] != convolution.in_channels:
-            raise ValueError(f'x has {images.shape[1]} channels, {self.name} takes images of '
-                             f'{convolution.in_channels}.')
+        channels, own = input_channels(self.backbone)
+        if channels in (1, own) and images.shape[1] != channels:
+            raise ValueError(f'x has {images.shape[1]} channels, {self.name} takes images of {channels}.')
 
     def check_needs(self, methods: Iterable[Any], x: Tensor) -> None:
         """Raises ValueError unless the network takes the images and has what methods need.

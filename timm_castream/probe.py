@@ -163,10 +163,15 @@ def input_channels(model: nn.Module) -> tuple[int, int]:
     """Channels of the images that the model may take, the likely number first."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     in_chans = (cfg.get('input_size') or (3,))[0]
-    first_conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    first_conv = first_convolution(model)
     # The first convolution has the channels of create_model(in_chans=...); some networks turn pixels into channels
     # before it.
     return (in_chans if first_conv is None else first_conv.in_channels, in_chans)
+
+
+def first_convolution(model: nn.Module) -> nn.Conv2d | None:
+    """The first convolution in the order of the modules."""
+    return next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
 
 
 def shape_text(output: Any) -> str:
