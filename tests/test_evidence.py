@@ -100,7 +100,7 @@ def test_no_line_of_a_paragraph_begins_a_list():
     assert all(line.startswith('CA - GAP') and len(line) <= 30 for line in text.splitlines())
 
 
-def test_the_gain_of_a_map_that_looks_at_nothing_is_taken_off_image_by_image():
+def test_the_gain_of_a_baseline_map_is_taken_off_image_by_image():
     def values(column, *numbers):
         return {'image': np.arange(len(numbers)), column: np.array(numbers)}
 

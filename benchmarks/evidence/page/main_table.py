@@ -1,4 +1,4 @@
-"""The main table, fitted temperatures, and what maps that look at nothing gain."""
+"""The main table, fitted temperatures, and what the baseline maps gain."""
 from __future__ import annotations
 
 import numpy as np
@@ -77,12 +77,12 @@ def temperature_section(results: Results) -> str:
 
 
 def baseline_section(results: Results) -> str:
-    """How much of the gain maps that look at nothing have too."""
+    """How much of the gain the baseline maps have too."""
     main, baselines = results.table('main'), results.table('attention')
     text = wrap(
-        'AD, AG and AI depend on the map and on how the network takes a masked image. Maps that look at nothing show '
-        'the second part alone: their CA - GAP has nothing to do with what a map finds. The last two rows are what is '
-        "left of Grad-CAM's CA - GAP, paired by image and seed on the same images. Bold: better or worse in every "
+        'AD, AG and AI depend on the map and on how the network takes a masked image. The baseline maps `random` and '
+        '`centre` do not depend on the image, so their CA - GAP is the second part alone. The last two rows are what '
+        "is left of Grad-CAM's CA - GAP, paired by image and seed on the same images. Bold: better or worse in every "
         'seed.')
     rows = {f'{METHODS[name]}, CA - GAP': [baselines.difference('gap_start', f'{name}/{m}') for m in MASKED]
             for name in ('random', 'centre')}
@@ -99,7 +99,7 @@ def baseline_section(results: Results) -> str:
 def excess(
         cams: Table, baselines: Table, baseline: str, metric: str, stream: str = 'gap_start',
 ) -> Difference | None:
-    """How much more CA changes a metric of Grad-CAM than that of a map that looks at nothing.
+    """How much more CA changes a metric of Grad-CAM than that of a baseline map.
 
     Args:
         cams: A table with Grad-CAM.

@@ -1,4 +1,4 @@
-"""Attention as a saliency map of its own: beside maps that look at nothing, by the boxes, on classes never seen."""
+"""Attention as a saliency map of its own: beside baseline maps, by the boxes, on classes without training images."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ BASELINES = ('attention', 'random', 'centre')
 
 def localisation_section(results: Results) -> str:
     """Attention alone and the baselines; SP and EP by the boxes."""
-    title, text = 'Attention alone, and maps that look at nothing', wrap(
+    title, text = 'Attention alone, and baseline maps', wrap(
         'The raw attention of the last stage is a saliency map of its own, the same for every class. `random` is one '
         'random value a location, `centre` a Gaussian in the middle of the image; both under each pooling. A metric '
         'that cannot tell a method from them says little about it. SP: the most salient pixel lies in the box of the '
@@ -66,7 +66,7 @@ def unseen_section(results: Results, pictures: Mapping[str, Any] | None, stem: s
         pictures: The facts of the photographs, or None.
         stem: The page's name, with which the pictures' names begin.
     """
-    title, text = "The paper's Figure 2: classes that the stream never saw", wrap(
+    title, text = "The paper's Figure 2: classes without training images of the stream", wrap(
         'A stream trained on every second class, its raw attention on images of the others. The frozen network and its '
         'classifier were trained on all classes.')
     values = results.table('unseen_classes')
@@ -83,7 +83,7 @@ def unseen_section(results: Results, pictures: Mapping[str, Any] | None, stem: s
 
 
 def against(values: Table, other: str = 'centre') -> str:
-    """Attention's SP and EP minus those of a map that looks at nothing, paired by image."""
+    """Attention's SP and EP minus those of a baseline map, paired by image."""
     parts = []
     for metric in BOXES:
         runs = [run[f'attention/{metric}'] - run[f'{other}/{metric}'] for run in values.streams['gap_start'].values()]

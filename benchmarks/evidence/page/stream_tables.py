@@ -58,17 +58,15 @@ def variant_section(results: Results) -> str:
     variants = [('main', 'gap_start'), *(('placement', f's{i}') for i in range(1, 5)), ('block', 'proj_ca'),
                 ('class_specific', 'class_specific')]
     rows = stream_rows(results, variants)
-    missing = [STREAMS[kind] for name, kind in variants
-               if kind in results.settings['streams'] and kind not in results.table(name).streams]
     return section(
         "The paper's tables 3, 4 and 5: block, placement, class specific",
         wrap('Grad-CAM, CA - GAP. The first row is the stream of the main table. Bold: the interval of every seed is '
              'on one side of 0.'),
-        table(HEAD, rows) if rows else '', f'Not run yet: {listed(missing)}.' if missing else '')
+        table(HEAD, rows) if rows else NOT_RUN)
 
 
 def last_stage_section(results: Results) -> str:
-    """The smallest stream with the controls of the main stream: temperatures, and maps that look at nothing."""
+    """The smallest stream with the controls of the main stream: temperatures and baseline maps."""
     names = ('placement', 'last_stage_temperatures', 'last_stage_baselines')
     if not set(names) <= results.settings['tables'].keys():
         return ''
@@ -110,13 +108,12 @@ def product_section(results: Results) -> str:
     tables = [name for name in PRODUCT if name in results.settings['tables']]
     if not tables:
         return ''
-    missing = [PRODUCT[name] for name in tables if not results.table(name).streams]
+    rows = stream_rows(results, [(name, 'gap_start') for name in ('main', *tables)])
     return section("The product's own way", wrap(
         'The same images, network and classifier through `castream train` with the recipe for data of your own, beside '
         'the stream of the main table, which was trained on cached maps. The recipe crops, flips and scales no image. '
         "The last row has timm's random crops, scales and flips, and as many epochs."),
-        table(HEAD, stream_rows(results, [(name, 'gap_start') for name in ('main', *tables)])),
-        f'Not run yet: {listed(missing)}.' if missing else '')
+        table(HEAD, rows) if rows else NOT_RUN)
 
 
 def size_section(results: Results) -> str:
