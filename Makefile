@@ -22,9 +22,10 @@ test: $(VENV)/dev.installed  ## The fast tests, with coverage
 test-slow: $(VENV)/dev.installed  ## The tests marked slow
 	$(PYTEST) -m slow
 
-lint: $(VENV)/dev.installed  ## ruff and mypy
+lint: $(VENV)/dev.installed  ## ruff, mypy and the contracts on imports
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: $(VENV)/docs.installed  ## The documentation, as site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

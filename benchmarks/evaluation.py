@@ -24,18 +24,14 @@ from tqdm import tqdm
 
 from timm_castream import forward_both
 from timm_castream.attribution import attribute_all
-from timm_castream.cam import score_cam_weights
+from timm_castream.attribution.cam import score_cam_weights
+from timm_castream.attribution.methods import METHODS, TABLE_METHODS
 from timm_castream.evaluate import evaluate
-from timm_castream.images import default_batch_size, fast_memory_format, normalisation, resize_saliency
-from timm_castream.localization import (
-    box_accuracy_hits,
-    energy_pointing_game,
-    localization_error,
-    pointing_game,
-)
-from timm_castream.methods import METHODS, TABLE_METHODS
+from timm_castream.inference.images import default_batch_size, fast_memory_format, normalisation, resize_saliency
+from timm_castream.inference.probabilities import probabilities
 from timm_castream.metrics import deletion_curve, insertion_curve
-from timm_castream.probabilities import probabilities
+from timm_castream.metrics.localization import energy_pointing_game, localization_error, pointing_game
+from timm_castream.metrics.max_box_acc import box_accuracy_hits
 
 try:
     from pytorch_grad_cam import ScoreCAM

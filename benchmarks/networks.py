@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 import timm_castream
-from timm_castream import families
-from timm_castream.backbone import head_pooling
-from timm_castream.layout import NHWC, Tokens
+from timm_castream.backbones import architectures as families
+from timm_castream.backbones.layout import NHWC, Tokens
+from timm_castream.backbones.stages import head_pooling
 
 HEAD = """# Networks
 

@@ -1,4 +1,4 @@
-"""Writes the digits network of the package, timm_castream/digits_model, from the output of `castream demo`.
+"""Writes the digits network of the package, timm_castream/app/digits_model, from the output of `castream demo`.
 
     castream demo --seed 0 --output demo_output
     python benchmarks/pack_digits.py demo_output
@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from timm_castream._utils.files import write_whole
+from timm_castream.app.page_model import DIGITS, open_for_page
 from timm_castream.datasets import DigitScenes
 from timm_castream.demo import measure_accuracy
-from timm_castream.files import write_whole
-from timm_castream.loading import open_model
-from timm_castream.opened import DIGITS, open_for_page
-from timm_castream.weights import StreamHeader, write_safetensors
+from timm_castream.hub.load import open_model
+from timm_castream.hub.stream_file import StreamHeader, write_safetensors
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from sklearn.datasets import load_sample_image
 
 import timm_castream
 from timm_castream import demo
-from timm_castream.families import EXCLUDED_FILES, EXCLUDED_NAMES
-from timm_castream.methods import METHODS
+from timm_castream.attribution.methods import METHODS
+from timm_castream.backbones.architectures import EXCLUDED_FILES, EXCLUDED_NAMES
 from timm_castream.metrics import METRICS
 from timm_castream.timm_scripts import finder
 

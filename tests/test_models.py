@@ -14,7 +14,8 @@ from timm.models import FeatureListNet, PretrainedCfg
 from torch import Tensor, nn
 
 from hf_configs import PUBLISHED
-from timm_castream import detach, families, forward_both, models, pooling
+from timm_castream import detach, forward_both, models, pooling
+from timm_castream.backbones import architectures as families
 
 BACKBONES = (
     'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnext50_32x4d', 'resnext101_32x8d',
@@ -52,7 +53,7 @@ def weights_of_the_hub(monkeypatch) -> dict[str, Tensor]:
         assert name == 'test_resnet.r160_in1k'
         return {key: value.clone() for key, value in state_dict.items()}
 
-    monkeypatch.setattr('timm_castream.loading.read_timm_weights', answer)
+    monkeypatch.setattr('timm_castream.hub.load.read_timm_weights', answer)
     monkeypatch.setattr('timm_castream.models.read_timm_weights', answer)
     yield state_dict
     assert asked

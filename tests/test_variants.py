@@ -11,8 +11,9 @@ from safetensors.torch import save, save_file
 from states import make_model, same, snapshot, stream_of
 from torch import Tensor
 
-from timm_castream import forward_both, publish, save_stream
-from timm_castream.loading import open_model
+from timm_castream import forward_both, save_stream
+from timm_castream.hub import repository as publish
+from timm_castream.hub.load import open_model
 
 pytest_plugins = ('hub_server',)
 

@@ -11,11 +11,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .backbone import find_stages, head_pooling
-from .checks import check_bool
-from .freezing import freeze
-from .loading import load_gap_weights
-from .mixin import (
+from ._utils.checks import check_bool
+from .backbones.freezing import freeze
+from .backbones.mixin import (
     KEY_PREFIX,
     Attachment,
     CAStreamMixin,
@@ -25,6 +23,8 @@ from .mixin import (
     query_of,
     remove_stream,
 )
+from .backbones.stages import find_stages, head_pooling
+from .hub.load import load_gap_weights
 from .stream import CAStream
 
 __all__ = [

@@ -25,15 +25,15 @@ from torch import nn
 from tqdm import tqdm
 
 from .attach import POOLINGS, forward_both
+from .attribution.methods import TABLE_METHODS
 from .datasets import DigitScenes
 from .evaluate import evaluate
+from .evaluation.report import Report
 from .hub import save_stream
-from .methods import TABLE_METHODS
-from .publish import write_repository
-from .report import Report
+from .hub.repository import write_repository
+from .hub.stream_file import write_safetensors
 from .version import __version__
 from .visualize import draw_grid, saliency_row, save
-from .weights import write_safetensors
 
 NUM_PICTURES = 4
 

@@ -22,9 +22,12 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
+from ._utils.checks import check_count
+from ._utils.files import write_whole
 from .attach import POOLINGS
-from .bootstrap import ImageValues
-from .checks import check_count
+from .attribution.method_hash import architecture
+from .attribution.methods import TABLE_METHODS
+from .attribution.user_methods import UserMethod, check_maps, resolve_methods
 from .datasets import (
     Unreadable,
     boxes_for,
@@ -35,19 +38,17 @@ from .datasets import (
     without_substitutes,
 )
 from .datasets.unreadable import innermost
-from .files import write_whole
-from .identity import architecture
-from .journal import Journal
-from .loaders import normalisation_of, transform_text, warn_of_another_normalisation
-from .methods import TABLE_METHODS, UserMethod, check_maps, resolve_methods
-from .metrics import DEFAULT_METRICS, METRICS
-from .network import Network
-from .processes import Gathered, Processes
-from .protocol import Protocol
-from .report import Report
-from .temperature import fit_temperature
+from .evaluation.bootstrap import ImageValues
+from .evaluation.calibration import fit_temperature
+from .evaluation.distributed import Gathered, Processes
+from .evaluation.loaders import normalisation_of, transform_text, warn_of_another_normalisation
+from .evaluation.protocol import Protocol
+from .evaluation.report import Report
+from .evaluation.resume import Journal
+from .hub.stream_file import backbone_name, weights_hash
+from .inference.predictor import Network
+from .metrics.table import DEFAULT_METRICS, METRICS
 from .version import __version__
-from .weights import backbone_name, weights_hash
 
 _MAX_CALIBRATION_IMAGES = 2000
 _logger = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from timm.models import PretrainedCfg, generate_default_cfgs, model_entrypoint, 
 from torch import Tensor, nn
 
 from .attach import attach, check_flags
-from .configs import read_configs
-from .families import architectures
-from .loading import load_weights
-from .sources import read_cfg_weights, read_timm_weights, timm_weights_name
+from .backbones.architectures import architectures
+from .hub.configs import read_configs
+from .hub.load import load_weights
+from .hub.read import read_cfg_weights, read_timm_weights, timm_weights_name
 
 # Backbones of the paper and of the tests, with the tag of the GAP weights on which their streams are trained. Other
 # backbones take timm's default tag.

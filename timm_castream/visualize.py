@@ -23,14 +23,15 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ._utils.files import write_whole
 from .attach import attention_maps
-from .attribution import attention_identity, saliency_maps
-from .cam import scale_maps
-from .files import write_whole
-from .images import check_images, normalisation, resize_saliency
-from .methods import METHODS, PAPER_METHODS, Method, UserMethod, check_maps, resolve_methods
-from .mixin import castream_model
-from .network import Network
+from .attribution.cam import scale_maps
+from .attribution.methods import METHODS, PAPER_METHODS, Method
+from .attribution.saliency import attention_identity, saliency_maps
+from .attribution.user_methods import UserMethod, check_maps, resolve_methods
+from .backbones.mixin import castream_model
+from .inference.images import check_images, normalisation, resize_saliency
+from .inference.predictor import Network
 
 POOLING_NAMES = {'gap': 'GAP', 'ca': 'CA'}
 ROWS_PER_GRID = 50

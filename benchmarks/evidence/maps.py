@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from timm_castream.backbone import eval_mode
+from timm_castream.backbones.stages import eval_mode
 
 from .images import Images
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from timm_castream.loading import open_model
+from timm_castream.hub.load import open_model
 from timm_castream.timm_scripts.arguments import find_recipe, read_recipe
 
 from .images import Sample

@@ -19,7 +19,7 @@ from timm.data import ImageNetInfo
 
 import timm_castream
 from timm_castream import attach, load_stream, save_stream
-from timm_castream.files import write_whole
+from timm_castream._utils.files import write_whole
 
 from .images import Images, ImageSet, Sample, read_images
 from .maps import Maps, write_maps

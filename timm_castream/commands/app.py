@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
     from ..app import create_app, open_for_page, serve
-    from ..space import write_examples, write_space
+    from ..app.space import write_examples, write_space
 
     opened = open_for_page(
         args.model, args.checkpoint, args.pretrained, activation='sigmoid' if args.multilabel else 'softmax',

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..methods import TABLE_METHODS
+from ..attribution.methods import TABLE_METHODS
 from . import SKIPPED
 from .options import add_method_options, add_model_options, add_size_options, methods_from, open_from
 
@@ -19,8 +19,9 @@ _NO_SETTINGS = frozenset({
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    from ..metrics import CURVE_SETTINGS, DEFAULT_METRICS, METRICS
-    from ..protocol import TARGETS
+    from ..evaluation.protocol import TARGETS
+    from ..metrics.curves import CURVE_SETTINGS
+    from ..metrics.table import DEFAULT_METRICS, METRICS
 
     add_model_options(parser)
     add_method_options(parser, TABLE_METHODS)
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..datasets import create_dataset, read_boxes
     from ..evaluate import evaluate
-    from ..metrics import METRICS
+    from ..metrics.table import METRICS
 
     if args.seed < 0:
         raise ValueError(f'--seed must be at least 0, got {args.seed}.')
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _plot(report: Any, folder: str) -> list[str]:
     """Draws what the report has, and gives the names of the files."""
-    from ..plots import draw_curves, draw_differences
+    from ..evaluation.plots import draw_curves, draw_differences
     from ..visualize import save
 
     figures = {}

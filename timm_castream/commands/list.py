@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 
-from ..families import no_model
+from ..backbones.architectures import no_model
 
 EXAMPLE = "castream list 'resnet*' --parameters"
 

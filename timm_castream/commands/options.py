@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from ..attach import POOLINGS
-from ..loading import open_model
-from ..methods import METHODS, UserMethod
-from ..network import Network
+from ..attribution.methods import METHODS
+from ..attribution.user_methods import UserMethod
+from ..hub.load import open_model
+from ..inference.predictor import Network
 from ..timm_scripts.arguments import ParseKwargs
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..hub import push_to_hub
-from ..loading import open_model
-from ..publish import write_repository
+from ..hub.load import open_model
+from ..hub.repository import write_repository
 from .options import add_model_kwargs
 
 EXAMPLE = 'castream push model_best.pth.tar --model resnet50_castream --repo me/resnet50_castream.sgd90_in1k'

@@ -21,7 +21,7 @@ import timm
 import torch
 import yaml
 
-from ..families import no_model
+from ..backbones.architectures import no_model
 
 RECIPES = Path(str(files('train_wrappers') / 'recipes'))
 

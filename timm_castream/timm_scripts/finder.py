@@ -16,7 +16,7 @@ from pathlib import Path
 
 import timm
 
-from ..files import write_whole
+from .._utils.files import write_whole
 
 SCRIPTS = ('train.py', 'validate.py')
 

@@ -17,8 +17,8 @@ from timm.utils import accuracy
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..average_precision import mean_average_precision
 from ..datasets import VOC_IGNORE
+from ..metrics.average_precision import mean_average_precision
 
 if TYPE_CHECKING:
     from torchmetrics import Metric

@@ -4,7 +4,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from timm_castream.files import write_whole
+from timm_castream._utils.files import write_whole
 
 from ..results import Results
 from .answer import advice, answer, augmentation_advice, question

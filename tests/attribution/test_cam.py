@@ -1,0 +1,144 @@
+"""The mathematics of class activation maps against float64 loops written from the papers' formulas."""
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from timm_castream.attribution.cam import (
+    class_activation_map,
+    grad_cam_pp_weights,
+    grad_cam_weights,
+    scale_maps,
+    score_cam_weights,
+)
+from timm_castream.inference.probabilities import probabilities
+
+MEAN, STD = torch.tensor([.5, .4, .3]).view(3, 1, 1).double(), torch.tensor([.2, .3, .25]).view(3, 1, 1).double()
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def resized(channel: list[list[float]], height: int, width: int) -> list[list[float]]:
+    """Bilinear with corners on corners."""
+    h, w = len(channel), len(channel[0])
+
+    def at(y: float, x: float) -> float:
+        top, left = min(int(y), h - 2), min(int(x), w - 2)
+        dy, dx = y - top, x - left
+        return ((1 - dy) * ((1 - dx) * channel[top][left] + dx * channel[top][left + 1])
+                + dy * ((1 - dx) * channel[top + 1][left] + dx * channel[top + 1][left + 1]))
+
+    return [[at(i * (h - 1) / (height - 1), j * (w - 1) / (width - 1)) for j in range(width)] for i in range(height)]
+
+
+def scaled(values: list[list[float]]) -> list[list[float]]:
+    low, high = min(map(min, values)), max(map(max, values))
+    return [[(value - low) / (high - low) for value in row] for row in values]
+
+
+@pytest.mark.parametrize('signed', [False, True])
+def test_both_grad_cams_are_their_formulas(signed: bool) -> None:
+    maps, gradients = draw(2, 4, 3, 5), draw(2, 2, 4, 3, 5, seed=1) + .3
+    maps = maps if signed else maps.abs()
+    cam = class_activation_map(maps, grad_cam_weights(gradients))
+    cam_pp = class_activation_map(maps, grad_cam_pp_weights(maps, gradients))
+    for b in range(2):
+        for k in range(2):
+            for result, plus in ((cam, False), (cam_pp, True)):
+                total = [[0.] * 5 for _ in range(3)]
+                for d in range(4):
+                    g = gradients[b, k, d].flatten().tolist()
+                    a_sum = sum(maps[b, d].flatten().tolist())
+                    weight = (sum(max(0., v) * v ** 2 / (2 * v ** 2 + v ** 3 * a_sum) for v in g) if plus
+                              else sum(g) / len(g))
+                    for i in range(3):
+                        for j in range(5):
+                            total[i][j] += weight * float(maps[b, d, i, j])
+                expected = scaled([[max(0., v) for v in row] for row in total])
+                assert max(map(max, expected)) == 1
+                torch.testing.assert_close(result[b, k], torch.tensor(expected, dtype=torch.float64))
+
+
+def test_grad_cam_pp_holds_for_gradients_whose_square_underflows() -> None:
+    maps, gradients = draw(1, 3, 2, 2).abs().float(), torch.full((1, 1, 3, 2, 2), 1e-25)
+    torch.testing.assert_close(grad_cam_pp_weights(maps, gradients), torch.full((1, 1, 3), 2e-25), rtol=1e-6, atol=0)
+
+
+def test_grad_cam_pp_is_finite_where_its_denominator_is_zero() -> None:
+    maps, gradients = -torch.ones(1, 1, 1, 2), torch.tensor([1., 0.]).view(1, 1, 1, 1, 2)
+    assert grad_cam_pp_weights(maps, gradients).tolist() == [[[0.]]]
+
+
+@pytest.mark.parametrize('value', [-3., 0., 1e-30, 7.1])
+def test_a_constant_map_gives_zeros(value: float) -> None:
+    assert scale_maps(torch.full((2, 1, 3, 3), value)).eq(0).all()
+
+
+@pytest.mark.parametrize('size', [3, 7, 10])
+def test_constant_feature_maps_give_zeros_however_their_sum_is_rounded(size: int) -> None:
+    maps = draw(1, 2048, 1, 1).float().expand(-1, -1, size, size)
+    assert class_activation_map(maps, draw(1, 5, 2048, seed=1).float()).eq(0).all()
+
+
+def test_scaling_reaches_zero_and_one_and_passes_nan_on() -> None:
+    result = scale_maps(torch.stack([draw(2, 4), torch.full((2, 4), math.nan, dtype=torch.float64)]))
+    assert result[0].min() == 0 and result[0].max() == 1
+    assert result[1].isnan().all()
+
+
+@pytest.mark.parametrize('activation', ['softmax', 'sigmoid'])
+@pytest.mark.parametrize('batch_size', [1000, 1, 3])
+def test_score_cam_weights_are_probabilities_of_images_masked_before_normalisation(
+        activation: str, batch_size: int) -> None:
+    maps, x = draw(2, 3, 2, 3), draw(2, 3, 4, 6, seed=1)
+    targets = {'gap': torch.tensor([[0, 3], [2, 1]]), 'ca': torch.tensor([[1, 1], [0, 2]])}
+    classifiers = {'gap': draw(72, 4, seed=2), 'ca': draw(72, 4, seed=3)}
+
+    def predict(images: Tensor) -> dict[str, Tensor]:
+        assert len(images) <= batch_size
+        return {p: probabilities(images.flatten(1) @ weight, activation) for p, weight in classifiers.items()}
+
+    weights = score_cam_weights(predict, x, maps, targets, MEAN, STD, batch_size)
+    for pooling, classifier in classifiers.items():
+        for b in range(2):
+            for d in range(3):
+                mask = scaled(resized(maps[b, d].tolist(), 4, 6))
+                logits = [0.] * 4
+                for n, (c, i, j) in enumerate((c, i, j) for c in range(3) for i in range(4) for j in range(6)):
+                    mean, std = float(MEAN[c]), float(STD[c])
+                    pixel = ((float(x[b, c, i, j]) * std + mean) * mask[i][j] - mean) / std
+                    for k in range(4):
+                        logits[k] += pixel * float(classifier[n, k])
+                for k, target in enumerate(targets[pooling][b].tolist()):
+                    exponent = [math.exp(v - logits[target]) for v in logits]
+                    expected = 1 / sum(exponent) if activation == 'softmax' else 1 / (1 + math.exp(-logits[target]))
+                    assert float(weights[pooling][b, k, d]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_score_cam_forwards_no_channel_that_is_constant_on_an_image() -> None:
+    maps = draw(2, 4, 3, 3)
+    maps[0, 1], maps[1, 2], maps[1, 3] = 0, 5, -2
+    seen = []
+
+    def forward(images: Tensor) -> dict[str, Tensor]:
+        seen.append(len(images))
+        return {'ca': probabilities(images.new_zeros(len(images), 2))}
+
+    targets = {'ca': torch.zeros(2, 1, dtype=torch.long)}
+    weights = score_cam_weights(forward, draw(2, 3, 6, 6), maps, targets, MEAN, STD, batch_size=2)
+    assert seen == [2, 2, 1]
+    assert weights['ca'][:, 0].tolist() == [[.5, 0, .5, .5], [.5, .5, 0, 0]]
+
+
+def test_score_cam_of_constant_maps_alone_forwards_nothing() -> None:
+    def forward(images: Tensor) -> dict[str, Tensor]:
+        raise AssertionError
+
+    targets = {'gap': torch.zeros(1, 1, dtype=torch.long)}
+    weights = score_cam_weights(forward, draw(1, 3, 6, 6), torch.ones(1, 2, 3, 3), targets, MEAN, STD, batch_size=4)
+    assert weights['gap'].tolist() == [[[0, 0]]]

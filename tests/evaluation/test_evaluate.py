@@ -1,0 +1,464 @@
+"""Runs of the protocol: interrupted and resumed, over several processes, over subsets and every kind of loader."""
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_loader, create_transform, resolve_model_data_config
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from timm_castream import datasets
+from timm_castream.attribution import attribute
+from timm_castream.evaluate import evaluate
+from timm_castream.evaluation.report import Report
+from timm_castream.metrics.max_box_acc import pack_hits, unpack_hits
+
+METHODS = ('grad_cam', 'score_cam')
+
+
+@pytest.fixture
+def model(make_model) -> nn.Module:
+    return make_model('test_resnet')
+
+
+class Scenes(Dataset):
+    """Random images that notes which of them were read, and stops at one as Ctrl-C would."""
+
+    def __init__(self, num_images: int = 7, stop_at: int | None = None, multilabel: bool = False) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.images = torch.randn(num_images, 3, 64, 64, generator=generator)
+        self.labels = torch.randint(10, (num_images,), generator=generator)
+        if multilabel:
+            self.labels = (torch.rand(num_images, 10, generator=generator) < 0.2).float()
+            self.labels[0] = 0
+        self.stop_at = stop_at
+        self.read: list[int] = []
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == self.stop_at:
+            raise KeyboardInterrupt
+        self.read.append(index)
+        return self.images[index], self.labels[index]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def interrupt(model: nn.Module, folder: Path, **kwargs: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, DataLoader(Scenes(stop_at=5), 2), METHODS, output_dir=folder, **kwargs)
+
+
+def assert_equal(one: Report, other: Report) -> None:
+    assert one.figures == other.figures
+    assert one.accuracy == other.accuracy
+    for name in ('rows', 'images'):
+        np.testing.assert_array_equal(getattr(one.values, name), getattr(other.values, name))
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_figures(model, tmp_path) -> None:
+    expected = evaluate(model, DataLoader(Scenes(), 2), METHODS)
+    interrupt(model, tmp_path)
+    assert not (tmp_path / 'evaluation.json').exists()
+    rest = Scenes()
+    report = evaluate(model, DataLoader(rest, 2), METHODS, output_dir=tmp_path)
+    assert set(rest.read) - {0} == {4, 5, 6}  # image 0 says what targets look like
+    assert_equal(report, expected)
+    assert json.loads((tmp_path / 'evaluation.json').read_text())['num_images'] == 7
+
+
+def test_a_batch_that_a_kill_cut_off_in_the_middle_of_writing_is_evaluated_again(model, tmp_path) -> None:
+    expected = evaluate(model, DataLoader(Scenes(), 2), METHODS)
+    interrupt(model, tmp_path)
+    journal = tmp_path / 'finished.0.jsonl'
+    journal.write_bytes(journal.read_bytes()[:-40])
+    for _ in range(2):  # what was written after the torn line must be found too
+        assert_equal(evaluate(model, DataLoader(Scenes(), 2), METHODS, output_dir=tmp_path), expected)
+
+
+def test_a_finished_evaluation_is_read_from_its_folder(model, tmp_path) -> None:
+    expected = evaluate(model, DataLoader(Scenes(multilabel=True), 3), METHODS, output_dir=tmp_path)
+    again = Scenes(multilabel=True)
+    assert_equal(evaluate(model, DataLoader(again, 3), METHODS, output_dir=tmp_path), expected)
+    assert set(again.read) == {0}
+
+
+def test_a_process_without_images_left_does_not_start_a_loader_that_needs_one(model, tmp_path) -> None:
+    class Prefetcher:
+        """As the one of timm 1.0.28: it hands on the last batch after the loop."""
+
+        def __init__(self, loader: DataLoader) -> None:
+            self.loader, self.dataset = loader, loader.dataset
+
+        def __iter__(self) -> Iterator[Any]:
+            batches = list(self.loader)
+            yield from batches[:-1]
+            yield batches[-1]
+
+    loader = Prefetcher(DataLoader(Scenes(3), 2))
+    expected = evaluate(model, loader, METHODS, output_dir=tmp_path)
+    assert_equal(evaluate(model, loader, METHODS, output_dir=tmp_path), expected)
+
+
+def test_an_evaluation_may_go_on_with_another_batch_size(model, tmp_path) -> None:
+    expected = evaluate(model, DataLoader(Scenes(), 2), METHODS)
+    interrupt(model, tmp_path)
+    report = evaluate(model, DataLoader(Scenes(), 3), METHODS, output_dir=tmp_path)
+    np.testing.assert_array_equal(report.values.images, expected.values.images)
+    np.testing.assert_allclose(report.values.rows, expected.values.rows, atol=1e-3)
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    ({'seed': 1}, 'seed=0, this one has seed=1'),
+    ({'target': 'predicted'}, "target='truth', this one has target='predicted'"),
+    ({'arguments': {'data_dir': 'b'}}, "data_dir='a', this one has data_dir='b'"),
+])
+def test_a_folder_with_another_evaluation_is_refused(model, tmp_path, change, message) -> None:
+    settings = {'arguments': {'data_dir': 'a'}, 'num_samples': 7}
+    interrupt(model, tmp_path, **settings)
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, DataLoader(Scenes(), 2), METHODS, output_dir=tmp_path, **{**settings, **change})
+
+
+def test_settings_that_never_finished_a_batch_bind_nobody(model, tmp_path) -> None:
+    with pytest.raises(ValueError, match='layer9'):
+        evaluate(model, DataLoader(Scenes(), 2), METHODS, layer='layer9', output_dir=tmp_path)
+    evaluate(model, DataLoader(Scenes(2), 2), METHODS, layer='layer4', output_dir=tmp_path)
+
+
+def test_a_folder_of_another_network_is_refused(model, make_model, tmp_path) -> None:
+    interrupt(model, tmp_path)
+    two_heads = make_model('test_resnet', stream_heads=2)
+    two_heads.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match=r'holds an evaluation with .*stream='):
+        evaluate(two_heads, DataLoader(Scenes(), 2), METHODS, output_dir=tmp_path)
+    with torch.no_grad():
+        model.castream.cls_token[0, 0] += 1
+    with pytest.raises(ValueError, match='holds an evaluation with weights='):
+        evaluate(model, DataLoader(Scenes(), 2), METHODS, output_dir=tmp_path)
+
+
+def test_the_same_weights_in_another_architecture_are_refused(tmp_path) -> None:
+    def dilated(output_stride: int) -> nn.Module:
+        torch.manual_seed(0)
+        return timm.create_model('test_resnet', num_classes=10, output_stride=output_stride).eval()
+
+    arguments = {'methods': ('centre',), 'metrics': ('average_drop',), 'output_dir': tmp_path}
+    evaluate(dilated(32), DataLoader(Scenes(), 2), **arguments)
+    with pytest.raises(ValueError, match='holds an evaluation with architecture='):
+        evaluate(dilated(8), DataLoader(Scenes(), 2), **arguments)
+
+
+def with_transform(side: int = 64, mean: float = 0.5) -> DataLoader:
+    scenes = datasets.create_dataset('digits', split='validation', num_samples=2)
+    scenes.transform = create_transform((3, side, side), mean=(mean,) * 3, std=(0.5,) * 3)
+    return DataLoader(scenes, 2)
+
+
+@pytest.mark.parametrize(('one', 'other', 'message'), [
+    ({}, {'loader': with_transform(32)}, r'input_size=\[3, 64, 64\]'),
+    ({}, {'loader': with_transform(mean=0.4)}, r'loader_normalisation=\[\[0\.5'),
+    ({}, {'mean': (0.4,) * 3}, r'mean=\[0\.5, 0\.5, 0\.5\], this one has mean=\[0\.4'),
+    ({}, {'std': (0.4,) * 3}, r'std=\[0\.5, 0\.5, 0\.5\], this one has std=\[0\.4'),
+    *(({'methods': {'mine': way(1)}}, {'methods': {'mine': way(2)}}, 'user_methods=') for way in (
+        lambda side: lambda x, target: x[:, :side],
+        lambda side: functools.partial(lambda x, target, side: x[:, :side], side=side))),
+])
+def test_another_input_or_method_of_the_user_is_refused_in_the_same_folder(
+        model, tmp_path, one, other, message) -> None:
+    arguments = {
+        'loader': with_transform(), 'methods': ('centre',), 'metrics': ('average_drop',), 'output_dir': tmp_path, **one}
+    expected = evaluate(model, **arguments)
+    assert_equal(evaluate(model, **arguments), expected)
+    with pytest.raises(ValueError, match=f'holds an evaluation with .*{message}'):
+        evaluate(model, **{**arguments, **other})
+
+
+def test_a_transform_without_a_repr_does_not_stop_a_second_start(model, tmp_path) -> None:
+    class Transform:
+        def __call__(self, image: Image.Image) -> Tensor:
+            return torch.full((3, 64, 64), np.asarray(image).mean() / 255)
+
+    for _ in range(2):
+        loader = with_transform()
+        loader.dataset.transform = Transform()
+        evaluate(model, loader, ('centre',), metrics=('average_drop',), output_dir=tmp_path)
+    saved = json.loads((tmp_path / 'evaluation.json').read_text())
+    assert 'Transform object>' in saved['settings']['transform']
+
+
+def _run_process(rank: int, model: nn.Module, folder: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group('gloo', f'file://{folder}/store', rank=rank, world_size=2)
+    try:
+        resumed = evaluate(model, DataLoader(Scenes(), 2), METHODS, output_dir=folder / 'out')
+        one_batch = evaluate(model, DataLoader(Scenes(), 7), METHODS)  # for one of the processes
+        with pytest.raises(ValueError, match="this one has target='predicted'"):
+            evaluate(model, DataLoader(Scenes(), 2), METHODS, target='predicted', output_dir=folder / 'out')
+        other = copy.deepcopy(model)  # the processes share the memory of the model they were given
+        with torch.no_grad():
+            other.fc.weight[0, 0] += rank
+        with pytest.raises(ValueError, match='models of different weights'):
+            evaluate(other, DataLoader(Scenes(), 2), METHODS)
+    finally:
+        distributed.destroy_process_group()
+    torch.save((resumed, one_batch), folder / f'process.{rank}')
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_where_one_stopped_and_both_get_the_table_of_one(model, tmp_path) -> None:
+    expected = evaluate(model, DataLoader(Scenes(), 2), METHODS)
+    interrupt(model, tmp_path / 'out')
+    multiprocessing.spawn(_run_process, (model, tmp_path), nprocs=2)
+    for rank in range(2):
+        for report in torch.load(tmp_path / f'process.{rank}', weights_only=False):
+            np.testing.assert_array_equal(report.values.images, expected.values.images)
+            np.testing.assert_allclose(report.values.rows, expected.values.rows, atol=1e-3)
+            for key, estimate in expected.figures.items():
+                assert report[key] == pytest.approx(estimate, abs=1e-3)
+    by_process = [
+        {int(image[0]) for line in (tmp_path / 'out' / f'finished.{rank}.jsonl').read_text().split('\n') if line
+         for image in json.loads(line)['images']}
+        for rank in range(2)
+    ]
+    assert by_process == [{0, 1, 2, 3, 4, 5}, {6}]
+    assert json.loads((tmp_path / 'out' / 'evaluation.json').read_text())['num_images'] == 7
+
+
+def test_a_subset_is_drawn_by_its_seed(model) -> None:
+    scenes = Scenes(30)
+
+    def chosen(seed: int) -> list[int]:
+        report = evaluate(model, DataLoader(scenes, 4), ('grad_cam',), ('ca',), num_samples=6, seed=seed)
+        return report.values.images[:, 0].astype(int).tolist()
+
+    first = chosen(0)
+    assert len(set(first)) == 6
+    assert chosen(0) == first != chosen(1)
+    subset = evaluate(model, DataLoader(Subset(scenes, first), 4), ('grad_cam',), ('ca',))
+    assert evaluate(model, DataLoader(scenes, 4), ('grad_cam',), ('ca',), num_samples=6).figures == subset.figures
+
+
+def test_loaders_of_timm_and_of_torch_give_the_same_figures(model) -> None:
+    config = resolve_model_data_config(model)
+    config['input_size'] = (3, 64, 64)
+    plain = datasets.create_dataset('digits', split='validation', num_samples=5)
+    plain.transform = create_transform(**config)
+    expected = evaluate(model, DataLoader(plain, 2), ('grad_cam',))
+    prefetched = create_loader(
+        datasets.create_dataset('digits', split='validation', num_samples=5), batch_size=2, device=torch.device('cpu'),
+        num_workers=1, persistent_workers=False, **config)
+    shuffled = DataLoader(plain, 2, shuffle=True)
+    for loader in (prefetched, shuffled):
+        report = evaluate(model, loader, ('grad_cam',))
+        np.testing.assert_allclose(report.values.rows, expected.values.rows, atol=1e-2)
+        np.testing.assert_array_equal(report.values.images, expected.values.images)
+
+
+def test_the_model_is_as_before_afterwards(model) -> None:
+    model.train()
+    model.bn1.eval()
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    evaluate(model, DataLoader(Scenes(3), 2), METHODS)
+    assert model.training and model.layer1.training and not model.bn1.training
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        yield torch.zeros(3, 64, 64), 0
+
+
+@pytest.mark.parametrize(('loader', 'message'), [
+    (DataLoader(Stream(), 2), 'no DataLoader over a data set with a length'),
+    ([(torch.zeros(2, 3, 64, 64), torch.zeros(2))], 'list is no DataLoader'),
+    (DataLoader(Scenes(), batch_sampler=[[0, 1]]), 'no batch_size'),
+    (DataLoader(TensorDataset(torch.zeros(0, 3, 64, 64), torch.zeros(0)), 2), 'no images'),
+])
+def test_loaders_that_cannot_be_read_by_index_are_refused(model, loader, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, loader)
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    ({'methods': ('lime',)}, "'lime' is unknown"),
+    ({'poolings': ('max',)}, "'max' is unknown"),
+    ({'target': 'best'}, "'best' is unknown"),
+    ({'setting': 'mine'}, "'mine' is unknown"),
+    ({'methods': ()}, 'methods must be a sequence of names'),
+    ({'methods': 'grad_cam'}, "methods must be a sequence of names, got 'grad_cam'"),
+    ({'batch_size': 0}, 'batch_size must be a positive int, got 0'),
+    ({'num_samples': 8}, 'num_samples 8 is out of range, the data set has 7 images'),
+])
+def test_unknown_arguments_are_refused_before_an_image_is_evaluated(model, tmp_path, arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, DataLoader(Scenes(), 2), output_dir=tmp_path / 'out', **arguments)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_labels_none_of_which_is_positive_leave_nothing_to_explain(model) -> None:
+    scenes = Scenes(3, multilabel=True)
+    scenes.labels.zero_()
+    with pytest.raises(ValueError, match='No image has a positive label'):
+        evaluate(model, DataLoader(scenes, 2), METHODS)
+
+
+def write_images(folder: Path, num_images: int = 7, broken: Sequence[int] = ()) -> Path:
+    """An image folder of two classes; the broken files are cut, empty, or no image."""
+    rng = np.random.default_rng(0)
+    for index in range(num_images):
+        path = folder / f'class{index % 2}' / f'{index}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+        if index in broken:
+            path.write_bytes((path.read_bytes()[:300], b'', b'no image')[list(broken).index(index) % 3])
+    return folder
+
+
+def folder_loader(folder: Path, model: nn.Module, num_workers: int = 0) -> Any:
+    config = {**resolve_model_data_config(model), 'input_size': (3, 64, 64), 'crop_pct': 1.}
+    return create_loader(
+        datasets.create_dataset('', str(folder)), batch_size=2, device=torch.device('cpu'), num_workers=num_workers,
+        persistent_workers=False, **config)
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_unreadable_images_are_named_and_never_replaced(model, tmp_path, num_workers) -> None:
+    model.num_classes = 10
+    whole = evaluate(model, folder_loader(write_images(tmp_path / 'whole'), model), ('grad_cam',))
+    folder = write_images(tmp_path / 'broken', broken=(1, 2, 4))
+    report = evaluate(model, folder_loader(folder, model, num_workers), ('grad_cam',), output_dir=tmp_path / 'out')
+    assert len(report.unreadable) == 3 and report.num_images == 4
+    assert sorted(Path(name).name for name in report.unreadable) == ['1.png', '2.png', '4.png']
+    lost = {folder_loader(folder, model).dataset.filename(i, basename=True): i for i in range(7)}
+    kept = [row for row in whole.values.rows if row[0] not in {lost[f'{i}.png'] for i in (1, 2, 4)}]
+    np.testing.assert_allclose(report.values.rows, kept, atol=1e-2)
+    saved = json.loads((tmp_path / 'out' / 'evaluation.json').read_text())
+    assert saved['num_images'] == 4 and len(saved['unreadable']) == 3
+
+
+def test_ten_unreadable_images_in_a_row_do_not_end_an_evaluation(model, tmp_path) -> None:
+    folder = write_images(tmp_path, 14, broken=range(2, 14))
+    report = evaluate(model, folder_loader(folder, model), ('centre',), metrics=('average_drop',))
+    assert report.num_images == 2 and len(report.unreadable) == 12
+    with pytest.raises(ValueError, match='None of the images can be read'):
+        evaluate(model, folder_loader(write_images(tmp_path / 'all', 3, broken=range(3)), model))
+
+
+def test_images_replaced_between_two_starts_are_noticed(model, tmp_path) -> None:
+    folder = write_images(tmp_path / 'images')
+    arguments = {'methods': ('centre',), 'metrics': ('average_drop',), 'output_dir': tmp_path / 'out'}
+    evaluate(model, folder_loader(folder, model), **arguments)
+    evaluate(model, folder_loader(folder, model), **arguments)
+    Image.new('RGB', (64, 64), 'red').save(folder / 'class0' / '0.png')
+    with pytest.raises(ValueError, match='The images have changed since the evaluation'):
+        evaluate(model, folder_loader(folder, model), **arguments)
+
+
+def test_classes_of_the_data_set_are_compared_with_those_of_the_model(model, make_model, tmp_path, caplog) -> None:
+    folder = write_images(tmp_path)
+    evaluate(model, folder_loader(folder, model), ('centre',), metrics=('average_drop',))
+    assert 'The data set has 2 classes, the model has 10' in caplog.text
+    one_class = make_model('test_resnet', {'num_classes': 1})
+    with pytest.raises(ValueError, match='The data set has 2 classes, the model has 1'):
+        evaluate(one_class, folder_loader(folder, model), ('centre',), metrics=('average_drop',))
+
+
+def test_a_seed_changes_the_intervals_of_finished_values(model, tmp_path) -> None:
+    arguments = {'methods': ('grad_cam',), 'metrics': ('insertion',), 'output_dir': tmp_path}
+    first = evaluate(model, DataLoader(Scenes(), 2), **arguments)
+    again = Scenes()
+    second = evaluate(model, DataLoader(again, 2), **arguments, seed=5)
+    assert set(again.read) == {0}
+    one, other = (report['ca', 'grad_cam', 'insertion'] for report in (first, second))
+    assert one.value == other.value and one != other
+    with pytest.raises(ValueError, match='seed must be an int of at least 0, got -1'):
+        evaluate(model, DataLoader(Scenes(), 2), **arguments, seed=-1)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(model, tmp_path) -> None:
+    class Second(Scenes):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            if index == 5:
+                with pytest.raises(ValueError, match='Another evaluation is writing to'):
+                    evaluate(model, DataLoader(Scenes(), 2), METHODS, output_dir=tmp_path)
+            return super().__getitem__(index)
+
+    report = evaluate(model, DataLoader(Second(), 2), METHODS, output_dir=tmp_path)
+    assert_equal(report, evaluate(model, DataLoader(Scenes(), 2), METHODS))
+
+
+def test_metrics_that_need_no_curve_cost_one_masked_forward_a_map(model) -> None:
+    forwards = []
+    model.conv1.register_forward_hook(lambda module, args, output: forwards.append(len(output)))
+    evaluate(model, DataLoader(Scenes(), 7), ('grad_cam', 'layer_cam'),
+             metrics=('average_drop', 'average_gain', 'average_increase'))
+    assert sum(forwards) == 7 + 7 + 2 * 2 * 7  # images, their maps, and a masked image a pooling and method
+
+
+def test_localisation_metrics_use_the_boxes_of_the_data_set(model) -> None:
+    scenes = datasets.DigitScenes('validation', 6, seed=2)
+    config = {**resolve_model_data_config(model), 'input_size': (3, 64, 64), 'crop_pct': 1.}
+    scenes.transform = create_transform(**config)
+    metrics = ('pointing_game', 'energy_pointing_game', 'localization_error', 'max_box_acc_v2')
+    report = evaluate(model, DataLoader(scenes, 4), ('grad_cam', 'centre'), metrics=metrics)
+    for index in range(6):
+        (x0, y0, x1, y1), = np.reshape(scenes.boxes[index], (1, 4))
+        with torch.no_grad():
+            maps = attribute(model, scenes[index][0][None], 'grad_cam', torch.tensor([scenes[index][1]]))
+        big = torch.nn.functional.interpolate(maps[None].double(), (64, 64), mode='bilinear')[0, 0].numpy()
+        inside = big[int(y0):int(y1), int(x0):int(x1)]
+        expected = 100 * inside.sum() / big.sum() if big.sum() else 0.
+        column = report.values.row_columns.index(('ca', 'grad_cam', 'energy_pointing_game'))
+        assert report.values.rows[index, column] == pytest.approx(expected, abs=0.05)
+        column = report.values.row_columns.index(('ca', 'grad_cam', 'pointing_game'))
+        assert report.values.rows[index, column] == 100 * (big.max() > 0 and inside.max() == big.max())
+    assert 0 <= report['gap', 'centre', 'max_box_acc_v2'].value <= 100
+    assert report['gap', 'centre', 'max_box_acc_v2'].value == report['ca', 'centre', 'max_box_acc_v2'].value
+    with pytest.raises(ValueError, match="metric 'pointing_game' needs boxes"):
+        evaluate(model, DataLoader(Scenes(), 2), ('centre',), metrics=metrics)
+
+
+def test_packed_hits_unpack_to_the_same_hits() -> None:
+    hits = torch.rand(5, 3, 256, generator=torch.Generator().manual_seed(0)) < 0.3
+    defined = torch.tensor([True, True, False, True, True])
+    unpacked = unpack_hits(pack_hits(hits, defined).numpy())
+    assert np.isnan(unpacked[2]).all()
+    np.testing.assert_array_equal(np.delete(unpacked, 2, 0), np.delete(hits.flatten(1).numpy(), 2, 0))
+
+
+def test_boxes_replaced_between_two_starts_are_noticed(model, tmp_path) -> None:
+    scenes = datasets.DigitScenes('validation', 3, seed=2)
+    config = {**resolve_model_data_config(model), 'input_size': (3, 64, 64), 'crop_pct': 1.}
+    scenes.transform = create_transform(**config)
+    arguments = {'methods': ('centre',), 'metrics': ('pointing_game',), 'output_dir': tmp_path}
+    report = evaluate(model, DataLoader(scenes, 2), **arguments)
+    assert 'Localisation: 3 of 3 maps have a box' in str(report)
+    scenes.boxes = scenes.boxes + 1
+    with pytest.raises(ValueError, match='have changed since the evaluation'):
+        evaluate(model, DataLoader(scenes, 2), **arguments)
+    scenes.boxes = scenes.boxes * 0 + 1000
+    with pytest.raises(ValueError, match='no image has a box of its class inside the input'):
+        evaluate(model, DataLoader(scenes, 2), **{**arguments, 'output_dir': None})
+
+
+def test_finished_values_serve_with_and_without_curves(model, tmp_path, caplog) -> None:
+    arguments = {'methods': ('centre',), 'metrics': ('insertion',)}
+    evaluate(model, DataLoader(Scenes(), 2), **arguments, output_dir=tmp_path / 'without')
+    report = evaluate(model, DataLoader(Scenes(), 2), **arguments, output_dir=tmp_path / 'without', keep_curves=True)
+    assert not report.curves and 'The curves of the finished images were not kept' in caplog.text
+    kept = evaluate(model, DataLoader(Scenes(), 2), **arguments, output_dir=tmp_path / 'with', keep_curves=True)
+    again = Scenes()
+    assert not evaluate(model, DataLoader(again, 2), **arguments, output_dir=tmp_path / 'with').curves
+    assert set(again.read) == {0} and kept.curves

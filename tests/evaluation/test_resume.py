@@ -1,0 +1,146 @@
+"""The folder of an evaluation: the lock, damaged files, records of one image twice, and folders of 0.1."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from timm_castream.evaluation.resume import Journal
+
+WIDTHS = {'rows': 3, 'images': 2}
+SETTINGS = {'weights': 'abc', 'methods': ['grad_cam'], 'metrics': ['average_drop'], 'seed': None}
+
+
+def record(*indices: int, value: float = 1.) -> dict[str, Any]:
+    return {'rows': [[i, 7., value] for i in indices], 'images': [[i, 100.] for i in indices]}
+
+
+def write(folder: Path, *records: dict[str, Any], rank: int = 0, settings: dict[str, Any] | None = None) -> None:
+    journal = Journal(folder, rank)
+    journal.lock()
+    journal.resume(settings or SETTINGS, WIDTHS)
+    for each in records:
+        journal.append(each)
+    journal.close()
+
+
+def read(folder: Path, settings: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    journal = Journal(folder, 0)
+    try:
+        return journal.resume(settings or SETTINGS, WIDTHS)
+    finally:
+        journal.close()
+
+
+def test_records_come_back(tmp_path: Path) -> None:
+    write(tmp_path, record(0, 1), record(2))
+    assert read(tmp_path) == [record(0, 1), record(2)]
+
+
+def test_an_image_recorded_twice_counts_once(tmp_path: Path) -> None:
+    write(tmp_path, record(0, 1), record(1, 2, value=5.), record(2, value=9.))
+    found = read(tmp_path)
+    assert [row for each in found for row in each['rows']] == [[0, 7., 1.], [1, 7., 1.], [2, 7., 5.]]
+
+
+def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    first, second = Journal(tmp_path, 0), Journal(tmp_path, 0)
+    first.lock()
+    with pytest.raises(ValueError, match='Another evaluation is writing to'):
+        second.lock()
+    first.close()
+    second.lock()
+    second.close()
+
+
+def test_the_lock_of_a_killed_process_does_not_block(tmp_path: Path) -> None:
+    code = ('import sys, time\nfrom pathlib import Path\nfrom timm_castream.evaluation.resume import Journal\n'
+            'journal = Journal(Path(sys.argv[1]), 0)\njournal.lock()\nprint("locked", flush=True)\ntime.sleep(60)')
+    process = subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b'locked\n'
+    journal = Journal(tmp_path, 0)
+    with pytest.raises(ValueError, match='Another evaluation is writing to'):
+        journal.lock()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    journal.lock()
+    journal.close()
+
+
+@pytest.mark.parametrize('content', [None, '', '{"weights": ', '[]'])
+def test_missing_or_damaged_settings_are_named(content: str | None, tmp_path: Path) -> None:
+    write(tmp_path, record(0))
+    (tmp_path / 'settings.json').unlink()
+    if content is not None:
+        (tmp_path / 'settings.json').write_text(content)
+    with pytest.raises(ValueError, match=r'settings\.json is missing or damaged.*delete .*, or name another folder'):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize('line', [
+    'hello', '[1, 2]', '{"rows": [[0, 1]], "images": [[0, 100]]}', '{"rows": 3}', 'null', '{"other": []}'])
+def test_foreign_lines_are_named(line: str, tmp_path: Path) -> None:
+    write(tmp_path, record(0))
+    with open(tmp_path / 'finished.0.jsonl', 'a') as file:
+        file.write(line + '\n')
+    with pytest.raises(ValueError, match=r'finished\.0\.jsonl, line 3, is no record of this evaluation'):
+        read(tmp_path)
+
+
+def test_a_line_that_a_kill_cut_off_does_not_count(tmp_path: Path) -> None:
+    write(tmp_path, record(0), record(1))
+    path = tmp_path / 'finished.0.jsonl'
+    path.write_bytes(path.read_bytes()[:-9])
+    assert read(tmp_path) == [record(0)]
+
+
+def test_refusals_are_short(tmp_path: Path) -> None:
+    settings = {**SETTINGS, **{f'key{i}': 'x' * 200 for i in range(6)}}
+    write(tmp_path, record(0), settings=settings)
+    with pytest.raises(ValueError, match='and 3 more') as error:
+        read(tmp_path, {**SETTINGS, **{f'key{i}': 'y' * 200 for i in range(6)}})
+    assert len(str(error.value)) < 700 and 'x' * 60 not in str(error.value)
+
+
+def test_changed_images_are_named(tmp_path: Path) -> None:
+    write(tmp_path, record(0), settings={**SETTINGS, 'images': 'one'})
+    with pytest.raises(ValueError, match='The images have changed since the evaluation in'):
+        read(tmp_path, {**SETTINGS, 'images': 'other'})
+
+
+def test_a_folder_of_0_1_goes_on(tmp_path: Path) -> None:
+    """0.1 recorded no metrics, images, size and normalisation, a seed in any case, and the dropout rate."""
+    stream = {'stream_start': 0, 'stream_block': 'ca'}
+    old = {'weights': 'abc', 'methods': ['grad_cam'], 'seed': 0, 'stream': {**stream, 'stream_drop': 0.}, 'layer': None}
+    (tmp_path / 'settings.json').write_text(json.dumps(old))
+    (tmp_path / 'finished.0.jsonl').write_text('\n' + json.dumps(record(0, 1)) + '\n')
+    five = ['average_drop', 'average_gain', 'average_increase', 'insertion', 'deletion']
+    new = {**SETTINGS, 'stream': stream, 'layer': None, 'metrics': five, 'images': 'hash', 'user_methods': {},
+           'temperature': None, 'architecture': 'hash', 'input_size': [3, 64, 64], 'transform': 'Compose()',
+           'loader_normalisation': [[.5], [.5]], 'mean': [.5], 'std': [.5]}
+    assert read(tmp_path, new) == [record(0, 1)]
+    with pytest.raises(ValueError, match='metrics='):
+        read(tmp_path, {**new, 'metrics': five[:3]})
+
+
+def test_temperatures_of_an_evaluation_that_finished_nothing_are_dropped(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / 'temperatures.json').write_text('{"gap": 2.0}')
+    read(tmp_path)
+    assert not (tmp_path / 'temperatures.json').exists()
+    write(tmp_path, record(0))
+    (tmp_path / 'temperatures.json').write_text('{"gap": 2.0}')
+    read(tmp_path)
+    assert (tmp_path / 'temperatures.json').exists()
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(ValueError, match='file is a file: name a folder'):
+        Journal(tmp_path / 'file', 0)

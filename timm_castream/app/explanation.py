@@ -1,0 +1,228 @@
+"""One image explained: its classes, the attention of every stage, saliency maps, and what the maps are worth.
+
+`explain_image` runs the network once. An `Explanation` computes a map or a measurement when it is first asked for and
+keeps it, so that another class recomputes nothing else.
+
+Letters: C classes, H x W pixels, h x w locations of a saliency map.
+"""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor
+
+from .._utils.checks import check_names
+from ..attach import attention_maps
+from ..attribution.cam import scale_maps
+from ..attribution.methods import METHODS
+from ..attribution.saliency import Identity, attention_identity, attribute_all
+from ..inference.images import mask_image
+from ..metrics.curves import deletion_curve, insertion_curve
+from ..metrics.table import DEFAULT_METRICS, METRICS, Measurements
+from ..visualize import POOLING_NAMES, denormalised, read_image
+from .page_model import OpenedModel
+
+MAX_PIXELS = 50_000_000
+NUM_TOP = 5
+
+Progress = Callable[[float, str], Any]  # (share done in [0, 1], text)
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Measurements of one method's map under one pooling, on one image.
+
+    Attributes:
+        prob: Probability of the class on the image.
+        masked_prob: Probability of the class on the image masked by the map.
+        metrics: {name of `metrics.METRICS`: value of this image in percent}.
+        insertion_curve: (n + 1,) probabilities.
+        deletion_curve: (n + 1,) probabilities.
+        masked_pixels: The masked image, (H, W, 3) of 8 bits.
+    """
+
+    prob: float
+    masked_prob: float
+    metrics: dict[str, float]
+    insertion_curve: Tensor
+    deletion_curve: Tensor
+    masked_pixels: np.ndarray
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the picture, as plain numbers and lists."""
+        return {
+            'prob': self.prob, 'masked_prob': self.masked_prob, **self.metrics,
+            'insertion_curve': self.insertion_curve.tolist(), 'deletion_curve': self.deletion_curve.tolist()}
+
+
+class Explanation:
+    """An image under a network, see `explain_image`.
+
+    Attributes:
+        opened: The network.
+        x: (1, channels, H, W), the image as the network gets it.
+        pixels: The same before normalisation, (H, W, 3) of 8 bits.
+        probabilities: {pooling: (C,)}.
+        attention: {name of a stage: (h, w) in [0, 1]}, the mean over the heads scaled by its minimum and maximum;
+            empty without a stream.
+    """
+
+    def __init__(self, opened: OpenedModel, x: Tensor) -> None:
+        self.opened = opened
+        self.x = x
+        self.pixels = denormalised(opened.model, x)[0]
+        self.probabilities = {name: values[0] for name, values in self._probabilities(x).items()}
+        self.attention: dict[str, Tensor] = {}
+        if opened.network.has_stream:
+            with opened.network.evaluating():
+                maps = attention_maps(opened.model, x)
+            self.attention = {
+                name: scale_maps(values.mean(1))[0]
+                for name, values in zip(opened.model.castream_stages, maps, strict=True)}
+        self._maps: dict[tuple[str, str, int], Tensor] = {}
+        self._worth: dict[tuple[str, int], dict[str, Worth]] = {}
+        self._identity: Identity | None = None
+
+    def top(self, pooling: str, count: int = NUM_TOP) -> list[tuple[int, float]]:
+        """The classes of highest probability under a pooling: (index, probability) from the highest."""
+        values, indices = self.probabilities[pooling].topk(min(count, len(self.probabilities[pooling])))
+        return list(zip(indices.tolist(), values.tolist(), strict=True))
+
+    def best(self) -> list[int]:
+        """The top classes of all poolings together, from the highest probability."""
+        found = sorted(
+            ((value, index) for name in self.probabilities for index, value in self.top(name)), reverse=True)
+        return list(dict.fromkeys(index for _, index in found))
+
+    @property
+    def predicted(self) -> int:
+        """The class that the network predicts, under CA where it has a stream."""
+        return self.top(self.opened.network.poolings[-1], 1)[0][0]
+
+    def maps(
+            self,
+            methods: Sequence[str],
+            target: int,
+            progress: Progress | None = None,
+    ) -> dict[tuple[str, str], Tensor]:
+        """Saliency maps of a class, {(pooling, method): (h, w) in [0, 1]}.
+
+        Args:
+            methods: Names of methods; none gives no maps.
+            target: Index of the class.
+            progress: Called before each method that has to be computed.
+
+        Raises:
+            ValueError: If a name or the class is unknown, a name is repeated, or `methods` is a string.
+        """
+        if methods:
+            check_names('method', methods, tuple(METHODS))
+        network = self.opened.network
+        missing = [name for name in methods if (network.poolings[0], name, target) not in self._maps]
+        for position, method in enumerate(missing):
+            if progress is not None:
+                progress(position / len(missing), METHODS[method].title)
+            maps = attribute_all(
+                network.model, self.x, (method,), self._indices(target), network.poolings,
+                activation=network.activation)
+            self._maps.update({(name, method, target): values[0] for (name, _), values in maps.items()})
+        return {(name, method): self._maps[name, method, target] for method in methods for name in network.poolings}
+
+    def worth(self, method: str, target: int, progress: Progress | None = None) -> dict[str, Worth]:
+        """Measures a method's map of a class under each pooling, {pooling: measurements}.
+
+        Args, Raises: as `maps`.
+        """
+        if (method, target) not in self._worth:
+            maps = self.maps((method,), target)
+            worth = {}
+            for position, (name, _) in enumerate(maps):
+                if progress is not None:
+                    progress(position / len(maps), f'{METHODS[method].title} under {POOLING_NAMES[name]}')
+                worth[name] = self._measure(maps[name, method][None], target, name)
+            self._worth[method, target] = worth
+        return self._worth[method, target]
+
+    def identity(self) -> Identity:
+        """Both sides of eq. (5), (1, h, w) each.
+
+        Raises:
+            ValueError: If the network has no stream.
+        """
+        if self._identity is None:
+            self._identity = Identity(*(side.detach() for side in attention_identity(self.opened.model, self.x)))
+        return self._identity
+
+    def _probabilities(self, x: Tensor) -> dict[str, Tensor]:
+        network = self.opened.network
+        with network.evaluating():
+            return {name: network.probabilities(logits, name) for name, logits in network.logits(x).items()}
+
+    def _measure(self, saliency: Tensor, target: int, pooling: str) -> Worth:
+        network, indices = self.opened.network, self._indices(target)
+        masked = mask_image(self.opened.model, self.x, saliency)
+        with network.pooled_by(pooling):
+            curves = [
+                curve(network.model, self.x, saliency, indices, activation=network.activation)
+                for curve in (insertion_curve, deletion_curve)]
+        measured = Measurements(
+            self.probabilities[pooling][indices], self._probabilities(masked)[pooling][:, target], *curves)
+        return Worth(
+            prob=measured.prob.item(),
+            masked_prob=measured.masked_prob.item(),
+            metrics={name: METRICS[name].values(measured).item() for name in DEFAULT_METRICS},
+            insertion_curve=curves[0][0].cpu(),
+            deletion_curve=curves[1][0].cpu(),
+            masked_pixels=denormalised(self.opened.model, masked)[0],
+        )
+
+    def _indices(self, target: int) -> Tensor:
+        return torch.tensor([target], device=self.x.device)
+
+
+def explain_image(opened: OpenedModel, image: str | Path | Image.Image) -> Explanation:
+    """Explains one image.
+
+    Args:
+        opened: The network.
+        image: A file in any format that PIL opens, or a PIL image. It goes through the network's own eval transform.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no image, or has more than `MAX_PIXELS` pixels. The message is a sentence for the
+            user of a page and names no path.
+    """
+    config = resolve_model_data_config(opened.model)
+    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+    image = image.convert(mode) if isinstance(image, Image.Image) else _read_file(Path(image), mode)
+    parameter = next(opened.model.parameters())
+    return Explanation(opened, create_transform(**config, is_training=False)(image)[None].to(parameter))
+
+
+def _read_file(path: Path, mode: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():  # PIL warns about large images; the limit below is lower
+            warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                width, height = file.size
+    except FileNotFoundError:
+        raise FileNotFoundError(f'There is no file {path}.') from None
+    except Image.DecompressionBombError:
+        raise ValueError(f'The image is too large; at most {MAX_PIXELS // 10**6} million pixels are read.') from None
+    except Exception:  # PIL's decoders raise about anything on a broken file
+        raise ValueError('The file is not an image that can be read.') from None
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f'The image has {width} x {height} pixels; at most {MAX_PIXELS // 10**6} million pixels are read.')
+    try:
+        return read_image(path, mode)
+    except Exception:
+        raise ValueError('The image file is damaged and cannot be read.') from None

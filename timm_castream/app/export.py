@@ -1,0 +1,109 @@
+"""The picture, the curves and the figures of one explained image, as figures of matplotlib and as files."""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from matplotlib.figure import Figure
+
+from ..attribution.methods import METHODS
+from ..version import __version__
+from ..visualize import POOLING_NAMES, Panel, draw_grid, overlay, save
+from .explanation import Explanation, Worth
+
+
+def draw_explanation(explanation: Explanation, methods: Sequence[str], target: int, opacity: float = 0.5) -> Figure:
+    """The picture of an explanation: the image and its attention, then a row for each pooling with every method.
+
+    Args:
+        explanation: Of an image.
+        methods: Names of methods.
+        target: Index of the class.
+        opacity: Of the maps over the image, in [0, 1].
+    """
+    opened = explanation.opened
+    label = opened.class_name(target)
+    rows = [[Panel(opened.name[:40], explanation.pixels), *(
+        Panel(f'{METHODS["attention"].title}\n{stage}', overlay(explanation.pixels, values, opacity))
+        for stage, values in explanation.attention.items())]]
+    maps = explanation.maps(methods, target)
+    for name in opened.network.poolings if methods else ():
+        title = f'{POOLING_NAMES[name]}: {label[:22]} {explanation.probabilities[name][target]:.2f}'
+        rows.append([
+            Panel(f'{METHODS[method].title}\n{title}', overlay(explanation.pixels, maps[name, method], opacity))
+            for method in methods
+        ])
+    return draw_grid(rows)
+
+
+def draw_worth(worth: dict[str, Worth]) -> Figure:
+    """The insertion and deletion curves of every pooling in one plot, from `Explanation.worth`."""
+    figure = Figure(figsize=(5.6, 3.6), layout='constrained')
+    axes = figure.subplots()
+    for colour, (name, measured) in zip(('#6b7280', '#d9480f'), worth.items(), strict=False):
+        for curve, style, title in (
+                (measured.insertion_curve, '-', f'insertion {measured.metrics["insertion"]:.1f} %'),
+                (measured.deletion_curve, '--', f'deletion {measured.metrics["deletion"]:.1f} %')):
+            share = np.linspace(0, 100, len(curve))
+            axes.plot(share, curve.numpy(), style, color=colour, label=f'{POOLING_NAMES[name]}, {title}')
+    axes.set(xlabel='pixels changed, most salient first (%)', ylabel='probability', xlim=(0, 100))
+    axes.set_ylim(bottom=0)  # the probabilities of an unlikely class are small
+    axes.spines[['top', 'right']].set_visible(False)
+    figure.legend(loc='outside upper center', ncols=2, frameon=False, fontsize='small')
+    return figure
+
+
+def write_explanation(
+        explanation: Explanation,
+        folder: str | Path,
+        methods: Sequence[str],
+        target: int,
+        opacity: float = 0.5,
+        measured: str | None = None,
+) -> list[Path]:
+    """Writes the picture and the figures of an explanation.
+
+    Args:
+        explanation: Of an image.
+        folder: Gets `explanation.png`, `explanation.json` and, where a method is measured, `curves.png`.
+        methods: Names of the methods in the picture.
+        target: Index of the class.
+        opacity: Of the maps over the image, in [0, 1].
+        measured: Name of the method whose worth is in the figures, or None.
+
+    Returns:
+        The files.
+    """
+    opened, folder = explanation.opened, Path(folder)
+    worth = explanation.worth(measured, target) if measured else {}
+    files = [save(draw_explanation(explanation, methods, target, opacity), folder / 'explanation.png')]
+    if worth:
+        files.append(save(draw_worth(worth), folder / 'curves.png'))
+    figures: dict[str, Any] = {
+        'model': opened.name,
+        'weights': opened.weights,
+        'versions': {'timm_castream': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
+        'input_size': list(explanation.x.shape[1:]),
+        'class': {'index': target, 'name': opened.class_name(target)},
+        'top': {name: [
+            {'index': index, 'name': opened.class_name(index), 'probability': probability}
+            for index, probability in explanation.top(name)] for name in opened.network.poolings},
+        'attention': {stage: values.tolist() for stage, values in explanation.attention.items()},
+        'maps': {method: {name: values.tolist() for (name, row), values in explanation.maps(methods, target).items()
+                          if row == method} for method in methods},
+        'opacity': opacity,
+        'worth': {measured: {name: value.to_dict() for name, value in worth.items()}} if worth else {},
+    }
+    if opened.network.has_stream:
+        logits, cam = explanation.identity()
+        figures['identity'] = {
+            'attention_logits': logits[0].tolist(), 'cam': cam[0].tolist(),
+            'largest_difference': (logits - cam).abs().max().item()}
+    path = folder / 'explanation.json'
+    path.write_text(json.dumps(figures, indent=1) + '\n', encoding='utf-8')
+    return [*files, path]

@@ -1,0 +1,91 @@
+"""A model opened for a page: the network under explanation, its name, and a sentence on its weights."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..attribution.methods import METHODS
+from ..hub.load import open_model
+from ..inference.predictor import Network
+from ..visualize import class_name
+
+# The network of `castream demo`, so that a page opens at once and offline. benchmarks/pack_digits.py wrote the folder.
+DIGITS = Path(__file__).with_name('digits_model')
+_DIGITS_WEIGHTS = 'It was trained on handwritten digits on photographs (castream demo) and comes with the package.'
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A network and the words for it.
+
+    Attributes:
+        network: The network, in evaluation mode. Without a stream it has one pooling, `'gap'`, which is its own.
+        name: Name of the architecture.
+        weights: Where the weights come from, a sentence.
+    """
+
+    network: Network
+    name: str
+    weights: str
+
+    @property
+    def model(self) -> Any:
+        """The timm model inside its wrappers."""
+        return self.network.backbone
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods that fit the network."""
+        return tuple(name for name, row in METHODS.items() if self.network.has_stream or 'stream' not in row.needs)
+
+    @property
+    def class_methods(self) -> tuple[str, ...]:
+        """Names of the methods whose maps depend on the class."""
+        return tuple(name for name in self.methods if METHODS[name].needs & {'gradients', 'masked forwards'})
+
+    def class_name(self, index: int) -> str:
+        """Name of a class."""
+        return class_name(self.model, index)
+
+
+def open_for_page(
+        name: str | None = None,
+        checkpoint: str | None = None,
+        pretrained: bool = False,
+        *,
+        activation: str = 'softmax',
+        device: str | torch.device = 'cpu',
+        **kwargs: Any,
+) -> OpenedModel:
+    """Opens a model.
+
+    Args:
+        name: Of the model, as `loading.open_model` takes it. None: the digits network of the package, which needs no
+            download.
+        checkpoint, pretrained, kwargs: As of `loading.open_model`.
+        activation: `'softmax'`, or `'sigmoid'` for multi-label models.
+        device: Device of the model.
+
+    Raises:
+        ValueError: If the model has no classes, or a checkpoint is named without a model.
+        Exception: Those of `loading.open_model`.
+    """
+    if name is None:
+        if checkpoint is not None or pretrained or any(kwargs.values()):
+            raise ValueError('A checkpoint, published weights and arguments need the name of the model.')
+        model: Any = open_model(f'local-dir:{DIGITS}', pretrained=True)
+        weights = _DIGITS_WEIGHTS
+    else:
+        model = open_model(name, checkpoint, pretrained, **kwargs)
+        if checkpoint is not None:
+            weights = f'Its weights are those of {Path(checkpoint).name if Path(checkpoint).is_file() else checkpoint}.'
+        else:
+            weights = 'It has its published weights.' if pretrained else (
+                'Its weights are random, because no checkpoint was named: the maps mean nothing.')
+    if not model.num_classes:
+        raise ValueError(f'{name} has no classes, so there is no class to explain.')
+    title = (model.pretrained_cfg or {}).get('architecture') or name
+    return OpenedModel(Network(model.to(device).eval(), activation=activation), str(title), weights)

@@ -1,0 +1,118 @@
+"""The mathematics of class activation maps (CAM): functions of feature maps and gradients, for any model.
+
+Most are max(0, sum_k w_k A_k) of the feature maps A_k of a layer, scaled to [0, 1]. They differ in the weights:
+
+* Grad-CAM    (arXiv 1610.02391): mean over the locations of g = dy / dA_k, y the logit of the class;
+* Grad-CAM++  (arXiv 1710.11063): sum of alpha max(0, g), alpha = g^2 / (2 g^2 + g^3 sum(A_k)), its eq. (19);
+* XGrad-CAM   (arXiv 2008.02312): sum of g A_k over the locations, divided by the sum of A_k;
+* Score-CAM   (arXiv 1910.01279): probability of the class on the image masked by A_k, as in the CA-Stream paper.
+
+Two weigh each location on its own, so that their map is max(0, sum_k w_k A_k) with w_k of the size of A_k:
+
+* HiResCAM    (arXiv 2011.08891): g;
+* Layer-CAM   (doi 10.1109/TIP.2021.3089943): max(0, g).
+
+Letters: B images, K targets an image, C classes, D channels and h x w locations of the layer, H x W pixels.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..inference.images import mask_normalised
+
+
+def class_activation_map(maps: Tensor, weights: Tensor) -> Tensor:
+    """max(0, sum_k w_k A_k), scaled to [0, 1].
+
+    Args:
+        maps: A, (B, D, h, w).
+        weights: w, (B, K, D) or (B, K, D, h, w).
+
+    Returns:
+        (B, K, h, w).
+    """
+    if weights.ndim == 3:
+        weights = weights[..., None, None]
+    # Products and sums instead of a matrix product: autocast would compute that in half precision.
+    cam = (weights * maps[:, None]).sum(2).clamp(min=0)
+    return scale_maps(cam * varies(maps).any(1)[:, None, None, None])
+
+
+def grad_cam_weights(gradients: Tensor) -> Tensor:
+    """Grad-CAM's w, (B, K, D), from the gradients of the logits, (B, K, D, h, w)."""
+    return gradients.mean((3, 4))
+
+
+def grad_cam_pp_weights(maps: Tensor, gradients: Tensor) -> Tensor:
+    """Grad-CAM++'s w, (B, K, D), from A, (B, D, h, w), and the gradients of the logits, (B, K, D, h, w)."""
+    # g^2 cancels in alpha: an epsilon beside g^2 would show, and g^3 underflows where g is small.
+    denominator = 2 + gradients * maps.sum((2, 3))[:, None, :, None, None]
+    alpha = torch.where(denominator == 0, 0., 1 / denominator)
+    return (alpha * gradients.clamp(min=0)).sum((3, 4))
+
+
+def xgrad_cam_weights(maps: Tensor, gradients: Tensor) -> Tensor:
+    """XGrad-CAM's w, (B, K, D), from A, (B, D, h, w), and the gradients of the logits, (B, K, D, h, w).
+
+    A channel of sum 0 gets weight 0.
+    """
+    total = maps.sum((2, 3))[:, None]
+    weighted = (gradients * maps[:, None]).sum((3, 4))
+    return torch.where(total == 0, 0., weighted / total)
+
+
+def score_cam_weights(
+        predict: Callable[[Tensor], Mapping[str, Tensor]],
+        x: Tensor,
+        maps: Tensor,
+        targets: Mapping[str, Tensor],
+        mean: Tensor,
+        std: Tensor,
+        batch_size: int,
+) -> dict[str, Tensor]:
+    """Score-CAM's w: the probability of a class on the image masked by each channel, resized and scaled to [0, 1].
+
+    The image is masked before its normalisation. A channel that is constant on an image gives no mask. It gets no
+    forward and weight 0, as in Score-CAM's own code.
+
+    Args:
+        predict: {pooling: (N, C) probabilities} of (N, 3, H, W) images.
+        x: (B, 3, H, W) normalised images.
+        maps: A, (B, D, h, w).
+        targets: {pooling: (B, K) class indices}.
+        mean: (3, 1, 1), of the normalisation of x.
+        std: (3, 1, 1).
+        batch_size: Images that `predict` gets at once.
+
+    Returns:
+        {pooling: (B, K, D)} in [0, 1].
+    """
+    weights = {pooling: maps.new_zeros(*maps.shape[:2], t.shape[1]) for pooling, t in targets.items()}
+    images, channels = varies(maps).nonzero(as_tuple=True)
+    for start in range(0, len(images), batch_size):
+        image, channel = images[start:start + batch_size], channels[start:start + batch_size]
+        # The authors resize with align_corners=True and scale afterwards; other orders give other maps.
+        masks = F.interpolate(maps[image, channel][:, None], x.shape[2:], mode='bilinear', align_corners=True)
+        masked = mask_normalised(x[image], scale_maps(masks).to(x.dtype), mean, std)
+        scores = predict(masked)
+        for pooling, indices in targets.items():
+            weights[pooling][image, channel] = scores[pooling].gather(1, indices[image]).to(maps.dtype)
+    return {pooling: value.transpose(1, 2) for pooling, value in weights.items()}
+
+
+def scale_maps(maps: Tensor) -> Tensor:
+    """(..., h, w) scaled to [0, 1] by each map's own minimum and maximum, zeros where it is constant."""
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return torch.where(high == low, 0., (maps - low) / (high - low))
+
+
+def varies(maps: Tensor) -> Tensor:
+    """(B, D) whether a channel of (B, D, h, w) is not constant.
+
+    Where none varies, the sum over the channels is constant on paper, but not always after rounding.
+    """
+    return maps.amax((2, 3)) > maps.amin((2, 3))

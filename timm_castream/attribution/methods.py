@@ -1,0 +1,188 @@
+"""The table of attribution methods.
+
+A method is a function from a batch and a pooling to saliency maps. The batch computes the quantities that methods share
+once, when a method first asks for them.
+
+Letters: B images, K targets an image, D channels and h x w locations of the layer, H x W pixels.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..inference.predictor import Network
+from . import cam
+from .activations import Trace
+from .method_hash import identity
+
+Maps = Callable[['Batch', str], Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: Key in Python, on the command line and in files.
+        title: Name in tables and pictures.
+        maps: Maps of a batch under a pooling, (B, K, h, w) in [0, 1].
+        needs: Of `'stream'`, `'feature maps'`, `'gradients'`, `'masked forwards'`, `'seed'`.
+        in_paper: Whether the paper shows the method.
+        source: Name, callable or arrays behind a method of the user.
+    """
+
+    name: str
+    title: str
+    maps: Maps
+    needs: frozenset[str] = frozenset()
+    in_paper: bool = False
+    source: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def identity(self) -> str:
+        """Text that tells one method of the user from another, for the settings of an evaluation."""
+        return '' if self.source is None else identity(self.source)
+
+
+class Batch:
+    """Images under explanation.
+
+    Args:
+        network: The network, in evaluation mode.
+        x: (B, 3, H, W) normalised images.
+        methods: The methods that will be asked for.
+        indices: (B,) positions of the images in their data set. None: 0 to B - 1.
+        seed: Seed of the method `random`.
+    """
+
+    def __init__(
+            self,
+            network: Network,
+            x: Tensor,
+            methods: Sequence[Method],
+            indices: Tensor | None = None,
+            seed: int = 0,
+    ) -> None:
+        self.network = network
+        self.x = x
+        self.indices = torch.arange(len(x)) if indices is None else indices
+        self.seed = seed
+        self.targets: dict[str, Tensor] = {}  # {pooling: (B, K)}, set before the first method runs
+        self._needs = frozenset().union(*(method.needs for method in methods))
+        self._gradients: dict[str, Tensor] = {}
+
+    @cached_property
+    def trace(self) -> Trace:
+        """The forward that gives feature maps, logits and attention."""
+        return Trace(self.network, self.x, attention='stream' in self._needs)
+
+    @cached_property
+    def score_cam_weights(self) -> dict[str, Tensor]:
+        """Score-CAM's w, {pooling: (B, K, D)}: one forward of a masked image serves all poolings."""
+        network = self.network
+
+        def predict(images: Tensor) -> dict[str, Tensor]:
+            return {name: network.probabilities(logits, name) for name, logits in network.logits(images).items()}
+
+        mean, std = network.normalisation(self.x)
+        return cam.score_cam_weights(
+            predict, self.x, self.trace.maps, self.targets, mean, std, network.batch_size(self.x))
+
+    def gradients(self, pooling: str) -> Tensor:
+        """Gradients of the logits of the targets with respect to the feature maps, (B, K, D, h, w)."""
+        if pooling not in self._gradients:
+            self._gradients[pooling] = self.trace.gradients(pooling, self.targets[pooling])
+        return self._gradients[pooling]
+
+    def every_target(self, maps: Tensor, pooling: str) -> Tensor:
+        """(B, h, w) maps that depend on no target, as (B, K, h, w)."""
+        return maps[:, None].expand(-1, self.targets[pooling].shape[1], -1, -1)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """(h, w): the locations of the feature maps, or one location for 32 x 32 pixels where there are none."""
+        if self.network.has_feature_maps:
+            try:
+                return self.trace.maps.shape[-2:]
+            except ValueError:  # a network that pools no feature map
+                pass
+        return tuple(max(1, side // 32) for side in self.x.shape[-2:])
+
+
+def _attention(batch: Batch, pooling: str) -> Tensor:
+    attention = batch.trace.attention
+    assert attention is not None  # the method needs a stream, so the trace has it
+    return batch.every_target(attention, pooling)
+
+
+def _grad_cam(batch: Batch, pooling: str) -> Tensor:
+    return cam.class_activation_map(batch.trace.maps, cam.grad_cam_weights(batch.gradients(pooling)))
+
+
+def _grad_cam_pp(batch: Batch, pooling: str) -> Tensor:
+    maps = batch.trace.maps
+    return cam.class_activation_map(maps, cam.grad_cam_pp_weights(maps, batch.gradients(pooling)))
+
+
+def _xgrad_cam(batch: Batch, pooling: str) -> Tensor:
+    maps = batch.trace.maps
+    return cam.class_activation_map(maps, cam.xgrad_cam_weights(maps, batch.gradients(pooling)))
+
+
+def _hires_cam(batch: Batch, pooling: str) -> Tensor:
+    return cam.class_activation_map(batch.trace.maps, batch.gradients(pooling))
+
+
+def _layer_cam(batch: Batch, pooling: str) -> Tensor:
+    return cam.class_activation_map(batch.trace.maps, batch.gradients(pooling).clamp(min=0))
+
+
+def _score_cam(batch: Batch, pooling: str) -> Tensor:
+    return cam.class_activation_map(batch.trace.maps, batch.score_cam_weights[pooling])
+
+
+def _random(batch: Batch, pooling: str) -> Tensor:
+    """One uniform number a location. It depends on the seed and on the position of the image in its data set alone."""
+    # numpy mixes both numbers into the state; torch's generator on the CPU keeps 32 bits of a seed.
+    maps = [
+        torch.from_numpy(np.random.default_rng((batch.seed, index)).random(tuple(batch.grid), dtype=np.float32))
+        for index in batch.indices.tolist()
+    ]
+    return batch.every_target(cam.scale_maps(torch.stack(maps)).to(batch.x.device), pooling)
+
+
+def _centre(batch: Batch, pooling: str) -> Tensor:
+    """A Gaussian in the middle of the image. Its sigma is a quarter of the height and of the width."""
+    rows, columns = (torch.exp(-0.5 * (4 * ((torch.arange(n) + 0.5) / n - 0.5)) ** 2) for n in batch.x.shape[-2:])
+    maps = cam.scale_maps(torch.outer(rows, columns)).to(batch.x.device)
+    return batch.every_target(maps.expand(len(batch.x), -1, -1), pooling)
+
+
+_CAM = frozenset({'feature maps'})
+_GRADIENT = _CAM | {'gradients'}
+
+METHODS: dict[str, Method] = {method.name: method for method in (
+    Method('attention', 'Attention', _attention, _CAM | {'stream'}, in_paper=True),
+    Method('grad_cam', 'Grad-CAM', _grad_cam, _GRADIENT, in_paper=True),
+    Method('grad_cam_pp', 'Grad-CAM++', _grad_cam_pp, _GRADIENT, in_paper=True),
+    Method('score_cam', 'Score-CAM', _score_cam, _CAM | {'masked forwards'}, in_paper=True),
+    Method('layer_cam', 'Layer-CAM', _layer_cam, _GRADIENT),
+    Method('xgrad_cam', 'XGrad-CAM', _xgrad_cam, _GRADIENT),
+    Method('hires_cam', 'HiResCAM', _hires_cam, _GRADIENT),
+    Method('random', 'Random', _random, frozenset({'seed'})),
+    Method('centre', 'Centre', _centre),
+)}
+PAPER_METHODS = tuple(method.name for method in METHODS.values() if method.in_paper)
+# The methods of the paper's tables: those that explain a class.
+TABLE_METHODS = tuple(name for name in PAPER_METHODS if 'stream' not in METHODS[name].needs)
+
+
+def method_title(name: str) -> str:
+    """The title of a method of the table, or the label of a method of the user."""
+    return METHODS[name].title if name in METHODS else name

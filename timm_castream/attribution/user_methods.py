@@ -1,0 +1,146 @@
+"""Methods of the user: names, callables and saved maps become rows of the table of methods.
+
+Letters: B images, K targets an image, N images of a data set, h x w locations.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._utils.checks import check_names
+from . import cam
+from .methods import METHODS, Batch, Method
+
+__all__ = ['UserMethod', 'check_maps', 'resolve_methods']
+
+UserMethod = str | Callable[[Tensor, Tensor], Any] | np.ndarray | Tensor | Mapping[str, Any]
+
+
+def resolve_methods(methods: Sequence[str] | Mapping[str, UserMethod]) -> tuple[Method, ...]:
+    """The rows of the methods asked for.
+
+    Args:
+        methods: Names of `METHODS`, or a mapping from a label to a name, a callable or an array of maps; see
+            `evaluate.evaluate`.
+
+    Raises:
+        ValueError: If a name is unknown or repeated, or a value of the mapping is of another type.
+    """
+    if not isinstance(methods, Mapping):
+        check_names('method', methods, tuple(METHODS))
+        return tuple(METHODS[name] for name in methods)
+    if not methods:
+        raise ValueError('methods is empty: name one of ' + ', '.join(map(repr, METHODS)) + '.')
+    return tuple(_user_method(str(label), value) for label, value in methods.items())
+
+
+def check_maps(methods: Sequence[Method], num_images: int, poolings: Sequence[str]) -> None:
+    """Raises ValueError unless every method with saved maps has one for each image under each pooling."""
+    for method in methods:
+        if isinstance(method.maps, _SavedMaps):
+            method.maps.check(num_images, poolings)
+
+
+def _user_method(label: str, value: Any) -> Method:
+    if '/' in label:
+        raise ValueError(f'method {label!r} has a slash, which separates the columns of the result files.')
+    if isinstance(value, Method):
+        return value
+    if label in METHODS and not (isinstance(value, str) and value == label):
+        raise ValueError(f'method {label!r} is the name of a built-in method: choose another label.')
+    if isinstance(value, str):
+        check_names('method', (value,), tuple(METHODS))
+        row = METHODS[value]
+        return Method(label, row.title if label == value else label, row.maps, row.needs, row.in_paper, value)
+    if callable(value):
+        return Method(label, label, _UserFunction(label, value), source=value)
+    arrays: Any = value if isinstance(value, Mapping) else {None: value}
+    try:
+        arrays = {pooling: _to_numpy(array) for pooling, array in arrays.items()}
+        given = ', '.join(f'{array.dtype} of {array.shape}' for array in arrays.values())
+        fits = all(array.ndim == 3 and array.dtype.kind in 'bfiu' for array in arrays.values())
+    except (TypeError, ValueError):
+        given, fits = type(value).__name__, False
+    if not fits:
+        raise ValueError(
+            f'method {label!r} must be a name, a callable, an array of shape (N, h, w) or a mapping from a pooling to '
+            f'such arrays, got {given}.')
+    return Method(label, label, _SavedMaps(label, arrays), source=arrays)
+
+
+def _to_numpy(array: Any) -> np.ndarray:
+    return array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+
+
+@dataclass(frozen=True)
+class _UserFunction:
+    """A callable of the user as a method: it gets (B, 3, H, W) images and (B,) targets and runs with gradients.
+
+    An exception of the callable becomes the cause of a RuntimeError with the label of the method.
+    """
+
+    label: str
+    function: Callable[[Tensor, Tensor], Any]
+
+    def __call__(self, batch: Batch, pooling: str) -> Tensor:
+        gradients = [(parameter, parameter.grad) for parameter in batch.network.model.parameters()]
+        try:
+            with batch.network.pooled_by(pooling), torch.enable_grad():
+                # One target an image at a time, so that a batch never grows.
+                maps = [self._maps(batch.x, target) for target in batch.targets[pooling].unbind(1)]
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+        return torch.stack(maps, 1)
+
+    def _maps(self, x: Tensor, target: Tensor) -> Tensor:
+        try:
+            values = self.function(x.detach().clone(), target)
+        except Exception as error:
+            raise RuntimeError(f'method {self.label!r} raised {type(error).__name__}: {error}') from error
+        count = len(x)
+        try:
+            values = torch.as_tensor(values).detach().to(x.device)
+            given = f'shape {tuple(values.shape)}'
+        except (TypeError, ValueError, RuntimeError):
+            given, values = type(values).__name__, torch.empty(0)
+        if values.ndim == 4:
+            values = values.sum(1)
+        if values.ndim != 3 or len(values) != count:
+            raise ValueError(f'method {self.label!r} returned {given} for {count} images, valid ones: ({count}, h, w), '
+                             f'({count}, 1, h, w) and ({count}, C, H, W).')
+        return _scaled(self.label, values)
+
+
+@dataclass(frozen=True)
+class _SavedMaps:
+    """Saved maps of all images of a data set as a method."""
+
+    label: str
+    arrays: dict[str | None, np.ndarray] = field(repr=False)
+
+    def check(self, num_images: int, poolings: Sequence[str]) -> None:
+        """Raises ValueError unless there is a map for every image under every pooling."""
+        missing = [name for name in poolings if None not in self.arrays and name not in self.arrays]
+        if missing:
+            raise ValueError(f'method {self.label!r} has no maps for pooling {missing[0]!r}.')
+        for array in self.arrays.values():
+            if len(array) != num_images:
+                raise ValueError(f'method {self.label!r} has {len(array)} maps, the data set has {num_images} images.')
+
+    def __call__(self, batch: Batch, pooling: str) -> Tensor:
+        array = self.arrays[None] if None in self.arrays else self.arrays[pooling]
+        chosen = torch.from_numpy(np.ascontiguousarray(array[batch.indices.tolist()], dtype=np.float32))
+        return batch.every_target(_scaled(self.label, chosen.to(batch.x.device)), pooling)
+
+
+def _scaled(label: str, maps: Tensor) -> Tensor:
+    """(R, h, w) maps clamped at 0 and scaled to [0, 1], as those of the paper."""
+    if not maps.isfinite().all():
+        raise ValueError(f'method {label!r} gave a map with NaN or infinity.')
+    return cam.scale_maps(maps.float().clamp(min=0))

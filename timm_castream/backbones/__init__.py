@@ -1,0 +1,1 @@
+"""timm's networks: which take a stream, where their stages are, and how a stream runs beside them."""

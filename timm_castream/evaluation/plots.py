@@ -1,0 +1,80 @@
+"""Plots of a report: mean curves of Insertion and Deletion, and the differences between the poolings.
+
+Figures are matplotlib's, made without pyplot.
+"""
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from .bootstrap import mean_curve
+from ..attribution.methods import method_title
+from ..metrics.table import METRICS
+from .report import Report
+from ..visualize import POOLING_NAMES
+
+_COLOURS = {'gap': 'tab:gray', 'ca': 'tab:red'}
+_VERDICT_COLOURS = {'better': 'tab:green', 'worse': 'tab:red', 'no difference seen': 'tab:gray'}
+_DPI = 160
+
+
+def draw_curves(report: Report) -> Figure:
+    """Mean curves of every method, a line a pooling, with the bootstrap 95 % band of the mean.
+
+    Args:
+        report: A report of `evaluate(..., keep_curves=True)`.
+
+    Raises:
+        ValueError: If the report has no curves.
+    """
+    kinds = list(dict.fromkeys(kind for _, _, kind in report.curves))
+    if not kinds:
+        raise ValueError("The report has no curves: evaluate with keep_curves=True and the metrics 'insertion' or "
+                         "'deletion'.")
+    figure = Figure(figsize=(3.2 * len(report.methods) + 0.6, 2.4 * len(kinds) + 0.6), dpi=_DPI, layout='constrained')
+    panels = figure.subplots(len(kinds), len(report.methods), squeeze=False, sharex=True, sharey='row')
+    image_of_row = report.values.rows[:, 0]
+    for row, kind in zip(panels, kinds, strict=True):
+        for axes, method in zip(row, report.methods, strict=True):
+            for pooling in report.poolings:
+                curves = report.curves[pooling, method, kind]
+                mean, low, high = mean_curve(curves, image_of_row, report.settings['seed'])
+                share = [i / (len(mean) - 1) for i in range(len(mean))]
+                label = f'{POOLING_NAMES[pooling]} {report[pooling, method, kind].value:.1f} %'
+                axes.plot(share, mean, color=_COLOURS[pooling], label=label)
+                axes.fill_between(share, low, high, color=_COLOURS[pooling], alpha=0.25, linewidth=0)
+            axes.set_title(f'{method_title(method)}: {METRICS[kind].heading}', fontsize=9)
+            axes.legend(fontsize=7, frameon=False)
+            axes.spines[['top', 'right']].set_visible(False)
+        row[0].set_ylabel('probability', fontsize=8)
+    for axes in panels[-1]:
+        axes.set_xlabel('share of the pixels changed', fontsize=8)
+    return figure
+
+
+def draw_differences(report: Report) -> Figure:
+    """CA - GAP of every metric, paired by image, a point with its 95 % interval for each method.
+
+    Raises:
+        ValueError: If the report has one pooling alone.
+    """
+    if not report.differences:
+        raise ValueError('The report has one pooling alone, so it has no differences.')
+    columns = len(report.metrics)
+    figure = Figure(
+        figsize=(2 * columns + 1.2, 0.34 * len(report.methods) + 1.2), dpi=_DPI, layout='constrained')
+    panels = figure.subplots(1, columns, squeeze=False, sharey=True)[0]
+    positions = range(len(report.methods))
+    for axes, metric in zip(panels, report.metrics, strict=True):
+        axes.axvline(0, color='black', linewidth=0.8)
+        for position, method in zip(positions, report.methods, strict=True):
+            value, low, high = report.difference(method, metric)
+            colour = _VERDICT_COLOURS[report.verdict(method, metric)]
+            axes.plot([low, high], [position, position], color=colour, linewidth=2)
+            axes.plot([value], [position], marker='o', color=colour, markersize=5)
+        axes.set_title(METRICS[metric].heading, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.spines[['top', 'right', 'left']].set_visible(False)
+    panels[0].set_yticks(list(positions), [method_title(method) for method in report.methods])
+    panels[0].invert_yaxis()
+    figure.supxlabel('CA - GAP in points; green: better, red: worse, grey: the interval includes 0', fontsize=8)
+    return figure

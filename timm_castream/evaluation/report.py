@@ -1,0 +1,230 @@
+"""The result of an evaluation: figures with intervals, printed as the paper's tables, saved as CSV and JSON."""
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .bootstrap import RESAMPLES, Bootstrap, Estimate, ImageValues
+from .._utils.files import write_whole
+from ..attribution.methods import method_title
+from ..metrics.table import METRICS
+
+__all__ = ['Estimate', 'ImageValues', 'Report']
+
+DIFFERENCE = 'ca-gap'  # in the column `pooling` of the files
+
+
+@dataclass(frozen=True)
+class Report:
+    """The table of a network, pooling x method x metric: `report['ca', 'score_cam', 'average_drop']` is an `Estimate`.
+
+    Attributes:
+        network: Name of the network.
+        poolings, methods, metrics: In the order of the table.
+        accuracy: By pooling: top-1 accuracy, or the mean average precision of multi-label data.
+        accuracy_name: `'accuracy'` or `'mAP'`.
+        confidence: By pooling: mean probability of the class explained. AG and AI depend on it.
+        figures: By (pooling, method, metric).
+        differences: CA - GAP, paired by image: by (method, metric), `('accuracy',)` or `('confidence',)`.
+        num_images: N.
+        settings: Everything that the figures depend on: arguments, seed, versions. Plain data.
+        values: Values of every image.
+        unreadable: Images that could not be read and are in no figure: reason by name.
+        curves: By (pooling, method, `'insertion'` or `'deletion'`): (R, n + 1) curves, where they were kept.
+    """
+
+    network: str
+    poolings: tuple[str, ...]
+    methods: tuple[str, ...]
+    metrics: tuple[str, ...]
+    accuracy: dict[str, Estimate]
+    accuracy_name: str
+    confidence: dict[str, Estimate]
+    figures: dict[tuple[str, str, str], Estimate]
+    differences: dict[tuple[str, ...], Estimate]
+    num_images: int
+    settings: dict[str, Any]
+    values: ImageValues
+    unreadable: dict[str, str] = field(default_factory=dict)
+    curves: dict[tuple[str, str, str], np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def from_values(
+            cls,
+            network: str,
+            poolings: Sequence[str],
+            methods: Sequence[str],
+            metrics: Sequence[str],
+            values: ImageValues,
+            seed: int,
+            settings: dict[str, Any],
+            unreadable: Mapping[str, str] | None = None,
+            curves: Mapping[tuple[str, str, str], np.ndarray] | None = None,
+    ) -> Report:
+        """Averages over all rows, with intervals from resamples of the images.
+
+        Args:
+            network, poolings, methods, metrics, settings, unreadable, curves: As the attributes.
+            values: Values of every image: (R, columns) rows and (N, columns) images, see `ImageValues`.
+            seed: Seed of the resamples, at least 0.
+        """
+        bootstrap = Bootstrap(values, poolings, seed)
+        estimates = bootstrap.estimates()
+        return cls(
+            network=network,
+            poolings=tuple(poolings),
+            methods=tuple(methods),
+            metrics=tuple(metrics),
+            accuracy={p: estimates[p, 'accuracy'] for p in poolings},
+            accuracy_name='mAP' if values.is_multilabel else 'accuracy',
+            confidence={p: estimates[p, 'confidence'] for p in poolings},
+            figures={(p, m, k): estimates[p, m, k] for m in methods for p in poolings for k in metrics},
+            differences=bootstrap.differences(),
+            num_images=len(values.images),
+            settings=settings,
+            values=values,
+            unreadable=dict(unreadable or {}),
+            curves=dict(curves or {}),
+        )
+
+    def __getitem__(self, key: tuple[str, str, str]) -> Estimate:
+        if key not in self.figures:
+            raise KeyError(f'there is no figure {key!r}; {self._contents}')
+        return self.figures[key]
+
+    @property
+    def _contents(self) -> str:
+        return '; '.join(f'{kind} {", ".join(map(repr, names))}' for kind, names in (
+            ('poolings:', self.poolings), ('methods:', self.methods), ('metrics:', self.metrics)))
+
+    @property
+    def num_boxed(self) -> int | None:
+        """Number of rows with a box of the class under every pooling, or None where no metric needs boxes."""
+        needs_boxes = any('boxes' in METRICS[k].needs for k in self.metrics)
+        return int(self.values.has_box.sum()) if needs_boxes else None
+
+    def difference(self, method: str, metric: str) -> Estimate:
+        """CA - GAP of a metric, paired by image, with its own interval.
+
+        Raises:
+            KeyError: If the evaluation did not have both poolings, the method or the metric.
+        """
+        if (method, metric) not in self.differences:
+            need = '' if self.differences else ', which needs both poolings'
+            raise KeyError(f'there is no difference {(method, metric)!r}{need}; {self._contents}')
+        return self.differences[method, metric]
+
+    def verdict(self, method: str, metric: str) -> str:
+        """`'better'`, `'worse'` or `'no difference seen'`: CA against GAP. The interval of a difference excludes 0."""
+        value, low, high = self.difference(method, metric)
+        if not (low > 0 or high < 0):
+            return 'no difference seen'
+        return 'better' if (value > 0) == METRICS[metric].higher_is_better else 'worse'
+
+    def summary(self) -> str:
+        """One line a method with the verdict of every metric, or nothing for a report of one pooling."""
+        if not self.differences:
+            return ''
+        return '\n'.join(
+            f'CA against GAP, {method_title(m)}: '
+            + ', '.join(f'{METRICS[k].symbol} {self.verdict(m, k)}' for k in self.metrics) for m in self.methods)
+
+    def __str__(self) -> str:
+        accuracy: list[tuple[str, ...]] = [('NETWORK', 'POOLING', f'{self.accuracy_name} ↑', 'probability')]
+        accuracy += [(self.network, p.upper(), str(self.accuracy[p]), str(self.confidence[p])) for p in self.poolings]
+        table: list[tuple[str, ...]] = [('NETWORK', 'METHOD', 'POOLING', *(METRICS[k].heading for k in self.metrics))]
+        for m in self.methods:
+            title = method_title(m)
+            table += [(self.network, title, p.upper(), *(str(self[p, m, k]) for k in self.metrics))
+                      for p in self.poolings]
+            if self.differences:
+                table.append((self.network, title, 'CA - GAP', *(_signed(self.difference(m, k)) for k in self.metrics)))
+        if self.differences:
+            accuracy.append((self.network, 'CA - GAP', *(_signed(self.differences[k,]) for k in (
+                'accuracy', 'confidence'))))
+        notes = [f'{self.num_images} images, class: {self.settings.get("target")}; in percent, with 95 % intervals '
+                 f'from {RESAMPLES} bootstrap resamples; probability: mean of the class explained']
+        if self.differences:
+            notes.append('CA - GAP: paired by image')
+        temperatures = self.settings.get('temperatures')
+        if temperatures:
+            notes.append('Temperatures: ' + ', '.join(f'{p.upper()} {t:.3f}' for p, t in temperatures.items()))
+        if self.num_boxed is not None:
+            both = ' under both poolings' if len(self.poolings) > 1 else ''
+            notes.append(f'Localisation: {self.num_boxed} of {len(self.values.rows)} maps have a box{both}')
+        if self.unreadable:
+            images = 'image' if len(self.unreadable) == 1 else 'images'
+            names = ', '.join(list(self.unreadable)[:3]) + (', ...' if len(self.unreadable) > 3 else '')
+            notes.append(f'{len(self.unreadable)} {images} could not be read and are in no figure: {names}')
+        return '\n'.join([*_aligned(accuracy), '', *_aligned(table), '', *notes])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: everything but the values of single images."""
+        return {
+            'network': self.network,
+            'num_images': self.num_images,
+            self.accuracy_name: {p: estimate.value for p, estimate in self.accuracy.items()},
+            'confidence': {p: estimate.value for p, estimate in self.confidence.items()},
+            'titles': {
+                'methods': {name: method_title(name) for name in self.methods},
+                'metrics': {name: METRICS[name].title for name in self.metrics},
+            },
+            'rows': self._table_rows(),
+            'num_boxed': self.num_boxed,
+            'unreadable': self.unreadable,
+            'settings': self.settings,
+        }
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes `table.csv`, `evaluation.json` and `images.csv`, each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with write_whole(folder / 'images.csv') as file:
+            self.values.write_csv(file)
+        with write_whole(folder / 'table.csv') as file:
+            rows = self._table_rows()
+            writer = csv.DictWriter(file, rows[0], lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(rows)
+        with write_whole(folder / 'evaluation.json') as file:
+            json.dump(self.to_dict(), file, indent=2)
+            file.write('\n')
+
+    def _table_rows(self) -> list[dict[str, Any]]:
+        rows = [
+            self._table_row(m, p, {
+                self.accuracy_name: self.accuracy[p], **{k: self[p, m, k] for k in self.metrics},
+                'confidence': self.confidence[p]})
+            for m in self.methods for p in self.poolings
+        ]
+        if self.differences:
+            rows += [
+                self._table_row(m, DIFFERENCE, {
+                    self.accuracy_name: self.differences['accuracy',],
+                    **{k: self.difference(m, k) for k in self.metrics}, 'confidence': self.differences['confidence',]})
+                for m in self.methods
+            ]
+        return rows
+
+    def _table_row(self, method: str, pooling: str, figures: Mapping[str, Estimate]) -> dict[str, Any]:
+        row: dict[str, Any] = {'network': self.network, 'method': method, 'pooling': pooling}
+        for name, (value, low, high) in figures.items():
+            row |= {name: value, f'{name}_low': low, f'{name}_high': high}
+        return row
+
+
+def _signed(estimate: Estimate) -> str:
+    return '{:+.2f} [{:+.2f}, {:+.2f}]'.format(*estimate)
+
+
+def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ['  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,151 @@
+"""The folder of an evaluation: records of finished batches, from which an interrupted evaluation goes on.
+
+`settings.json` has the settings. `finished.{rank}.jsonl` has one record a line, one file a process. A lock keeps other
+runs out; the operating system releases it when the process ends, however it ends.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .._utils.files import write_whole
+
+# Settings that 0.1 did not write, with the values that its evaluations had.
+_SETTINGS_OF_0_1: dict[str, Any] = {
+    'metrics': ['average_drop', 'average_gain', 'average_increase', 'insertion', 'deletion']}
+# Settings that 0.1 did not write and that its evaluations may have had in any way: they go on with those of now.
+_UNKNOWN_IN_0_1 = ('images', 'architecture', 'input_size', 'transform', 'loader_normalisation', 'mean', 'std')
+_WORDS = 60  # characters of one value in an error
+
+
+class Journal:
+    """Records of finished batches in a folder.
+
+    Args:
+        folder: Made where it is missing.
+        rank: Rank of the process.
+
+    Raises:
+        ValueError: If `folder` is a file.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise ValueError(f'{folder} is a file: name a folder for the results.') from None
+        self.folder = folder
+        self.path = folder / f'finished.{rank}.jsonl'
+        self.temperatures_path = folder / 'temperatures.json'
+        self._lock = FileLock(folder / '.lock', timeout=0)
+
+    def lock(self) -> None:
+        """Keeps other runs out until `close`. The first process of a run calls it.
+
+        Raises:
+            ValueError: If another run writes to the folder.
+        """
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ValueError(f'Another evaluation is writing to {self.folder}: wait for its end, or name another '
+                             'folder.') from None
+
+    def close(self) -> None:
+        """Releases the lock."""
+        self._lock.release()
+
+    def resume(self, settings: Mapping[str, Any], widths: Mapping[str, int]) -> list[dict[str, Any]]:
+        """Records of finished images, each image once.
+
+        Args:
+            settings: Settings of this run, plain data.
+            widths: Number of columns of each table of a record.
+
+        Raises:
+            ValueError: If the folder holds an evaluation with other settings, or a file is damaged.
+        """
+        lines = [
+            (path, number, line)
+            for path in sorted(self.folder.glob('finished.*.jsonl'))
+            for number, line in enumerate(path.read_bytes().splitlines(), start=1) if line.strip()
+        ]
+        path = self.folder / 'settings.json'
+        wanted = json.loads(json.dumps(settings))
+        if lines:
+            self._check_settings(path, wanted)
+        else:
+            self.temperatures_path.unlink(missing_ok=True)  # of an evaluation that finished no batch
+            with write_whole(path) as file:
+                json.dump(wanted, file, indent=2)
+        records: list[dict[str, Any]] = []
+        seen: set[int] = set()
+        for path, number, line in lines:
+            record = _parse(path, number, line, widths)
+            if record is None:
+                continue
+            new = {int(row[0]) for row in record['images']} - seen
+            seen |= new
+            records.append({
+                name: value if name == 'unreadable' else [row for row in value if int(row[0]) in new]
+                for name, value in record.items()})
+        return records
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds the record of a finished batch."""
+        # The line break in front ends a line that a kill cut off.
+        with open(self.path, 'ab') as file:
+            file.write(b'\n' + json.dumps(record).encode() + b'\n')
+
+    def _check_settings(self, path: Path, wanted: dict[str, Any]) -> None:
+        try:
+            found = json.loads(path.read_text(encoding='utf-8'))
+            if not isinstance(found, dict):
+                raise ValueError
+        except (OSError, ValueError):
+            raise ValueError(f'{path} is missing or damaged, so the finished batches beside it cannot be used: delete '
+                             f'{self.folder}, or name another folder.') from None
+        found = {**_SETTINGS_OF_0_1, **{name: wanted.get(name) for name in _UNKNOWN_IN_0_1}, **found}
+        if wanted.get('seed') is None:  # it changes no record
+            found.pop('seed', None)
+        if isinstance(found.get('stream'), dict):  # 0.1 recorded the dropout rate too
+            found['stream'] = {k: v for k, v in found['stream'].items() if k in (wanted.get('stream') or {})}
+        wrong = [key for key in sorted(found.keys() | wanted.keys())
+                 if found.get(key) != wanted.get(key) and (found.get(key) or wanted.get(key))]
+        if wrong == ['images']:
+            raise ValueError(f'The images have changed since the evaluation in {self.folder} began (their names, sizes '
+                             'or times): name another folder.')
+        if wrong:
+            theirs, ours = (_shown(side, wrong) for side in (found, wanted))
+            raise ValueError(
+                f'{self.folder} holds an evaluation with {theirs}, this one has {ours}: name another folder.')
+
+
+def _parse(path: Path, number: int, line: bytes, widths: Mapping[str, int]) -> dict[str, Any] | None:
+    """A record, or None for a line that a kill cut off."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        if line.startswith(b'{"'):
+            return None
+        record = None
+    try:
+        if all(len(row) == widths[name] for name in widths.keys() & record.keys() for row in record[name]) \
+                and record.keys() >= {'rows', 'images'}:
+            return record
+    except (AttributeError, KeyError, TypeError):
+        pass
+    raise ValueError(f'{path}, line {number}, is no record of this evaluation: delete that line, or name another '
+                     'folder.')
+
+
+def _shown(settings: Mapping[str, Any], keys: list[str]) -> str:
+    shown = []
+    for key in keys[:3]:
+        text = repr(settings.get(key))
+        shown.append(f'{key}={text if len(text) <= _WORDS else text[:_WORDS - 3] + "..."}')
+    return ', '.join(shown) + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')

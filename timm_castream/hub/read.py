@@ -1,0 +1,223 @@
+"""Find and read weights: files, folders, Hub repositories, checkpoints of timm's train.py, and timm's own weights.
+
+Hub files are read by their explicit name and as safetensors: where no name is given, timm goes on to a pickle when a
+request fails. A pickle is read where the user names it, and with torch's `weights_only=True`: tensors and plain data.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from timm.models import clean_state_dict
+from torch import Tensor
+
+from .configs import NAMESPACE_VARIABLE, hub_repository
+from .download import NO_PICKLE, PICKLE_NAME, WEIGHTS_NAME, download
+from .stream_file import STREAM_PREFIX, read_safetensors, stream_state_dict
+
+
+@dataclass
+class Weights:
+    """A state dict and its origin.
+
+    Attributes:
+        state_dict: Tensors on the CPU.
+        origin: The file, as an error names it.
+        metadata: Metadata of a safetensors file.
+        model_args: Arguments of `create_model` that a checkpoint of train.py remembers.
+        train_args: All options of train.py that the checkpoint remembers.
+    """
+
+    state_dict: dict[str, Tensor]
+    origin: str
+    metadata: dict[str, str] = field(default_factory=dict)
+    model_args: dict[str, Any] = field(default_factory=dict)
+    train_args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def stream(self) -> dict[str, Tensor]:
+        """The `castream.*` entries."""
+        return stream_state_dict(self.state_dict)
+
+    @property
+    def backbone(self) -> dict[str, Tensor]:
+        """All other entries."""
+        return {key: value for key, value in self.state_dict.items() if not key.startswith(STREAM_PREFIX)}
+
+
+def read_cfg_weights(cfg: dict[str, Any], cache_dir: str | Path | None = None, allow_pickle: bool = False) -> Weights:
+    """Reads the weights that a pretrained cfg names.
+
+    Args:
+        cfg: A pretrained cfg: `state_dict`, `file`, `hf_hub_id` or a `local-dir` source, which take precedence over one
+            another as in timm.
+        cache_dir: Other than the Hub client's own cache.
+        allow_pickle: Whether `hf_hub_filename` may name a pickle. Only for a file that the user names: a repository
+            must not be able to request it in its config.json.
+
+    Raises:
+        ValueError: If the file is damaged.
+        RuntimeError: If there are no such weights, or only pickled ones. Weights that have not been published are
+            requested only where TIMM_CASTREAM_NAMESPACE names a namespace.
+        OSError: If the Hub cannot be reached and the file is not in the cache.
+    """
+    source, file = cfg.get('source'), cfg.get('file')
+    filename = cfg.get('hf_hub_filename') or WEIGHTS_NAME
+    name = '.'.join(filter(None, (cfg.get('architecture'), cfg.get('tag'))))
+    repo_id = cfg.get('hf_hub_id')  # published weights have one
+    if not repo_id and cfg.get('tag') and os.environ.get(NAMESPACE_VARIABLE):
+        repo_id = hub_repository(name)
+    if source not in ('hf-hub', 'local-dir'):
+        if cfg.get('state_dict'):
+            return Weights(dict(cfg['state_dict']), 'The state_dict of the pretrained cfg')
+        if file:
+            return read_file(file)
+        if not repo_id and cfg.get('tag'):
+            raise RuntimeError(_not_published(name))
+        if not repo_id:
+            raise RuntimeError(
+                f'No pretrained weights exist for {name or "this model"}. Use pretrained=False for random init, or '
+                'backbone_pretrained=True for GAP weights of the backbone.')
+    if source == 'local-dir':  # the user names the folder, so the pickle of timm's save_for_hf is read too
+        path = next((p for p in (Path(str(file), filename), Path(str(file), PICKLE_NAME)) if p.is_file()), None)
+        if path is None:
+            raise RuntimeError(f'The folder {file} has no {filename}.')
+        return read_file(path)
+    if not filename.endswith('.safetensors') and not allow_pickle:
+        raise RuntimeError(f'{repo_id} offers the pickle {filename}. {NO_PICKLE}')
+    try:
+        path = download(str(repo_id), filename, cache_dir)
+    except RuntimeError as error:
+        reason = error.__cause__
+        missing = isinstance(reason, RepositoryNotFoundError) and not isinstance(reason, GatedRepoError)
+        if source == 'hf-hub' or not missing:
+            raise
+        raise RuntimeError(_not_published(name, f' (looked for {repo_id} on the Hub)')) from reason
+    return read_file(path, f'{filename} of {repo_id}')
+
+
+def _not_published(name: str, searched: str = '') -> str:
+    return (f'The weights of {name} have not been published{searched}: train them with the recipe imagenet_sgd90.yaml, '
+            'or start from GAP weights with backbone_pretrained=True in place of pretrained=True.')
+
+
+def read_file(path: str | Path, origin: str | None = None) -> Weights:
+    """Reads a file that holds a state dict: safetensors, or a pickle of tensors and plain data.
+
+    Args:
+        path: The file.
+        origin: The file, as an error should name it; by default its path.
+
+    Raises:
+        ValueError: If the file is damaged or no checkpoint.
+        FileNotFoundError: If there is no such file.
+    """
+    path, origin = Path(path), origin or str(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'There is no file {origin}.')
+    if path.suffix == '.safetensors':
+        state_dict, metadata = read_safetensors(path, origin)
+        return Weights(state_dict, origin, metadata)
+    try:
+        return Weights(timm.models.load_state_dict(str(path), weights_only=True), origin)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f'{origin} is damaged or no checkpoint: more than tensors and plain data is not unpickled.') from error
+
+
+def read_checkpoint(path: str | Path, use_ema: bool = False) -> Weights:
+    """Reads a checkpoint that timm's train.py wrote, with the options of the training, or a safetensors file.
+
+    Args:
+        path: `model_best.pth.tar`, `last.pth.tar`, `*.safetensors`.
+        use_ema: Take the averaged weights.
+
+    Raises:
+        ValueError: If the file is no such checkpoint, or has no averaged weights where they are asked for.
+        FileNotFoundError: If there is no such file.
+    """
+    if Path(path).suffix == '.safetensors':
+        if use_ema:
+            raise ValueError(f'{path} holds one set of weights, so there are no EMA weights to take.')
+        return read_file(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'There is no file {path}.')
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged, or no checkpoint of timm's train.py: more than tensors and plain data is "
+                         'not unpickled.') from error
+    key = 'state_dict_ema' if use_ema else 'state_dict'
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict):
+        raise ValueError(f'{path} has no {"EMA weights, train with --model-ema" if use_ema else "state_dict"}.')
+    train_args = vars(checkpoint.get('args') or argparse.Namespace())
+    model_args = {
+        'num_classes': train_args.get('num_classes'),
+        'in_chans': train_args.get('in_chans'),
+        'global_pool': train_args.get('gp'),
+        **(train_args.get('model_kwargs') or {}),
+    }
+    return Weights(
+        clean_state_dict(checkpoint[key]), str(path), train_args=train_args,
+        model_args={name: value for name, value in model_args.items() if value is not None})
+
+
+def locate(source: str, cache_dir: str | Path | None = None) -> tuple[Path, str]:
+    """Finds a safetensors file by path, folder or Hub repository.
+
+    Returns:
+        The file, and its name in errors.
+
+    Raises:
+        FileNotFoundError: If there is no such file, and `source` is no name of a repository.
+        RuntimeError, OSError: As `download`.
+    """
+    repo_id = source.removeprefix('hf-hub:')
+    path = Path(source)
+    if path.is_dir():
+        path = path / WEIGHTS_NAME
+    if path.is_file():
+        return path, str(path)
+    if repo_id == source and (path.suffix == '.safetensors' or source.count('/') != 1):
+        raise FileNotFoundError(f'There is no file {path}, and a Hub repository is named org/name.')
+    return download(repo_id, WEIGHTS_NAME, cache_dir), f'{WEIGHTS_NAME} of {repo_id}'
+
+
+def timm_weights_name(architecture: str, tag: str | None) -> str:
+    """timm's name of pretrained weights: `architecture.tag`, or `architecture` for its default ones.
+
+    Raises:
+        ValueError: If timm has no such weights.
+    """
+    name = f'{architecture}.{tag}' if tag else architecture
+    known = timm.list_models(f'{architecture}.*', pretrained=True)
+    if name not in (*known, architecture) or not known:
+        raise ValueError(f'backbone_pretrained {tag or True!r} is no tag of {architecture}, valid ones: '
+                         f'{", ".join(k.split(".", 1)[1] for k in known) or "none"}.')
+    return name
+
+
+def read_timm_weights(name: str) -> dict[str, Tensor]:
+    """Reads timm's own weights of a plain backbone from the Hub.
+
+    Args:
+        name: `architecture.tag`, or `architecture` for its default weights.
+
+    Raises:
+        ValueError, RuntimeError, OSError: As `download` and `read_safetensors`.
+    """
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or cfg.hf_hub_id is None:
+        raise RuntimeError(f'timm has no {name} on the Hub: download the weights, and pass backbone_checkpoint.')
+    filename = cfg.hf_hub_filename or WEIGHTS_NAME
+    if not filename.endswith('.safetensors'):  # timm's repositories have safetensors beside the pickle
+        filename = WEIGHTS_NAME
+    return read_safetensors(download(cfg.hf_hub_id, filename), f'{filename} of {cfg.hf_hub_id}')[0]

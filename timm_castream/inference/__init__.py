@@ -1,0 +1,1 @@
+"""The model under explanation: its forwards, its images and its probabilities."""
