@@ -24,6 +24,7 @@ test-slow: $(VENV)/dev.installed  ## The tests marked slow
 
 lint: $(VENV)/dev.installed  ## ruff, mypy and the contracts on imports
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

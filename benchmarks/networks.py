@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 import timm_castream
-from timm_castream.backbones import architectures as families
+from timm_castream.backbones import architectures
 from timm_castream.backbones.layout import NHWC, Tokens
 from timm_castream.backbones.stages import head_pooling
 
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 def main() -> int:
     args = parse_args()
-    names = [name for name in families.architectures() if name in timm.list_models(args.filter)]
+    names = [name for name in architectures.architectures() if name in timm.list_models(args.filter)]
     rows, failures = [], []
     for name in tqdm(names, disable=None):
         try:
@@ -83,8 +83,8 @@ def row_of(name: str) -> Row:
 def page(rows: Iterable[Row]) -> str:
     """The page of the docs: a table for each file of timm.models."""
     lines = [HEAD.format(timm=timm.__version__, command=' '.join(['python', *sys.argv]))]
-    by_file = sorted(rows, key=lambda row: families.file_of(row.name))
-    for file, group in itertools.groupby(by_file, lambda row: families.file_of(row.name)):
+    by_file = sorted(rows, key=lambda row: architectures.file_of(row.name))
+    for file, group in itertools.groupby(by_file, lambda row: architectures.file_of(row.name)):
         lines += [f'## {file}\n', '| network | pooling | stages | stream parameters |', '| --- | --- | --- | ---: |']
         lines += [f'| `{row.name}` | {row.pooling} | {", ".join(row.stages)} | {row.parameters:,} |' for row in group]
         lines.append('')

@@ -5,17 +5,7 @@ import pytest
 import timm
 import torch
 from conftest import make_backbone, sharpen
-from streams import (
-    BACKBONES,
-    STAGES,
-    apply_head,
-    assert_same,
-    equation_10,
-    first_query,
-    recorded,
-    snapshot,
-    stage_maps,
-)
+from streams import BACKBONES, STAGES, apply_head, assert_same, equation_10, first_query, recorded, snapshot, stage_maps
 from timm.models import ResNet
 from torch import Tensor, nn
 

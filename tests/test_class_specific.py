@@ -3,11 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from streams import (
-    apply_head,
-    equation_10,
-    stage_maps,
-)
+from streams import apply_head, equation_10, stage_maps
 from torch import nn
 
 from timm_castream import attention_maps, class_labels, forward_both, pooling

@@ -8,15 +8,7 @@ import importlib
 from typing import Any
 
 from . import models as models
-from .attach import (
-    attach,
-    attention_maps,
-    class_labels,
-    detach,
-    forward_both,
-    freeze_backbone,
-    pooling,
-)
+from .attach import attach, attention_maps, class_labels, detach, forward_both, freeze_backbone, pooling
 from .hub import load_stream, push_to_hub, save_stream
 from .stream import CAStream
 from .version import __version__

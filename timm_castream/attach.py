@@ -93,8 +93,8 @@ def attach(
         The same model.
 
     Raises:
-        ValueError: If the model takes no stream (`families` has the reasons), has one already, or an argument does not
-            fit. The model is then as it was.
+        ValueError: If the model takes no stream (`backbones.architectures` has the reasons), has one already, or an
+            argument does not fit. The model is then as it was.
     """
     if isinstance(model, CAStreamMixin):
         raise ValueError(
@@ -227,7 +227,7 @@ def attention_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
     model = castream_model(model)
     maps: list[Tensor] = []
     features = model.stream_features(x, attention=maps)
-    last = model.pooled_stage.view(features, x.shape[-2:])
+    last = model.pooled_stage.to_nchw(features, x.shape[-2:])
     model.castream.step(-1, query_of(features), last, attention=maps)
     return maps
 

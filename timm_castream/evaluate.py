@@ -28,15 +28,7 @@ from .attach import POOLINGS
 from .attribution.method_hash import architecture
 from .attribution.methods import TABLE_METHODS
 from .attribution.user_methods import UserMethod, check_maps, resolve_methods
-from .datasets import (
-    Unreadable,
-    boxes_for,
-    count_classes,
-    has_boxes,
-    image_name,
-    read_batches,
-    without_substitutes,
-)
+from .datasets import Unreadable, boxes_for, count_classes, has_boxes, image_name, read_batches, without_substitutes
 from .datasets.unreadable import innermost
 from .evaluation.bootstrap import ImageValues
 from .evaluation.calibration import fit_temperature
@@ -46,7 +38,7 @@ from .evaluation.protocol import Protocol
 from .evaluation.report import Report
 from .evaluation.resume import Journal
 from .hub.stream_file import backbone_name, weights_hash
-from .inference.predictor import Network
+from .inference.predictor import Predictor
 from .metrics.table import DEFAULT_METRICS, METRICS
 from .version import __version__
 
@@ -134,7 +126,7 @@ def evaluate(
     dataset = loader.dataset
     first_image, first_label = _first_item(dataset, batches)
     multilabel = np.ndim(first_label) > 0
-    network = Network(
+    network = Predictor(
         model, poolings, layer=layer, activation='sigmoid' if multilabel else 'softmax', batch_size=batch_size,
         channels_last=channels_last, torchcompile=torchcompile, mean=mean, std=std)
     if network.num_classes == 0:
@@ -193,8 +185,8 @@ def evaluate(
     journal = None if output_dir is None else Journal(Path(output_dir), processes.rank)
     try:
         if journal:
-            processes.agree(journal.lock)
-        finished = processes.agree(lambda: journal.resume(settings, widths) if journal else [])
+            processes.on_main(journal.lock)
+        finished = processes.on_main(lambda: journal.resume(settings, widths) if journal else [])
         if keep_curves and not all('curves' in record for record in finished):
             _logger.warning('The curves of the finished images were not kept: evaluate in another folder for them.')
             keep_curves = protocol.keep_curves = False
@@ -208,7 +200,7 @@ def evaluate(
         autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
         if temperature is not None:
             with autocast:
-                network.temperatures = processes.agree(
+                network.temperatures = processes.on_main(
                     lambda: _temperatures(temperature, network, loader, rest, seed, journal))
         remaining = [left for batch in batches if (left := [i for i in batch if i not in done])]
         remaining = remaining[processes.rank::processes.count]
@@ -249,7 +241,7 @@ def evaluate(
             values=values,
             seed=seed,
             settings=settings | {'seed': seed, 'versions': versions},
-            unreadable=dict(sorted(pair for one in processes.everywhere(unreadable) for pair in one.items())),
+            unreadable=dict(sorted(pair for one in processes.all_gather(unreadable) for pair in one.items())),
             curves=protocol.named_curves(tables['curves']) if keep_curves else None,
         )
         if output_dir is not None and processes.rank == 0:
@@ -260,7 +252,7 @@ def evaluate(
     return report
 
 
-def _count_classes(network: Network, loader: Any, batches: list[list[int]]) -> int:
+def _count_classes(network: Predictor, loader: Any, batches: list[list[int]]) -> int:
     """C of a model without `num_classes`, from the logits of one image."""
     _, x, _, _ = next(item for item in read_batches(loader, [batch[:1] for batch in batches]) if item[0])
     with network.evaluating():
@@ -284,7 +276,7 @@ def _first_item(dataset: Any, batches: list[list[int]]) -> tuple[Any, Any]:
     raise ValueError(f'None of the images can be read. The first is {first.name}: {first.reason}')
 
 
-def _stream_config(network: Network) -> dict[str, Any] | None:
+def _stream_config(network: Predictor) -> dict[str, Any] | None:
     """Arguments of the stream that its figures depend on. Initialisation and dropout play no part in evaluation."""
     if not network.has_stream:
         return None
@@ -370,7 +362,7 @@ def _checked_temperature(temperature: Any, poolings: Sequence[str]) -> str | dic
 
 def _temperatures(
         temperature: str | dict[str, float],
-        network: Network,
+        network: Predictor,
         loader: Any,
         rest: list[int],
         seed: int,

@@ -1,4 +1,6 @@
-"""The registered models: `<architecture>_castream` for every architecture of timm that takes a stream, see `families`.
+"""The registered models: `<architecture>_castream` for every architecture of timm that takes a stream.
+
+`backbones.architectures` tells which ones do.
 
 The variants of the paper have their pretrained cfgs in `hf_configs/`. All others have those of their backbones, without
 the weights.

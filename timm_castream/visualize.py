@@ -31,7 +31,7 @@ from .attribution.saliency import attention_identity, saliency_maps
 from .attribution.user_methods import UserMethod, check_maps, resolve_methods
 from .backbones.mixin import castream_model
 from .inference.images import check_images, normalisation, resize_saliency
-from .inference.predictor import Network
+from .inference.predictor import Predictor
 
 POOLING_NAMES = {'gap': 'GAP', 'ca': 'CA'}
 ROWS_PER_GRID = 50
@@ -103,7 +103,7 @@ def explain(
     """
     if not paths:
         raise ValueError('There are no images to explain.')
-    network = Network(model, poolings, layer=layer, activation=activation, batch_size=batch_size)
+    network = Predictor(model, poolings, layer=layer, activation=activation, batch_size=batch_size)
     rows_of_methods = resolve_methods(methods)
     check_maps(rows_of_methods, len(paths), network.poolings)
     config = resolve_data_config({'img_size': img_size, 'crop_pct': crop_pct}, model=network.backbone)
@@ -193,11 +193,11 @@ def saliency_row(
 
     The other arguments, and the errors, are those of `explain`.
     """
-    network = Network(model, poolings, layer=layer, activation=activation, batch_size=batch_size)
+    network = Predictor(model, poolings, layer=layer, activation=activation, batch_size=batch_size)
     return _row(network, x, resolve_methods(methods), name)
 
 
-def _row(network: Network, x: Tensor, methods: Sequence[Method], name: str, index: int = 0) -> list[Panel]:
+def _row(network: Predictor, x: Tensor, methods: Sequence[Method], name: str, index: int = 0) -> list[Panel]:
     check_images(x)
     backbone = network.backbone
     with network.evaluating():

@@ -25,8 +25,8 @@ from PIL import Image
 
 import timm_castream
 from timm_castream import cli
-from timm_castream.app import OpenedModel, create_app, explain_image, serve
-from timm_castream.inference.predictor import Network
+from timm_castream.app import PageModel, create_app, explain_image, serve
+from timm_castream.inference.predictor import Predictor
 from timm_castream.visualize import overlay
 
 pytest.importorskip('gradio', reason='the page needs the extra app')
@@ -37,11 +37,11 @@ METHODS = ['grad_cam']
 
 
 @pytest.fixture(scope='module')
-def opened() -> OpenedModel:
+def opened() -> PageModel:
     model: Any = sharpen(timm_castream.attach(make_backbone('test_resnet')))
     names = (*'abcdefghi', '<b>j</b>')
     model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': (3, 64, 64), 'label_names': names}
-    return OpenedModel(Network(model), 'test_resnet_castream', 'Its weights are <i>drawn</i> for a test.')
+    return PageModel(Predictor(model), 'test_resnet_castream', 'Its weights are <i>drawn</i> for a test.')
 
 
 @pytest.fixture(scope='module')
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope='module')
-def url(opened: OpenedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(opened: PageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('GRADIO_TEMP_DIR', str(tmp_path_factory.mktemp('gradio')))
         patch.setenv('GRADIO_ANALYTICS_ENABLED', 'False')
@@ -104,7 +104,7 @@ def user(url: str, folder: Path) -> User:
     return User(url, folder)
 
 
-def test_an_image_gives_classes_maps_and_attention(user: User, opened: OpenedModel, folder: Path) -> None:
+def test_an_image_gives_classes_maps_and_attention(user: User, opened: PageModel, folder: Path) -> None:
     path = photograph(folder)
     result = user.explain(path, ['grad_cam', 'score_cam'])
     expected = explain_image(opened, path)
@@ -120,7 +120,7 @@ def test_an_image_gives_classes_maps_and_attention(user: User, opened: OpenedMod
     assert choices[0] == expected.best()[0] and sorted(choices) == list(range(10))
 
 
-def test_the_maps_are_the_colours_of_the_saliency(user: User, opened: OpenedModel, folder: Path) -> None:
+def test_the_maps_are_the_colours_of_the_saliency(user: User, opened: PageModel, folder: Path) -> None:
     path = photograph(folder)
     expected = explain_image(opened, path)
     maps = heat_maps(user.explain(path)['Maps'])
@@ -138,11 +138,11 @@ def test_another_class_changes_the_maps_and_not_the_attention(user: User, folder
     assert heat_maps(user.call('choose', predicted, METHODS)['Maps']) == heat_maps(first['Maps'])
 
 
-def test_the_numbers_on_the_page_are_those_of_the_functions(user: User, opened: OpenedModel, folder: Path) -> None:
+def test_the_numbers_on_the_page_are_those_of_the_functions(user: User, opened: PageModel, folder: Path) -> None:
     path = photograph(folder)
     user.explain(path)
-    text = user.call('measure', 3, 'grad_cam')['Worth']
-    expected = explain_image(opened, path).worth('grad_cam', 3)
+    text = user.call('measure', 3, 'grad_cam')['MapScores']
+    expected = explain_image(opened, path).scores('grad_cam', 3)
     for attribute in ('prob', 'masked_prob'):
         assert ''.join(f'<td>{getattr(expected[name], attribute):.4f}</td>' for name in ('gap', 'ca')) in text
     for metric in ('average_drop', 'average_gain', 'average_increase', 'insertion', 'deletion'):
@@ -150,14 +150,14 @@ def test_the_numbers_on_the_page_are_those_of_the_functions(user: User, opened: 
     assert '<svg' in text and 'eq. (5)' in text
 
 
-def test_the_saved_figures_are_those_of_the_functions(user: User, opened: OpenedModel, folder: Path) -> None:
+def test_the_saved_figures_are_those_of_the_functions(user: User, opened: PageModel, folder: Path) -> None:
     path = photograph(folder)
     user.explain(path)
     figures = user.figures(3)
     expected = explain_image(opened, path)
     assert figures['class']['index'] == 3
     assert figures['maps']['grad_cam']['ca'] == expected.maps(METHODS, 3)['ca', 'grad_cam'].tolist()
-    assert figures['worth']['grad_cam']['gap'] == expected.worth('grad_cam', 3)['gap'].to_dict()
+    assert figures['worth']['grad_cam']['gap'] == expected.scores('grad_cam', 3)['gap'].to_dict()
 
 
 def test_sessions_do_not_mix(url: str, folder: Path) -> None:
@@ -232,7 +232,7 @@ def test_an_upload_that_cannot_be_read_gives_a_sentence_and_the_page_goes_on(
     assert not is_error(user.explain(photograph(folder)))
 
 
-def test_an_upload_that_was_deleted_is_asked_for_again(opened: OpenedModel, folder: Path) -> None:
+def test_an_upload_that_was_deleted_is_asked_for_again(opened: PageModel, folder: Path) -> None:
     app = create_app(opened)
     explain = next(function.fn for function in app.fns.values() if function.api_name == 'explain')
     answer = explain(str(folder / 'gone.png'), METHODS, None)
@@ -266,19 +266,19 @@ def test_the_page_listens_on_this_machine_alone(url: str) -> None:
     assert url.startswith('http://127.0.0.1:')
 
 
-def test_a_page_for_others_opens_no_models(opened: OpenedModel) -> None:
+def test_a_page_for_others_opens_no_models(opened: PageModel) -> None:
     names = {function.api_name for function in create_app(opened).fns.values()}
     assert 'open' not in names and {'explain', 'choose', 'measure', 'save'} <= names
 
 
-def test_every_request_waits_for_the_one_before_it(opened: OpenedModel) -> None:
+def test_every_request_waits_for_the_one_before_it(opened: PageModel) -> None:
     functions = [function for function in create_app(opened, choose_model=True).fns.values() if function.fn]
     assert {(function.concurrency_id, function.concurrency_limit) for function in functions} == {('castream', 1)}
     assert all(function.queue is not False for function in functions)
 
 
 def test_uploads_and_files_are_deleted(
-        opened: OpenedModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        opened: PageModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path / 'gradio'))
     app = create_app(opened)
     _, address, _ = serve(app, prevent_thread_lock=True, quiet=True)
@@ -297,11 +297,11 @@ def test_a_model_without_a_stream_has_a_page(tmp_path: Path, folder: Path, monke
     monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path))
     torch.manual_seed(0)
     model = timm.create_model('test_resnet', num_classes=4).eval()
-    app = create_app(OpenedModel(Network(model), 'test_resnet', ''), [photograph(folder)])
+    app = create_app(PageModel(Predictor(model), 'test_resnet', ''), [photograph(folder)])
     _, address, _ = serve(app, prevent_thread_lock=True, quiet=True)
     user = User(address, folder)
     result = user.explain(photograph(folder))
-    text = user.call('measure', 1, 'grad_cam')['Worth']
+    text = user.call('measure', 1, 'grad_cam')['MapScores']
     app.close()
     assert len(heat_maps(result['Maps'])) == 1 and result['Attention'] == ''
     assert '<svg' in text and 'eq. (5)' not in text

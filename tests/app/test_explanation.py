@@ -18,24 +18,24 @@ from timm_castream import attention_maps, forward_both, pooling
 from timm_castream.app import explanation
 from timm_castream.app.explanation import Explanation, explain_image
 from timm_castream.app.export import draw_explanation, write_explanation
-from timm_castream.app.page_model import OpenedModel
+from timm_castream.app.page_model import PageModel
 from timm_castream.attribution import attention_identity, attribute
 from timm_castream.attribution.methods import METHODS as METHODS_TABLE
-from timm_castream.inference.predictor import Network
+from timm_castream.inference.predictor import Predictor
 from timm_castream.metrics import deletion_curve, insertion_curve
 
 METHODS = ('grad_cam', 'score_cam')
 
 
 @pytest.fixture
-def opened(make_model: Callable[..., nn.Module]) -> OpenedModel:
+def opened(make_model: Callable[..., nn.Module]) -> PageModel:
     model = make_model('test_resnet')
     model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': (3, 64, 64), 'label_names': tuple('abcdefghij')}
-    return OpenedModel(Network(model), 'test_resnet_castream', 'Its weights are drawn for a test.')
+    return PageModel(Predictor(model), 'test_resnet_castream', 'Its weights are drawn for a test.')
 
 
 @pytest.fixture
-def explained(opened: OpenedModel) -> Explanation:
+def explained(opened: PageModel) -> Explanation:
     return explain_image(opened, photograph(90, 120))
 
 
@@ -56,7 +56,7 @@ def test_the_top_classes_are_those_of_both_poolings(explained: Explanation) -> N
     assert explained.best()[0] == max(explained.top('gap')[0], explained.top('ca')[0], key=lambda row: row[1])[0]
 
 
-def test_the_image_goes_through_the_transform_of_the_model(opened: OpenedModel) -> None:
+def test_the_image_goes_through_the_transform_of_the_model(opened: PageModel) -> None:
     image = photograph(90, 120)
     config = timm.data.resolve_model_data_config(opened.model)
     expected = timm.data.create_transform(**config, is_training=False)(image)
@@ -99,7 +99,7 @@ def test_a_map_is_computed_once_and_another_class_computes_its_own_alone(
 def test_what_a_map_is_worth_is_what_the_definitions_give(explained: Explanation) -> None:
     model, x, target = explained.opened.model, explained.x, 4
     mean, std = (torch.tensor(model.pretrained_cfg[name])[:, None, None] for name in ('mean', 'std'))
-    for name, worth in explained.worth('grad_cam', target).items():
+    for name, worth in explained.scores('grad_cam', target).items():
         saliency = attribute(model, x, 'grad_cam', torch.tensor([target]), name)
         mask = F.interpolate(saliency[:, None], (64, 64), mode='bilinear')
         masked = ((x * std + mean) * mask - mean) / std
@@ -126,11 +126,11 @@ def test_what_a_map_is_worth_is_what_the_definitions_give(explained: Explanation
 
 def test_a_measurement_is_computed_once_for_each_method_and_class(
         explained: Explanation, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = explained.worth('grad_cam', 1)
+    first = explained.scores('grad_cam', 1)
     monkeypatch.setattr(explanation, 'insertion_curve', None)
-    assert explained.worth('grad_cam', 1) is first
+    assert explained.scores('grad_cam', 1) is first
     with pytest.raises(TypeError):
-        explained.worth('grad_cam', 2)
+        explained.scores('grad_cam', 2)
 
 
 class Tracker(list):
@@ -146,7 +146,7 @@ def test_progress_names_the_work_that_is_done_and_no_other(explained: Explanatio
     assert tracker == [(0, 'Grad-CAM'), (0.5, METHODS_TABLE['layer_cam'].title)]
     explained.maps(('grad_cam', 'layer_cam'), 1, tracker)
     assert len(tracker) == 2
-    explained.worth('grad_cam', 1, tracker)
+    explained.scores('grad_cam', 1, tracker)
     assert tracker[2:] == [(0, 'Grad-CAM under GAP'), (0.5, 'Grad-CAM under CA')]
 
 
@@ -157,11 +157,11 @@ def test_both_sides_of_the_identity_are_those_of_the_library(explained: Explanat
         assert not shown.requires_grad
 
 
-def test_explanations_of_two_images_share_a_model_and_nothing_else(opened: OpenedModel) -> None:
+def test_explanations_of_two_images_share_a_model_and_nothing_else(opened: PageModel) -> None:
     one, two = (explain_image(opened, photograph(64, 64, seed)) for seed in (1, 2))
     alone = {key: value.clone() for key, value in one.maps(METHODS, 1).items()}
     two.maps(METHODS, 2)
-    two.worth('grad_cam', 2)
+    two.scores('grad_cam', 2)
     again = explain_image(opened, photograph(64, 64, 1))
     for maps in (one.maps(METHODS, 1), again.maps(METHODS, 1)):
         for key, saliency in maps.items():
@@ -171,20 +171,20 @@ def test_explanations_of_two_images_share_a_model_and_nothing_else(opened: Opene
 def test_a_model_without_a_stream_has_its_own_pooling_and_no_attention() -> None:
     torch.manual_seed(0)
     model = timm.create_model('test_resnet', num_classes=4).eval()
-    opened = OpenedModel(Network(model), 'test_resnet', '')
+    opened = PageModel(Predictor(model), 'test_resnet', '')
     explained = explain_image(opened, photograph(64, 64))
     assert opened.network.poolings == ('gap',) and 'attention' not in opened.methods
     assert not explained.attention
     assert len(explained.top('gap')) == 4
     assert list(explained.maps(('grad_cam',), 0)) == [('gap', 'grad_cam')]
-    assert list(explained.worth('grad_cam', 0)) == ['gap']
+    assert list(explained.scores('grad_cam', 0)) == ['gap']
     with pytest.raises(ValueError, match='CA-Stream'):
         explained.identity()
 
 
-def test_a_multilabel_model_has_sigmoid_probabilities(opened: OpenedModel) -> None:
-    network = Network(opened.model, activation='sigmoid')
-    explained = explain_image(OpenedModel(network, opened.name, ''), photograph(64, 64))
+def test_a_multilabel_model_has_sigmoid_probabilities(opened: PageModel) -> None:
+    network = Predictor(opened.model, activation='sigmoid')
+    explained = explain_image(PageModel(network, opened.name, ''), photograph(64, 64))
     with torch.no_grad():
         expected = forward_both(opened.model, explained.x)['ca'].sigmoid()[0]
     torch.testing.assert_close(explained.probabilities['ca'], expected)
@@ -193,12 +193,12 @@ def test_a_multilabel_model_has_sigmoid_probabilities(opened: OpenedModel) -> No
 def test_a_network_of_grey_images_gets_a_grey_image(make_model: Callable[..., nn.Module]) -> None:
     model = make_model('test_resnet', {'in_chans': 1})
     model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': (1, 64, 64), 'mean': (0.5,), 'std': (0.5,)}
-    explained = explain_image(OpenedModel(Network(model), 'test_resnet_castream', ''), photograph(64, 64))
+    explained = explain_image(PageModel(Predictor(model), 'test_resnet_castream', ''), photograph(64, 64))
     assert explained.x.shape == (1, 1, 64, 64)
     assert explained.pixels.shape == (64, 64, 3)
 
 
-def test_a_photograph_stands_upright(opened: OpenedModel, tmp_path: Path) -> None:
+def test_a_photograph_stands_upright(opened: PageModel, tmp_path: Path) -> None:
     image = photograph(64, 64)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
@@ -214,7 +214,7 @@ def test_a_photograph_stands_upright(opened: OpenedModel, tmp_path: Path) -> Non
     ('huge', f'The image has 9000 x 8000 pixels; at most {explanation.MAX_PIXELS // 10**6} million pixels are read.'),
 ])
 def test_a_file_that_cannot_be_read_gives_a_sentence_without_a_path(
-        opened: OpenedModel, tmp_path: Path, content: bytes | str, sentence: str) -> None:
+        opened: PageModel, tmp_path: Path, content: bytes | str, sentence: str) -> None:
     path = tmp_path / 'upload.png'
     if content == 'huge':
         Image.new('1', (9000, 8000)).save(path)
@@ -228,7 +228,7 @@ def test_a_file_that_cannot_be_read_gives_a_sentence_without_a_path(
     assert str(caught.value) == sentence
 
 
-def test_a_missing_file_is_named(opened: OpenedModel) -> None:
+def test_a_missing_file_is_named(opened: PageModel) -> None:
     with pytest.raises(FileNotFoundError, match=r'There is no file nope\.jpg'):
         explain_image(opened, 'nope.jpg')
 
@@ -255,7 +255,7 @@ def test_the_files_hold_the_figures_that_were_computed(explained: Explanation, t
     for method in METHODS:
         for name in ('gap', 'ca'):
             assert figures['maps'][method][name] == explained.maps((method,), 2)[name, method].tolist()
-    worth = explained.worth('grad_cam', 2)
+    worth = explained.scores('grad_cam', 2)
     assert {name: value['average_drop'] for name, value in figures['worth']['grad_cam'].items()} == {
         name: value.metrics['average_drop'] for name, value in worth.items()}
     assert figures['worth']['grad_cam']['ca']['insertion_curve'] == worth['ca'].insertion_curve.tolist()

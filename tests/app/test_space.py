@@ -18,21 +18,21 @@ import yaml
 from PIL import Image
 
 from timm_castream.app import space
-from timm_castream.app.page_model import OpenedModel, open_for_page
+from timm_castream.app.page_model import PageModel, open_for_page
 from timm_castream.app.space import pinned_requirements, write_examples, write_space
-from timm_castream.inference.predictor import Network
+from timm_castream.inference.predictor import Predictor
 
 pytest.importorskip('gradio', reason='a Space pins the gradio that is installed')
 
 
 @pytest.fixture
-def opened() -> OpenedModel:
+def opened() -> PageModel:
     torch.manual_seed(0)
     model = timm.create_model('test_resnet_castream', num_classes=3, stream_start=2).eval()
-    return OpenedModel(Network(model, activation='sigmoid'), 'test_resnet_castream', "It's {random}.")
+    return PageModel(Predictor(model, activation='sigmoid'), 'test_resnet_castream', "It's {random}.")
 
 
-def test_a_space_has_the_files_that_the_hub_expects(opened: OpenedModel, tmp_path: Path) -> None:
+def test_a_space_has_the_files_that_the_hub_expects(opened: PageModel, tmp_path: Path) -> None:
     folder = write_space(opened, tmp_path / 'page')
     _, front, text = (folder / 'README.md').read_text(encoding='utf-8').split('---\n', 2)
     fields = yaml.safe_load(front)
@@ -46,7 +46,7 @@ def test_a_space_has_the_files_that_the_hub_expects(opened: OpenedModel, tmp_pat
     assert not list(folder.rglob('__pycache__')) and [path.name for path in tmp_path.iterdir()] == ['page']
 
 
-def test_every_requirement_is_pinned_to_the_installed_version(opened: OpenedModel, tmp_path: Path) -> None:
+def test_every_requirement_is_pinned_to_the_installed_version(opened: PageModel, tmp_path: Path) -> None:
     lines = (write_space(opened, tmp_path / 'page') / 'requirements.txt').read_text(encoding='utf-8').splitlines()
     pins = dict(line.split('==') for line in lines)
     assert {'torch', 'timm', 'gradio', 'matplotlib', 'scikit-learn', 'torchmetrics', 'safetensors'} <= set(pins)
@@ -81,7 +81,7 @@ def start(folder: Path, cwd: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_space_starts_from_its_folder_alone_with_the_same_network(opened: OpenedModel, tmp_path: Path) -> None:
+def test_a_space_starts_from_its_folder_alone_with_the_same_network(opened: PageModel, tmp_path: Path) -> None:
     facts = start(write_space(opened, tmp_path / 'page'), tmp_path)
     with torch.no_grad():
         expected = opened.model(torch.ones(1, 3, 64, 64))[0].tolist()
@@ -97,7 +97,7 @@ def test_a_space_starts_from_its_folder_alone_with_the_same_network(opened: Open
 @pytest.mark.parametrize('digits', [True, False])
 def test_a_space_holds_the_digits_network_or_a_plain_network_of_timm(digits: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    plain = OpenedModel(Network(timm.create_model('test_resnet', num_classes=3).eval()), 'test_resnet', 'Random.')
+    plain = PageModel(Predictor(timm.create_model('test_resnet', num_classes=3).eval()), 'test_resnet', 'Random.')
     opened = open_for_page() if digits else plain
     facts = start(write_space(opened, tmp_path / 'page', digits), tmp_path)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_a_space_holds_the_digits_network_or_a_plain_network_of_timm(digits: boo
     assert facts['logits'] == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def test_a_folder_that_exists_is_left_alone(opened: OpenedModel, tmp_path: Path) -> None:
+def test_a_folder_that_exists_is_left_alone(opened: PageModel, tmp_path: Path) -> None:
     (tmp_path / 'page').mkdir()
     (tmp_path / 'page' / 'mine').touch()
     with pytest.raises(FileExistsError, match='exists already'):
@@ -114,7 +114,7 @@ def test_a_folder_that_exists_is_left_alone(opened: OpenedModel, tmp_path: Path)
 
 
 def test_a_space_is_written_whole_or_not_at_all(
-        opened: OpenedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        opened: PageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise OSError('disk full')
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from timm_castream import pooling
 from timm_castream.attribution import attribute, attribute_all
-from timm_castream.attribution.activations import Trace
+from timm_castream.attribution.activations import Activations
 from timm_castream.attribution.methods import METHODS, PAPER_METHODS, TABLE_METHODS
 from timm_castream.attribution.user_methods import resolve_methods
 from timm_castream.evaluate import evaluate
@@ -81,13 +81,13 @@ def test_all_gradient_methods_share_one_forward_and_one_backward_a_pooling(
         model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     forwards, backwards = [], []
     model.conv1.register_forward_hook(lambda *args: forwards.append(1))
-    gradients = Trace.gradients
+    gradients = Activations.gradients
 
-    def counted(self: Trace, *args: Any) -> Tensor:
+    def counted(self: Activations, *args: Any) -> Tensor:
         backwards.append(1)
         return gradients(self, *args)
 
-    monkeypatch.setattr(Trace, 'gradients', counted)
+    monkeypatch.setattr(Activations, 'gradients', counted)
     maps = attribute_all(model, x, GRADIENT_METHODS, TARGET)
     assert len(GRADIENT_METHODS) == 5 and len(maps) == 10
     assert len(forwards) == 1 and len(backwards) == 2

@@ -6,11 +6,11 @@ import timm
 from conftest import make_backbone
 from torch import nn
 
-from timm_castream.backbones import architectures as families
+from timm_castream.backbones import architectures
 
 
 def test_more_than_a_thousand_architectures_of_timm_are_covered():
-    names = families.architectures()
+    names = architectures.architectures()
     assert len(names) > 1000
     assert set(names) <= set(timm.list_models())
     assert not any(name.endswith('_castream') for name in names)
@@ -19,9 +19,9 @@ def test_more_than_a_thousand_architectures_of_timm_are_covered():
 
 
 def test_every_model_file_of_timm_has_a_row_once():
-    rows = [*families.MAPS, *families.TOKENS, *families.EXCLUDED_FILES]
+    rows = [*architectures.MAPS, *architectures.TOKENS, *architectures.EXCLUDED_FILES]
     assert len(set(rows)) == len(rows)
-    files = {families.file_of(name) for name in timm.list_models() if not name.endswith('_castream')}
+    files = {architectures.file_of(name) for name in timm.list_models() if not name.endswith('_castream')}
     assert files <= set(rows), f'{sorted(files - set(rows))} are new in timm: add a row'
 
 
@@ -42,32 +42,32 @@ def test_every_model_file_of_timm_has_a_row_once():
 def test_excluded_architectures_have_a_reason(architecture, clause):
     if not timm.is_model(architecture):
         pytest.skip(f'timm {timm.__version__} has no {architecture}')
-    assert clause in families.reason(architecture)
-    assert not families.supported(architecture)
+    assert clause in architectures.why_unsupported(architecture)
+    assert not architectures.supported(architecture)
 
 
 @pytest.mark.parametrize('architecture', [
     'vit_base_patch16_siglip_gap_224', 'resnet50_clip_gap', 'coat_lite_tiny', 'efficientvit_m0', 'test_vit'])
 def test_their_neighbours_are_covered(architecture):
-    assert families.reason(architecture) == ''
-    assert families.supported(architecture)
+    assert architectures.why_unsupported(architecture) == ''
+    assert architectures.supported(architecture)
 
 
 def test_an_architecture_that_timm_does_not_register_is_refused():
     with pytest.raises(ValueError, match="'resnet51' is no architecture of timm"):
-        families.supported('resnet51')
+        architectures.supported('resnet51')
 
 
 def test_the_table_is_read_for_a_model_too():
-    assert families.reason_for(make_backbone('test_resnet')) == ''
-    assert families.reason_for(nn.Linear(1, 1)) == ''
+    assert architectures.why_unsupported_model(make_backbone('test_resnet')) == ''
+    assert architectures.why_unsupported_model(nn.Linear(1, 1)) == ''
     vgg = timm.create_model('vgg11', device='meta')
-    assert 'layers stand between' in families.reason_for(vgg)
+    assert 'layers stand between' in architectures.why_unsupported_model(vgg)
     vgg.pretrained_cfg = {}
-    assert 'layers stand between' in families.reason_for(vgg)
+    assert 'layers stand between' in architectures.why_unsupported_model(vgg)
     siglip = timm.create_model('vit_base_patch16_siglip_224', device='meta')
-    assert 'attention pooling' in families.reason_for(siglip)
+    assert 'attention pooling' in architectures.why_unsupported_model(siglip)
     siglip.reset_classifier(10, 'avg')
-    assert families.reason_for(siglip) == ''
-    assert families.has_raster_tokens(make_backbone('test_vit'))
-    assert not families.has_raster_tokens(make_backbone('test_resnet'))
+    assert architectures.why_unsupported_model(siglip) == ''
+    assert architectures.has_raster_tokens(make_backbone('test_vit'))
+    assert not architectures.has_raster_tokens(make_backbone('test_resnet'))

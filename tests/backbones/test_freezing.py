@@ -4,12 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_backbone
-from streams import (
-    BACKBONES,
-    assert_same,
-    gradients,
-    snapshot,
-)
+from streams import BACKBONES, assert_same, gradients, snapshot
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 

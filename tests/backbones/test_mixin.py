@@ -7,15 +7,7 @@ import inspect
 import pytest
 import torch
 from conftest import make_backbone
-from streams import (
-    BACKBONES,
-    HEADS,
-    SMALL,
-    apply_head,
-    equation_10,
-    first_query,
-    stage_maps,
-)
+from streams import BACKBONES, HEADS, SMALL, apply_head, equation_10, first_query, stage_maps
 from timm.models import ConvNeXt, ResNet
 from torch import nn
 

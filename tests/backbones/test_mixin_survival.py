@@ -12,18 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from streams import (
-    BACKBONES,
-    SMALL,
-    STAGES,
-    gradients,
-)
+from streams import BACKBONES, SMALL, STAGES, gradients
 from timm.layers import set_reentrant_ckpt
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from timm_castream import attention_maps, class_labels, detach, forward_both, pooling
-from timm_castream.backbones import stream_pass as frame
+from timm_castream.backbones import stream_pass
 
 
 def test_concurrent_forwards_from_threads_do_not_meet(make_model):
@@ -55,7 +50,7 @@ def test_a_forward_that_raises_half_way_leaves_no_trace(make_model, x):
         with pytest.raises(KeyError):
             call(3 * x)
     handle.remove()
-    assert frame._open.frame is None
+    assert stream_pass._open.stream_pass is None
     model.layer1(torch.randn(1, 32, 8, 8))  # a stage on its own
     assert torch.equal(model(x), expected)
 

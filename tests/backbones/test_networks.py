@@ -7,7 +7,7 @@ import torch
 from networks import TOKEN_NETWORKS, of_this_timm
 
 from timm_castream import attach, detach
-from timm_castream.backbones import architectures as families
+from timm_castream.backbones import architectures
 from timm_castream.backbones.layout import NCHW, NHWC, Tokens
 
 NETWORKS = of_this_timm({
@@ -45,8 +45,8 @@ CHANNELS_LAST = ('deepseek_vit', 'hieradet_sam2', 'mambaout', 'qwen3_vit', 'sequ
 
 
 def test_every_file_has_its_network():
-    assert set(NETWORKS) == set(of_this_timm(dict.fromkeys(families.MAPS | families.TOKENS)))
-    assert {file: families.file_of(name) for file, name in NETWORKS.items()} == {file: file for file in NETWORKS}
+    assert set(NETWORKS) == set(of_this_timm(dict.fromkeys(architectures.MAPS | architectures.TOKENS)))
+    assert {file: architectures.file_of(name) for file, name in NETWORKS.items()} == {file: file for file in NETWORKS}
 
 
 @pytest.mark.slow
@@ -58,7 +58,7 @@ def test_a_network_of_every_file_takes_a_stream_and_gives_it_back(file):
     attach(model)
     assert 2 < len(model.castream_stages) <= 6, model.castream_stages
     assert model.castream.dims[-1] == model.num_features
-    layout = NHWC if file in CHANNELS_LAST else Tokens if file in families.TOKENS else NCHW
+    layout = NHWC if file in CHANNELS_LAST else Tokens if file in architectures.TOKENS else NCHW
     assert isinstance(model.pooled_stage.layout, layout)
     detach(model)
     assert list(model.state_dict()) == keys and type(model) is kind

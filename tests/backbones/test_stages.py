@@ -82,7 +82,7 @@ def test_a_second_image_tells_channels_from_locations_where_all_sides_are_equal(
     stage = find_stage(model, 'stage')
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 8, 8, 8)
     assert stage.layout == (NHWC() if channels_last else NCHW())
-    assert stage.view(model(torch.zeros(1, 3, 64, 128)), (64, 128)).shape == (1, 8, 8, 16)
+    assert stage.to_nchw(model(torch.zeros(1, 3, 64, 128)), (64, 128)).shape == (1, 8, 8, 16)
 
 
 @pytest.mark.parametrize('size', [(96, 64), (64, 96)])

@@ -7,7 +7,7 @@ import torch
 from networks import TOKEN_NETWORKS, of_this_timm, token_network
 from torch import Tensor, nn
 
-from timm_castream.backbones import architectures as families
+from timm_castream.backbones import architectures
 from timm_castream.backbones.layout import Stage, Tokens
 from timm_castream.backbones.probe import hook_target
 from timm_castream.backbones.stages import find_stages
@@ -25,12 +25,12 @@ def stage_maps(model: nn.Module, x: Tensor) -> list[tuple[Stage, Tensor]]:
     outputs.append(model.forward_features(x))
     for handle in handles:
         handle.remove()
-    return [(stage, stage.view(stage.tensor(output), x.shape[2:]))
+    return [(stage, stage.to_nchw(stage.tensor(output), x.shape[2:]))
             for stage, output in zip(stages, outputs, strict=True)]
 
 
 def test_every_file_of_token_networks_has_a_network_here():
-    assert set(TOKEN_NETWORKS) == set(of_this_timm(dict.fromkeys(families.TOKENS)))
+    assert set(TOKEN_NETWORKS) == set(of_this_timm(dict.fromkeys(architectures.TOKENS)))
 
 
 @pytest.mark.parametrize('file', TOKEN_NETWORKS)

@@ -17,7 +17,7 @@ import timm_castream
 from timm_castream.attribution.user_methods import resolve_methods
 from timm_castream.evaluate import evaluate
 from timm_castream.evaluation.protocol import Protocol
-from timm_castream.inference.predictor import Network
+from timm_castream.inference.predictor import Predictor
 from timm_castream.metrics import DEFAULT_METRICS as METRICS
 
 METHODS = ('grad_cam', 'grad_cam_pp', 'score_cam')
@@ -254,4 +254,4 @@ def test_labels_that_do_not_fit_are_refused(model, images, labels, message) -> N
 
 def test_an_unknown_target_is_refused(model) -> None:
     with pytest.raises(ValueError, match="target 'best' is unknown, valid ones: 'truth', 'predicted'"):
-        Protocol(Network(model), resolve_methods(METHODS), METRICS, 'best', num_classes=10)
+        Protocol(Predictor(model), resolve_methods(METHODS), METRICS, 'best', num_classes=10)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from timm_castream.attribution import attribute
 from timm_castream.evaluate import evaluate
-from timm_castream.inference.predictor import Network
+from timm_castream.inference.predictor import Predictor
 
 
 def small_network() -> nn.Module:
@@ -87,7 +87,7 @@ def test_labels_beyond_the_classes_of_any_module_are_refused(images: Tensor) -> 
 
 def test_a_temperature_divides_the_logits_of_its_pooling(make_model: Callable[..., nn.Module]) -> None:
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    network = Network(make_model('test_resnet'), temperatures={'gap': 2., 'ca': 0.5})
+    network = Predictor(make_model('test_resnet'), temperatures={'gap': 2., 'ca': 0.5})
     with network.evaluating():
         logits = network.logits(images)
         for pooling, temperature in (('gap', 2.), ('ca', .5)):

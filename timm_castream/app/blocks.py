@@ -14,7 +14,7 @@ from ..attribution.methods import METHODS
 from . import page
 from .explanation import Explanation, explain_image
 from .export import write_explanation
-from .page_model import OpenedModel, open_for_page
+from .page_model import PageModel, open_for_page
 
 __all__ = ['create_app', 'serve']
 
@@ -26,7 +26,7 @@ _START = 'Upload, paste or choose an image.'
 _OPACITY_JS = "(value) => { document.documentElement.style.setProperty('--cs-opacity', value); }"
 
 
-def create_app(opened: OpenedModel, examples: Sequence[str | Path] = (), choose_model: bool = False) -> Any:
+def create_app(opened: PageModel, examples: Sequence[str | Path] = (), choose_model: bool = False) -> Any:
     """The page, a `gradio.Blocks`.
 
     Args:
@@ -72,7 +72,7 @@ def create_app(opened: OpenedModel, examples: Sequence[str | Path] = (), choose_
                     _titles(opened.methods), value=DEFAULT_METHODS[0], label='Method', elem_id='cs-method')
                 measure_button = gr.Button('Measure on this image', variant='primary')
                 save_button = gr.Button('Save picture and figures')
-            worth = gr.HTML(label='Worth', elem_id='cs-worth', min_height=90)
+            worth = gr.HTML(label='MapScores', elem_id='cs-worth', min_height=90)
             files = gr.File(label='Files', visible=False, file_count='multiple', interactive=False, elem_id='cs-files')
         no_files = gr.update(visible=False, value=None)
         blank = {
@@ -87,7 +87,7 @@ def create_app(opened: OpenedModel, examples: Sequence[str | Path] = (), choose_
                 session: explanation, message: page.input_note(explanation), worth: '', files: no_files,
                 classes: page.predictions(explanation, target), maps: page.maps(explanation, methods, target, found)}
 
-        def explain(image: str | None, methods: list[str], model: OpenedModel | None,
+        def explain(image: str | None, methods: list[str], model: PageModel | None,
                     progress: Any = gr.Progress()) -> dict[Any, Any]:  # noqa: B008
             """Explains an image for the class that the model predicts."""
             if image is None:
@@ -120,7 +120,7 @@ def create_app(opened: OpenedModel, examples: Sequence[str | Path] = (), choose_
             if explanation is None or target is None:
                 return {message: page.status(_START)}
             try:
-                return {worth: page.worth(explanation, method, target, explanation.worth(method, target, progress))}
+                return {worth: page.scores(explanation, method, target, explanation.scores(method, target, progress))}
             except Exception as error:
                 return {message: page.error(error), worth: ''}
 
@@ -130,7 +130,7 @@ def create_app(opened: OpenedModel, examples: Sequence[str | Path] = (), choose_
             if explanation is None or target is None:
                 return {message: page.status(_START)}
             try:
-                explanation.worth(method, target, progress)
+                explanation.scores(method, target, progress)
                 # Gradio deletes the files of its cache on schedule, so they are written there.
                 Path(files.GRADIO_CACHE).mkdir(parents=True, exist_ok=True)
                 folder = tempfile.mkdtemp(dir=files.GRADIO_CACHE)

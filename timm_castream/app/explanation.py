@@ -28,7 +28,7 @@ from ..inference.images import mask_image
 from ..metrics.curves import deletion_curve, insertion_curve
 from ..metrics.table import DEFAULT_METRICS, METRICS, Measurements
 from ..visualize import POOLING_NAMES, denormalised, read_image
-from .page_model import OpenedModel
+from .page_model import PageModel
 
 MAX_PIXELS = 50_000_000
 NUM_TOP = 5
@@ -37,7 +37,7 @@ Progress = Callable[[float, str], Any]  # (share done in [0, 1], text)
 
 
 @dataclass(frozen=True)
-class Worth:
+class MapScores:
     """Measurements of one method's map under one pooling, on one image.
 
     Attributes:
@@ -75,7 +75,7 @@ class Explanation:
             empty without a stream.
     """
 
-    def __init__(self, opened: OpenedModel, x: Tensor) -> None:
+    def __init__(self, opened: PageModel, x: Tensor) -> None:
         self.opened = opened
         self.x = x
         self.pixels = denormalised(opened.model, x)[0]
@@ -88,7 +88,7 @@ class Explanation:
                 name: scale_maps(values.mean(1))[0]
                 for name, values in zip(opened.model.castream_stages, maps, strict=True)}
         self._maps: dict[tuple[str, str, int], Tensor] = {}
-        self._worth: dict[tuple[str, int], dict[str, Worth]] = {}
+        self._worth: dict[tuple[str, int], dict[str, MapScores]] = {}
         self._identity: Identity | None = None
 
     def top(self, pooling: str, count: int = NUM_TOP) -> list[tuple[int, float]]:
@@ -136,7 +136,7 @@ class Explanation:
             self._maps.update({(name, method, target): values[0] for (name, _), values in maps.items()})
         return {(name, method): self._maps[name, method, target] for method in methods for name in network.poolings}
 
-    def worth(self, method: str, target: int, progress: Progress | None = None) -> dict[str, Worth]:
+    def scores(self, method: str, target: int, progress: Progress | None = None) -> dict[str, MapScores]:
         """Measures a method's map of a class under each pooling, {pooling: measurements}.
 
         Args, Raises: as `maps`.
@@ -166,7 +166,7 @@ class Explanation:
         with network.evaluating():
             return {name: network.probabilities(logits, name) for name, logits in network.logits(x).items()}
 
-    def _measure(self, saliency: Tensor, target: int, pooling: str) -> Worth:
+    def _measure(self, saliency: Tensor, target: int, pooling: str) -> MapScores:
         network, indices = self.opened.network, self._indices(target)
         masked = mask_image(self.opened.model, self.x, saliency)
         with network.pooled_by(pooling):
@@ -175,7 +175,7 @@ class Explanation:
                 for curve in (insertion_curve, deletion_curve)]
         measured = Measurements(
             self.probabilities[pooling][indices], self._probabilities(masked)[pooling][:, target], *curves)
-        return Worth(
+        return MapScores(
             prob=measured.prob.item(),
             masked_prob=measured.masked_prob.item(),
             metrics={name: METRICS[name].values(measured).item() for name in DEFAULT_METRICS},
@@ -188,7 +188,7 @@ class Explanation:
         return torch.tensor([target], device=self.x.device)
 
 
-def explain_image(opened: OpenedModel, image: str | Path | Image.Image) -> Explanation:
+def explain_image(opened: PageModel, image: str | Path | Image.Image) -> Explanation:
     """Explains one image.
 
     Args:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ..attribution.methods import METHODS
 from ..version import __version__
 from ..visualize import POOLING_NAMES, Panel, draw_grid, overlay, save
-from .explanation import Explanation, Worth
+from .explanation import Explanation, MapScores
 
 
 def draw_explanation(explanation: Explanation, methods: Sequence[str], target: int, opacity: float = 0.5) -> Figure:
@@ -41,7 +41,7 @@ def draw_explanation(explanation: Explanation, methods: Sequence[str], target: i
     return draw_grid(rows)
 
 
-def draw_worth(worth: dict[str, Worth]) -> Figure:
+def draw_scores(worth: dict[str, MapScores]) -> Figure:
     """The insertion and deletion curves of every pooling in one plot, from `Explanation.worth`."""
     figure = Figure(figsize=(5.6, 3.6), layout='constrained')
     axes = figure.subplots()
@@ -80,10 +80,10 @@ def write_explanation(
         The files.
     """
     opened, folder = explanation.opened, Path(folder)
-    worth = explanation.worth(measured, target) if measured else {}
+    worth = explanation.scores(measured, target) if measured else {}
     files = [save(draw_explanation(explanation, methods, target, opacity), folder / 'explanation.png')]
     if worth:
-        files.append(save(draw_worth(worth), folder / 'curves.png'))
+        files.append(save(draw_scores(worth), folder / 'curves.png'))
     figures: dict[str, Any] = {
         'model': opened.name,
         'weights': opened.weights,

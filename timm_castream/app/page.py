@@ -14,12 +14,12 @@ from torch import Tensor
 from ..attribution.methods import METHODS
 from ..metrics.table import METRICS
 from ..visualize import POOLING_NAMES, heat_map
-from .explanation import NUM_TOP, Explanation, Worth
-from .export import draw_worth
-from .page_model import OpenedModel
+from .explanation import NUM_TOP, Explanation, MapScores
+from .export import draw_scores
+from .page_model import PageModel
 
 
-def header(opened: OpenedModel) -> str:
+def header(opened: PageModel) -> str:
     """The title and the sentences on the network."""
     size = ' x '.join(str(side) for side in opened.model.pretrained_cfg['input_size'][1:])
     poolings = ('Its CA-Stream (CA) is compared with its own average pooling (GAP).' if opened.network.has_stream else
@@ -105,7 +105,7 @@ def attention(explanation: Explanation) -> str:
         f'<div class="cs-card cs-stages">{_pictures(pictures)}</div>')
 
 
-def worth(explanation: Explanation, method: str, target: int, measured: dict[str, Worth]) -> str:
+def scores(explanation: Explanation, method: str, target: int, measured: dict[str, MapScores]) -> str:
     """The measurements of one method's maps, the masked images, the curves and both sides of eq. (5)."""
     title = f'{METHODS[method].title} of “{explanation.opened.class_name(target)}”'
     masked = ''.join(
@@ -123,7 +123,7 @@ def worth(explanation: Explanation, method: str, target: int, measured: dict[str
         'One image says little. The command castream evaluate averages these figures over a data set.</p></div>')
 
 
-def _table(measured: dict[str, Worth]) -> str:
+def _table(measured: dict[str, MapScores]) -> str:
     rows = {
         'Probability of the class': [f'{value.prob:.4f}' for value in measured.values()],
         'Probability, image masked': [f'{value.masked_prob:.4f}' for value in measured.values()]}
@@ -151,10 +151,10 @@ def _identity(explanation: Explanation) -> str:
         f'differ by at most {difference:.1e}; their values span {span:.3g}.</p>')
 
 
-def _svg(measured: dict[str, Worth]) -> str:
+def _svg(measured: dict[str, MapScores]) -> str:
     text = io.StringIO()
     with rc_context({'svg.fonttype': 'none', 'font.family': 'sans-serif', 'svg.hashsalt': 'castream'}):
-        draw_worth(measured).savefig(text, format='svg', metadata={'Date': None})
+        draw_scores(measured).savefig(text, format='svg', metadata={'Date': None})
     svg = text.getvalue()
     return svg[svg.index('<svg'):]
 

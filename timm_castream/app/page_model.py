@@ -9,7 +9,7 @@ import torch
 
 from ..attribution.methods import METHODS
 from ..hub.load import open_model
-from ..inference.predictor import Network
+from ..inference.predictor import Predictor
 from ..visualize import class_name
 
 # The network of `castream demo`, so that a page opens at once and offline. benchmarks/pack_digits.py wrote the folder.
@@ -18,7 +18,7 @@ _DIGITS_WEIGHTS = 'It was trained on handwritten digits on photographs (castream
 
 
 @dataclass(frozen=True)
-class OpenedModel:
+class PageModel:
     """A network and the words for it.
 
     Attributes:
@@ -27,7 +27,7 @@ class OpenedModel:
         weights: Where the weights come from, a sentence.
     """
 
-    network: Network
+    network: Predictor
     name: str
     weights: str
 
@@ -59,7 +59,7 @@ def open_for_page(
         activation: str = 'softmax',
         device: str | torch.device = 'cpu',
         **kwargs: Any,
-) -> OpenedModel:
+) -> PageModel:
     """Opens a model.
 
     Args:
@@ -88,4 +88,4 @@ def open_for_page(
     if not model.num_classes:
         raise ValueError(f'{name} has no classes, so there is no class to explain.')
     title = (model.pretrained_cfg or {}).get('architecture') or name
-    return OpenedModel(Network(model.to(device).eval(), activation=activation), str(title), weights)
+    return PageModel(Predictor(model.to(device).eval(), activation=activation), str(title), weights)

@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 
 from .._utils.files import write_whole
 from ..hub.repository import write_repository
-from .page_model import DIGITS, OpenedModel
+from .page_model import DIGITS, PageModel
 
 NUM_SCENES = 6
 
@@ -25,13 +25,13 @@ _FOLDERS = (_PACKAGE, 'hf_configs', 'train_wrappers')  # timm_castream reads fil
 _APP = """'''The page of `castream app` for one network. `python app.py` starts it.'''
 from pathlib import Path
 
-from timm_castream.app import OpenedModel, create_app, serve
+from timm_castream.app import PageModel, create_app, serve
 from timm_castream.hub.load import open_model
-from timm_castream.inference.predictor import Network
+from timm_castream.inference.predictor import Predictor
 
 folder = Path(__file__).parent
 model = open_model(f'local-dir:{{folder}}/model', pretrained=True).eval()
-opened = OpenedModel(Network(model, activation={activation!r}), {name!r}, {weights!r})
+opened = PageModel(Predictor(model, activation={activation!r}), {name!r}, {weights!r})
 app = create_app(opened, sorted((folder / 'examples').iterdir()))
 
 if __name__ == '__main__':
@@ -68,7 +68,7 @@ To run it on your machine:
 """
 
 
-def write_space(opened: OpenedModel, folder: str | Path, digits: bool = False) -> Path:
+def write_space(opened: PageModel, folder: str | Path, digits: bool = False) -> Path:
     """Writes a Space that starts from its folder alone.
 
     Args:
@@ -106,7 +106,7 @@ def write_space(opened: OpenedModel, folder: str | Path, digits: bool = False) -
     return folder
 
 
-def _write_model(opened: OpenedModel, folder: Path, digits: bool) -> None:
+def _write_model(opened: PageModel, folder: Path, digits: bool) -> None:
     if digits:
         shutil.copytree(DIGITS, folder)
     elif opened.network.has_stream:

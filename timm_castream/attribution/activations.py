@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from ..backbones.layout import ImageSize, Stage
 from ..backbones.mixin import CAStreamMixin, query_of
 from ..backbones.probe import hook_target
-from ..inference.predictor import Network
+from ..inference.predictor import Predictor
 from ..inference.probabilities import at_least_float32
-from .cam import scale_maps, varies
+from .cam import is_not_constant, scale_maps
 
 
-class Trace:
+class Activations:
     """Tensors of one forward of a batch.
 
     Args:
@@ -31,7 +31,7 @@ class Trace:
         attention: Whether to compute the attention of the pooled stage too.
 
     Attributes:
-        maps: A, (B, D, h, w), output of the network's layer in float32 or wider.
+        feature_maps: A, (B, D, h, w), output of the network's layer in float32 or wider.
         logits: {pooling: (B, C)}, with a graph that starts at the layer.
         attention: (B, h, w) in [0, 1], the mean over the heads of the attention of the pooled stage, or None.
 
@@ -39,7 +39,7 @@ class Trace:
         ValueError: If the network gives no feature maps or no class scores.
     """
 
-    def __init__(self, network: Network, x: Tensor, attention: bool = False) -> None:
+    def __init__(self, network: Predictor, x: Tensor, attention: bool = False) -> None:
         backbone = network.backbone
         if not network.has_feature_maps:
             raise ValueError(
@@ -71,7 +71,7 @@ class Trace:
             raise ValueError(f'{network.name} gives no class scores: its logits have the shape {shape} and its '
                              f'num_classes is {network.num_classes}.')
         self._leaf = leaves[0]
-        self.maps = self._view(self._leaf.detach())
+        self.feature_maps = self._view(self._leaf.detach())
 
     def gradients(self, pooling: str, targets: Tensor) -> Tensor:
         """Gradients of the logits of (B, K) targets with respect to A, (B, K, D, h, w)."""
@@ -82,14 +82,14 @@ class Trace:
         return torch.stack([self._view(gradient) for gradient in each], 1)
 
     def _view(self, tensor: Tensor) -> Tensor:
-        return at_least_float32(self._stage.view(tensor, self._image_size))
+        return at_least_float32(self._stage.to_nchw(tensor, self._image_size))
 
 
 def _attention(backbone: Any, features: Tensor, query: Tensor, image_size: ImageSize) -> Tensor:
-    last = backbone.pooled_stage.view(features, image_size)
+    last = backbone.pooled_stage.to_nchw(features, image_size)
     maps: list[Tensor] = []
     backbone.castream.step(-1, query, last, attention=maps)
-    return scale_maps(maps[0].detach().mean(1) * varies(last).any(1)[:, None, None])
+    return scale_maps(maps[0].detach().mean(1) * is_not_constant(last).any(1)[:, None, None])
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def _leaf_at(model: nn.Module, stage: Stage | None, leaves: list[Tensor]) -> Ite
         leaf = stage.tensor(output).detach().requires_grad_()
         leaves.append(leaf)
         torch.set_grad_enabled(True)
-        return stage.replaced(output, leaf.clone())  # the next module may change it in place, which a leaf forbids
+        return stage.with_features(output, leaf.clone())  # the next module may change it in place, which a leaf forbids
 
     # timm reads the gradient mode when a forward begins to decide whether to checkpoint.
     checkpointed: list[Any] = [part for part in model.modules() if getattr(part, 'grad_checkpointing', False)]

@@ -39,7 +39,7 @@ def class_activation_map(maps: Tensor, weights: Tensor) -> Tensor:
         weights = weights[..., None, None]
     # Products and sums instead of a matrix product: autocast would compute that in half precision.
     cam = (weights * maps[:, None]).sum(2).clamp(min=0)
-    return scale_maps(cam * varies(maps).any(1)[:, None, None, None])
+    return scale_maps(cam * is_not_constant(maps).any(1)[:, None, None, None])
 
 
 def grad_cam_weights(gradients: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def score_cam_weights(
         {pooling: (B, K, D)} in [0, 1].
     """
     weights = {pooling: maps.new_zeros(*maps.shape[:2], t.shape[1]) for pooling, t in targets.items()}
-    images, channels = varies(maps).nonzero(as_tuple=True)
+    images, channels = is_not_constant(maps).nonzero(as_tuple=True)
     for start in range(0, len(images), batch_size):
         image, channel = images[start:start + batch_size], channels[start:start + batch_size]
         # The authors resize with align_corners=True and scale afterwards; other orders give other maps.
@@ -110,9 +110,9 @@ def scale_maps(maps: Tensor) -> Tensor:
     return torch.where(high == low, 0., (maps - low) / (high - low))
 
 
-def varies(maps: Tensor) -> Tensor:
+def is_not_constant(maps: Tensor) -> Tensor:
     """(B, D) whether a channel of (B, D, h, w) is not constant.
 
-    Where none varies, the sum over the channels is constant on paper, but not always after rounding.
+    Where none is_not_constant, the sum over the channels is constant on paper, but not always after rounding.
     """
     return maps.amax((2, 3)) > maps.amin((2, 3))

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..inference.predictor import Network
+from ..inference.predictor import Predictor
 from . import cam
-from .activations import Trace
+from .activations import Activations
 from .method_hash import identity
 
-Maps = Callable[['Batch', str], Tensor]
+SaliencyFunction = Callable[['Batch', str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Method:
     Attributes:
         name: Key in Python, on the command line and in files.
         title: Name in tables and pictures.
-        maps: Maps of a batch under a pooling, (B, K, h, w) in [0, 1].
+        saliency: Maps of a batch under a pooling, (B, K, h, w) in [0, 1].
         needs: Of `'stream'`, `'feature maps'`, `'gradients'`, `'masked forwards'`, `'seed'`.
         in_paper: Whether the paper shows the method.
         source: Name, callable or arrays behind a method of the user.
@@ -39,7 +39,7 @@ class Method:
 
     name: str
     title: str
-    maps: Maps
+    saliency: SaliencyFunction
     needs: frozenset[str] = frozenset()
     in_paper: bool = False
     source: Any = field(default=None, repr=False, compare=False)
@@ -63,7 +63,7 @@ class Batch:
 
     def __init__(
             self,
-            network: Network,
+            network: Predictor,
             x: Tensor,
             methods: Sequence[Method],
             indices: Tensor | None = None,
@@ -78,9 +78,9 @@ class Batch:
         self._gradients: dict[str, Tensor] = {}
 
     @cached_property
-    def trace(self) -> Trace:
+    def activations(self) -> Activations:
         """The forward that gives feature maps, logits and attention."""
-        return Trace(self.network, self.x, attention='stream' in self._needs)
+        return Activations(self.network, self.x, attention='stream' in self._needs)
 
     @cached_property
     def score_cam_weights(self) -> dict[str, Tensor]:
@@ -92,15 +92,15 @@ class Batch:
 
         mean, std = network.normalisation(self.x)
         return cam.score_cam_weights(
-            predict, self.x, self.trace.maps, self.targets, mean, std, network.batch_size(self.x))
+            predict, self.x, self.activations.feature_maps, self.targets, mean, std, network.batch_size(self.x))
 
     def gradients(self, pooling: str) -> Tensor:
         """Gradients of the logits of the targets with respect to the feature maps, (B, K, D, h, w)."""
         if pooling not in self._gradients:
-            self._gradients[pooling] = self.trace.gradients(pooling, self.targets[pooling])
+            self._gradients[pooling] = self.activations.gradients(pooling, self.targets[pooling])
         return self._gradients[pooling]
 
-    def every_target(self, maps: Tensor, pooling: str) -> Tensor:
+    def expand_targets(self, maps: Tensor, pooling: str) -> Tensor:
         """(B, h, w) maps that depend on no target, as (B, K, h, w)."""
         return maps[:, None].expand(-1, self.targets[pooling].shape[1], -1, -1)
 
@@ -109,42 +109,42 @@ class Batch:
         """(h, w): the locations of the feature maps, or one location for 32 x 32 pixels where there are none."""
         if self.network.has_feature_maps:
             try:
-                return self.trace.maps.shape[-2:]
+                return self.activations.feature_maps.shape[-2:]
             except ValueError:  # a network that pools no feature map
                 pass
         return tuple(max(1, side // 32) for side in self.x.shape[-2:])
 
 
 def _attention(batch: Batch, pooling: str) -> Tensor:
-    attention = batch.trace.attention
-    assert attention is not None  # the method needs a stream, so the trace has it
-    return batch.every_target(attention, pooling)
+    attention = batch.activations.attention
+    assert attention is not None  # the method needs a stream, so the activations have it
+    return batch.expand_targets(attention, pooling)
 
 
 def _grad_cam(batch: Batch, pooling: str) -> Tensor:
-    return cam.class_activation_map(batch.trace.maps, cam.grad_cam_weights(batch.gradients(pooling)))
+    return cam.class_activation_map(batch.activations.feature_maps, cam.grad_cam_weights(batch.gradients(pooling)))
 
 
 def _grad_cam_pp(batch: Batch, pooling: str) -> Tensor:
-    maps = batch.trace.maps
+    maps = batch.activations.feature_maps
     return cam.class_activation_map(maps, cam.grad_cam_pp_weights(maps, batch.gradients(pooling)))
 
 
 def _xgrad_cam(batch: Batch, pooling: str) -> Tensor:
-    maps = batch.trace.maps
+    maps = batch.activations.feature_maps
     return cam.class_activation_map(maps, cam.xgrad_cam_weights(maps, batch.gradients(pooling)))
 
 
 def _hires_cam(batch: Batch, pooling: str) -> Tensor:
-    return cam.class_activation_map(batch.trace.maps, batch.gradients(pooling))
+    return cam.class_activation_map(batch.activations.feature_maps, batch.gradients(pooling))
 
 
 def _layer_cam(batch: Batch, pooling: str) -> Tensor:
-    return cam.class_activation_map(batch.trace.maps, batch.gradients(pooling).clamp(min=0))
+    return cam.class_activation_map(batch.activations.feature_maps, batch.gradients(pooling).clamp(min=0))
 
 
 def _score_cam(batch: Batch, pooling: str) -> Tensor:
-    return cam.class_activation_map(batch.trace.maps, batch.score_cam_weights[pooling])
+    return cam.class_activation_map(batch.activations.feature_maps, batch.score_cam_weights[pooling])
 
 
 def _random(batch: Batch, pooling: str) -> Tensor:
@@ -154,14 +154,14 @@ def _random(batch: Batch, pooling: str) -> Tensor:
         torch.from_numpy(np.random.default_rng((batch.seed, index)).random(tuple(batch.grid), dtype=np.float32))
         for index in batch.indices.tolist()
     ]
-    return batch.every_target(cam.scale_maps(torch.stack(maps)).to(batch.x.device), pooling)
+    return batch.expand_targets(cam.scale_maps(torch.stack(maps)).to(batch.x.device), pooling)
 
 
 def _centre(batch: Batch, pooling: str) -> Tensor:
     """A Gaussian in the middle of the image. Its sigma is a quarter of the height and of the width."""
     rows, columns = (torch.exp(-0.5 * (4 * ((torch.arange(n) + 0.5) / n - 0.5)) ** 2) for n in batch.x.shape[-2:])
     maps = cam.scale_maps(torch.outer(rows, columns)).to(batch.x.device)
-    return batch.every_target(maps.expand(len(batch.x), -1, -1), pooling)
+    return batch.expand_targets(maps.expand(len(batch.x), -1, -1), pooling)
 
 
 _CAM = frozenset({'feature maps'})

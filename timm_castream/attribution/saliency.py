@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._utils.checks import check_class_indices
 from ..backbones.mixin import castream_model, query_of
 from ..inference.images import check_images
-from ..inference.predictor import Network, has_stream
+from ..inference.predictor import Predictor, has_stream
 from .methods import METHODS, PAPER_METHODS, Batch, Method
 from .user_methods import UserMethod, resolve_methods
 
@@ -97,7 +97,7 @@ def attribute_all(
     """
     rows = resolve_methods(methods)
     check_images(x)
-    network = Network(model, poolings, layer=layer, activation=activation, batch_size=batch_size)
+    network = Predictor(model, poolings, layer=layer, activation=activation, batch_size=batch_size)
     network.check_channels(x)
     with network.evaluating():
         maps = saliency_maps(network, x, rows, target, seed=seed)
@@ -106,7 +106,7 @@ def attribute_all(
 
 
 def saliency_maps(
-        network: Network,
+        network: Predictor,
         x: Tensor,
         methods: Sequence[Method],
         target: Target = None,
@@ -136,11 +136,11 @@ def saliency_maps(
         of_pooling = _of_pooling(target, pooling)
         if of_pooling is None:
             reads_maps = any('feature maps' in method.needs for method in methods)
-            logits = batch.trace.logits if reads_maps else network.all_logits(x)
+            logits = batch.activations.logits if reads_maps else network.all_logits(x)
             batch.targets[pooling] = logits[pooling].argmax(1, keepdim=True)
         else:
             batch.targets[pooling] = _class_indices(of_pooling, len(x), network.num_classes).to(x.device)
-    return {(pooling, method.name): method.maps(batch, pooling) for method in methods for pooling in network.poolings}
+    return {(pooling, method.name): method.saliency(batch, pooling) for method in methods for pooling in network.poolings}
 
 
 class Identity(NamedTuple):
@@ -163,11 +163,11 @@ def attention_identity(model: nn.Module, x: Tensor) -> Identity:
     Raises:
         ValueError: If the model has no stream.
     """
-    network = Network(model, ('ca',))
+    network = Predictor(model, ('ca',))
     with network.evaluating():
         backbone = network.backbone
         features = backbone.stream_features(x)
-        query, maps = query_of(features), backbone.pooled_stage.view(features, x.shape[-2:])
+        query, maps = query_of(features), backbone.pooled_stage.to_nchw(features, x.shape[-2:])
         block: Any = backbone.castream.blocks[-1]
         logits = block.attention_logits(query, maps).sum(1).unflatten(1, maps.shape[2:])
         if block.key is not None:

@@ -42,8 +42,8 @@ def resolve_methods(methods: Sequence[str] | Mapping[str, UserMethod]) -> tuple[
 def check_maps(methods: Sequence[Method], num_images: int, poolings: Sequence[str]) -> None:
     """Raises ValueError unless every method with saved maps has one for each image under each pooling."""
     for method in methods:
-        if isinstance(method.maps, _SavedMaps):
-            method.maps.check(num_images, poolings)
+        if isinstance(method.saliency, _SavedMaps):
+            method.saliency.check(num_images, poolings)
 
 
 def _user_method(label: str, value: Any) -> Method:
@@ -56,7 +56,7 @@ def _user_method(label: str, value: Any) -> Method:
     if isinstance(value, str):
         check_names('method', (value,), tuple(METHODS))
         row = METHODS[value]
-        return Method(label, row.title if label == value else label, row.maps, row.needs, row.in_paper, value)
+        return Method(label, row.title if label == value else label, row.saliency, row.needs, row.in_paper, value)
     if callable(value):
         return Method(label, label, _UserFunction(label, value), source=value)
     arrays: Any = value if isinstance(value, Mapping) else {None: value}
@@ -136,7 +136,7 @@ class _SavedMaps:
     def __call__(self, batch: Batch, pooling: str) -> Tensor:
         array = self.arrays[None] if None in self.arrays else self.arrays[pooling]
         chosen = torch.from_numpy(np.ascontiguousarray(array[batch.indices.tolist()], dtype=np.float32))
-        return batch.every_target(_scaled(self.label, chosen.to(batch.x.device)), pooling)
+        return batch.expand_targets(_scaled(self.label, chosen.to(batch.x.device)), pooling)
 
 
 def _scaled(label: str, maps: Tensor) -> Tensor:

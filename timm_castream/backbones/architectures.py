@@ -74,7 +74,7 @@ def file_of(architecture: str) -> str:
     return model_entrypoint(architecture).__module__.rpartition('.')[2]
 
 
-def reason(architecture: str) -> str:
+def why_unsupported(architecture: str) -> str:
     """Why an architecture of timm has no `_castream` variant, as a clause; '' where it has one."""
     file = file_of(architecture)
     if file in EXCLUDED_FILES:
@@ -87,17 +87,17 @@ def reason(architecture: str) -> str:
     return f'timm_castream does not cover the networks of timm.models.{file}'
 
 
-def no_model(name: str) -> str:
+def unknown_name_message(name: str) -> str:
     """A sentence for a name that timm does not register: the reason of an exclusion, or where the names are listed."""
     backbone = name.partition('.')[0].removesuffix('_castream')
-    if timm.is_model(backbone) and reason(backbone):
-        return f'{backbone} takes no CA-Stream: {reason(backbone)}.'
+    if timm.is_model(backbone) and why_unsupported(backbone):
+        return f'{backbone} takes no CA-Stream: {why_unsupported(backbone)}.'
     return f'There is no model {name}; castream list shows the models with a stream.'
 
 
 def supported(architecture: str) -> bool:
     """Whether an architecture of timm has a `_castream` variant."""
-    return not reason(architecture)
+    return not why_unsupported(architecture)
 
 
 def architectures() -> list[str]:
@@ -105,7 +105,7 @@ def architectures() -> list[str]:
     return [name for name in timm.list_models() if not name.endswith('_castream') and supported(name)]
 
 
-def reason_for(model: nn.Module) -> str:
+def why_unsupported_model(model: nn.Module) -> str:
     """Why a timm model takes no stream, as a clause; '' where its modules and its file tell of no reason.
 
     An attention pooling with random weights is close to an average, so outputs do not tell it: its module does.

@@ -31,11 +31,11 @@ def freeze(model: nn.Module, trained_prefix: str) -> tuple[str, ...]:
         if parameter.requires_grad and not name.startswith(trained_prefix):
             parameter.requires_grad_(False)
             names.append(name)
-    hold_norms(model)
+    freeze_norms(model)
     return tuple(names)
 
 
-def hold_norms(model: nn.Module) -> None:
+def freeze_norms(model: nn.Module) -> None:
     """Sets normalisation layers to eval mode: their statistics stay."""
     for module in norm_layers(model):
         module.training = False

@@ -22,15 +22,15 @@ class Layout:
         """The feature map in the output of the module: the output itself, or an item of it."""
         return output
 
-    def replaced(self, output: Any, tensor: Tensor) -> Any:
+    def with_features(self, output: Any, tensor: Tensor) -> Any:
         """The output of the module with another feature map."""
         return tensor
 
-    def view(self, tensor: Tensor, image_size: ImageSize | None = None) -> Tensor:
+    def to_nchw(self, tensor: Tensor, image_size: ImageSize | None = None) -> Tensor:
         """The feature map, or its gradient, as the stream reads it: (B, D, H, W)."""
         raise NotImplementedError
 
-    def pack(self, features: Tensor, prefix: Tensor) -> Tensor:
+    def from_nchw(self, features: Tensor, prefix: Tensor) -> Tensor:
         """The other way: (B, D, H, W) in this layout, with the vectors (B, D) as prefix tokens where it has some."""
         raise NotImplementedError
 
@@ -39,17 +39,17 @@ class Layout:
 
         The vectors are the prefix tokens too: a head that reads the class token reads the vector there.
         """
-        return self.pack(vector[:, :, None, None], vector)
+        return self.from_nchw(vector[:, :, None, None], vector)
 
 
 @dataclass(frozen=True)
 class NCHW(Layout):
     """(B, D, H, W)."""
 
-    def view(self, tensor: Tensor, image_size: ImageSize | None = None) -> Tensor:
+    def to_nchw(self, tensor: Tensor, image_size: ImageSize | None = None) -> Tensor:
         return tensor
 
-    def pack(self, features: Tensor, prefix: Tensor) -> Tensor:
+    def from_nchw(self, features: Tensor, prefix: Tensor) -> Tensor:
         return features
 
 
@@ -57,10 +57,10 @@ class NCHW(Layout):
 class NHWC(Layout):
     """(B, H, W, D), as swin's blocks have it."""
 
-    def view(self, tensor: Tensor, image_size: ImageSize | None = None) -> Tensor:
+    def to_nchw(self, tensor: Tensor, image_size: ImageSize | None = None) -> Tensor:
         return tensor.permute(0, 3, 1, 2)
 
-    def pack(self, features: Tensor, prefix: Tensor) -> Tensor:
+    def from_nchw(self, features: Tensor, prefix: Tensor) -> Tensor:
         return features.permute(0, 2, 3, 1)
 
 
@@ -84,12 +84,12 @@ class Tokens(Layout):
     def tensor(self, output: Any) -> Tensor:
         return output if self.item is None else output[self.item]
 
-    def replaced(self, output: Any, tensor: Tensor) -> Any:
+    def with_features(self, output: Any, tensor: Tensor) -> Any:
         if self.item is None:
             return tensor
         return tuple(tensor if i == self.item else other for i, other in enumerate(output))
 
-    def view(self, tensor: Tensor, image_size: ImageSize | None = None) -> Tensor:
+    def to_nchw(self, tensor: Tensor, image_size: ImageSize | None = None) -> Tensor:
         tokens = tensor[:, self.num_prefix:].transpose(1, 2)  # (B, D, N)
         if image_size is None:
             return tokens.unsqueeze(-1)
@@ -103,7 +103,7 @@ class Tokens(Layout):
         order = (0, 1, *range(outermost, 1, -2), *range(outermost + 1, 2, -2))
         return tokens.permute(order).reshape(*tokens.shape[:2], height, width)
 
-    def pack(self, features: Tensor, prefix: Tensor) -> Tensor:
+    def from_nchw(self, features: Tensor, prefix: Tensor) -> Tensor:
         tokens = features.flatten(2).transpose(1, 2)
         return torch.cat([prefix.unsqueeze(1).expand(-1, self.num_prefix, -1), tokens], 1)
 
@@ -145,11 +145,11 @@ class Stage:
         """The feature map in the output of the module: the output itself, or an item of it."""
         return self.layout.tensor(output)
 
-    def replaced(self, output: Any, tensor: Tensor) -> Any:
+    def with_features(self, output: Any, tensor: Tensor) -> Any:
         """The output of the module with another feature map."""
-        return self.layout.replaced(output, tensor)
+        return self.layout.with_features(output, tensor)
 
-    def view(self, tensor: Tensor, image_size: ImageSize | None = None) -> Tensor:
+    def to_nchw(self, tensor: Tensor, image_size: ImageSize | None = None) -> Tensor:
         """The feature map, or its gradient, as the stream reads it.
 
         Args:
@@ -163,7 +163,7 @@ class Stage:
         Raises:
             ValueError: If the tokens are no grid of such an image.
         """
-        return self.layout.view(tensor, image_size)
+        return self.layout.to_nchw(tensor, image_size)
 
     def one_location(self, vector: Tensor) -> Tensor:
         """(B, D) vectors as feature maps of one location, for the network's head."""

@@ -1,8 +1,8 @@
 """Runs a CA-Stream beside a timm backbone and gives its last query to the backbone's own head in place of GAP.
 
 A network that carries a stream is still of its backbone's class, through a mixin and a subclass cached per class, as
-PyTorch's own parametrizations do it. `forward_features` opens a frame, the forward hook of each stage runs its block
-while a frame is open, and the query travels on the returned feature map to `forward_head`. That runs the last block
+PyTorch's own parametrizations do it. `forward_features` opens a stream pass. The forward hook of each stage runs its
+block while a pass is open. The query travels on the returned feature map to `forward_head`, which runs the last block
 and hands the untouched head a map of one location, the query: the average over one location is that location, and a
 class token takes the query too. Whatever the head does before or after its pooling stays as it was.
 
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ..stream import CAStream
-from .freezing import hold_norms, unfreeze
+from .freezing import freeze_norms, unfreeze
 from .layout import Stage
 from .probe import hook_target
 from .stages import head_pooling
-from .stream_pass import Frame, StageHook, call_in_frame
+from .stream_pass import StageHook, StreamPass, run_with
 
 KEY_PREFIX = 'castream.'  # of the stream's entries in a state dict
 
@@ -114,12 +114,12 @@ class CAStreamMixin(_Backbone):
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self._castream.uses_stream:
-            return call_in_frame(None, super().forward_features, x, *args, **kwargs)
+            return run_with(None, super().forward_features, x, *args, **kwargs)
         return self._run_stream(super().forward_features, x, *args, **kwargs)
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self._castream.uses_stream:
-            return call_in_frame(None, super().forward_intermediates, x, *args, **kwargs)
+            return run_with(None, super().forward_intermediates, x, *args, **kwargs)
         return self._run_stream(super().forward_intermediates, x, *args, **kwargs)
 
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -148,7 +148,7 @@ class CAStreamMixin(_Backbone):
     def train(self, mode: bool = True) -> CAStreamMixin:
         super().train(mode)
         if self._castream.frozen:
-            hold_norms(self)
+            freeze_norms(self)
         return self
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
@@ -185,7 +185,7 @@ class CAStreamMixin(_Backbone):
 
     def gap_features(self, x: Tensor) -> Tensor:
         """`forward_features` without the stream, under either pooling: the tensor that is pooled."""
-        return call_in_frame(None, super().forward_features, x)
+        return run_with(None, super().forward_features, x)
 
     def forward_gap_head(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The backbone's own head, under either pooling: (B, C) logits."""
@@ -201,7 +201,7 @@ class CAStreamMixin(_Backbone):
         Returns:
             (B, C) logits.
         """
-        pooled = self.castream.step(-1, query, self.pooled_stage.view(features))
+        pooled = self.castream.step(-1, query, self.pooled_stage.to_nchw(features))
         return super().forward_head(self.pooled_stage.one_location(pooled), *args, **kwargs)
 
     def _run_stream(
@@ -212,17 +212,17 @@ class CAStreamMixin(_Backbone):
             attention: list[Tensor] | None = None,
             **kwargs: Any,
     ) -> Any:
-        """Calls `forward` with a frame open and leaves q_L on the feature map that it returns."""
+        """Calls `forward` with a stream pass open and leaves q_L on the feature map that it returns."""
         if isinstance(x, torch.fx.Proxy):
             raise RuntimeError(
                 'FX symbolic tracing cannot follow a CA-Stream: it does not see forward hooks. Use torch.export.')
         query = self._initial_query(x)
-        frame = Frame(self.castream, None if self._is_checkpointed() else query, x.shape[-2:], attention)
-        output = call_in_frame(frame, forward, x, *args, **kwargs)
+        stream_pass = StreamPass(self.castream, None if self._is_checkpointed() else query, x.shape[-2:], attention)
+        output = run_with(stream_pass, forward, x, *args, **kwargs)
         features: Any = output[0] if isinstance(output, tuple) else output
         if not isinstance(features, Tensor):  # forward_intermediates(intermediates_only=True): no map for a head
             return output
-        hooked, ran = len(self.castream.blocks) - 1, frame.visited + len(frame.waiting)
+        hooked, ran = len(self.castream.blocks) - 1, stream_pass.visited + len(stream_pass.waiting)
         if ran != hooked and isinstance(output, Tensor):
             raise RuntimeError(
                 f'{ran} stages ran and {hooked} are hooked: a module among {", ".join(self.castream_stages[:-1])} was '
@@ -230,12 +230,12 @@ class CAStreamMixin(_Backbone):
         partial = ran != hooked  # forward_intermediates(stop_early=True)
         if query is None and not partial:
             # Where no stage is hooked none can be missing: compare the channels.
-            partial = self.pooled_stage.view(features).shape[1] != self.castream.dims[-1]
+            partial = self.pooled_stage.to_nchw(features).shape[1] != self.castream.dims[-1]
         if partial:
             return output
-        if frame.query is None:
-            frame.start(self.castream.initial_query(x.shape[0], self._predict(features)) if query is None else query)
-        features._castream_query = frame.query  # type: ignore[attr-defined]
+        if stream_pass.query is None:
+            stream_pass.start(self.castream.initial_query(x.shape[0], self._predict(features)) if query is None else query)
+        features._castream_query = stream_pass.query  # type: ignore[attr-defined]
         return output
 
     def _initial_query(self, x: Tensor) -> Tensor | None:

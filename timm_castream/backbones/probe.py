@@ -52,7 +52,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass
-class Visit:
+class ModuleOutput:
     """The output of one module in the probe.
 
     Attributes:
@@ -79,7 +79,7 @@ class Visit:
             # torch has no public counter of the changes in place of a tensor.
             self.version = self.features._version
 
-    def problem(self, model: nn.Module, in_place: bool = True) -> str | None:
+    def unusable_because(self, model: nn.Module, in_place: bool = True) -> str | None:
         """Why the output cannot be a stage, or None."""
         kind = type(model).__name__
         if self.features is None:
@@ -99,13 +99,14 @@ class Probe:
         image_size: Height and width of the image.
         visits: The modules that ran.
         features: Output of `forward_features`, or of the network where it is not timm's.
-        last_seen: Name of the last module with a gradient at its patch tokens, where the probe has asked for one.
+        last_layer_with_gradient: Name of the last module with a gradient at its patch tokens, where the probe has
+            asked for one.
     """
 
     image_size: ImageSize
-    visits: list[Visit]
+    visits: list[ModuleOutput]
     features: Any
-    last_seen: str | None = None
+    last_layer_with_gradient: str | None = None
 
 
 def run_probe(model: nn.Module, names: list[str], head: Head | None = None) -> Probe:
@@ -114,7 +115,7 @@ def run_probe(model: nn.Module, names: list[str], head: Head | None = None) -> P
     Args:
         model: The network.
         names: The modules to visit.
-        head: A head whose gradients tell `last_seen`.
+        head: A head whose gradients tell `last_layer_with_gradient`.
     """
     failure: Exception | None = None
     for size in _image_sizes(model):
@@ -129,13 +130,13 @@ def run_probe(model: nn.Module, names: list[str], head: Head | None = None) -> P
 
 def run_image(model: Any, names: list[str], size: tuple[int, int, int], head: Head | None = None) -> Probe:
     """One forward of an image of a size (3, H, W). The other arguments are those of `run_probe`."""
-    visits: list[Visit] = []
+    visits: list[ModuleOutput] = []
     thread = threading.get_ident()
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def visit(module: nn.Module, args: Any, output: Any) -> None:
             if threading.get_ident() == thread:  # not another thread's forward of the same model
-                visits.append(Visit(name, output))
+                visits.append(ModuleOutput(name, output))
         return visit
 
     handles = [hook_target(model.get_submodule(name)).register_forward_hook(hook(name)) for name in names]
@@ -147,7 +148,7 @@ def run_image(model: Any, names: list[str], size: tuple[int, int, int], head: He
         with torch.enable_grad():
             images = torch.arange(images.numel(), device=images.device).sin().to(images.dtype).view_as(images)
             features = forward(images.requires_grad_())
-            return Probe(size[1:], visits, features, _last_seen(visits, head(features)))
+            return Probe(size[1:], visits, features, _last_layer_with_gradient(visits, head(features)))
     finally:
         for handle in handles:
             handle.remove()
@@ -206,7 +207,7 @@ def _own_image_sizes(model: Any) -> Iterator[tuple[int, int]]:
         yield grid[0] * model.patch_stride[0], grid[1] * model.patch_stride[1]
 
 
-def _last_seen(visits: list[Visit], output: Tensor) -> str | None:
+def _last_layer_with_gradient(visits: list[ModuleOutput], output: Tensor) -> str | None:
     """Name of the last visit whose locations have a gradient of a head's output."""
     # Different weights: the sum of a LayerNorm's output is constant.
     weights = torch.arange(1., output.numel() + 1, device=output.device).cos().to(output.dtype)

@@ -12,12 +12,12 @@ import torch
 from timm.models import CoaT, ConvNeXt, HighResolutionNet, MultiScaleVit, ResNet, Twins
 from torch import Tensor, nn
 
-from .architectures import has_raster_tokens, reason_for
+from .architectures import has_raster_tokens, why_unsupported_model
 from .layout import NCHW, NHWC, ImageSize, Layout, Stage, Tokens
 from .probe import (
     PROBE_ERRORS,
+    ModuleOutput,
     Probe,
-    Visit,
     eval_mode,
     hook_target,
     input_channels,
@@ -65,8 +65,8 @@ def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> tuple[S
     if not all(hasattr(type(model), m) for m in ('forward_features', 'forward_head', 'reset_classifier')):
         raise ValueError(f'{kind} is no timm classification model: it lacks forward_features, forward_head or '
                          'reset_classifier.')
-    if reason_for(model):
-        raise ValueError(f'{kind} takes no CA-Stream: {reason_for(model)}.')
+    if why_unsupported_model(model):
+        raise ValueError(f'{kind} takes no CA-Stream: {why_unsupported_model(model)}.')
     if not isinstance(names, (list, tuple, type(None))):
         raise ValueError(f'stream_stages {names!r} is no list of module names, for example {_default_names(model)}.')
     chosen = _default_names(model) if names is None else list(names)
@@ -81,11 +81,11 @@ def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> tuple[S
         visits = list(probe.visits)
         if names is None:
             last_name = chosen[-1] if chosen else POOLED
-            visits = [visit for visit in visits if visit.name != last_name and not visit.problem(model)]
+            visits = [visit for visit in visits if visit.name != last_name and not visit.unusable_because(model)]
         else:
             for visit in visits:
-                if visit.problem(model):
-                    raise ValueError(visit.problem(model))
+                if visit.unusable_because(model):
+                    raise ValueError(visit.unusable_because(model))
             if [v.name for v in visits] != chosen:
                 raise ValueError(f'stream_stages {chosen} must be modules that {kind} runs once, before its head, and '
                                  f'in the order in which it runs them: {[v.name for v in visits]}.')
@@ -111,14 +111,14 @@ def find_stage(model: nn.Module, name: str) -> Stage:
         probe = run_probe(model, [name])
         if not probe.visits:
             names = _default_names(model) or [child for child, _ in model.named_modules() if child]
-            valid = [visit.name for visit in run_probe(model, names).visits if not visit.problem(model, False)]
+            valid = [visit.name for visit in run_probe(model, names).visits if not visit.unusable_because(model, False)]
             example = f', for example {valid[-1]!r}' if valid else ''
             raise ValueError(f'layer {name!r} of {kind} runs after the pooling or not at all: name a module that runs '
                              f'once before it{example}.')
         if len(probe.visits) != 1:
             raise ValueError(f'layer {name!r} of {kind} runs {len(probe.visits)} times before the pooling: name a '
                              'module that runs once.')
-        problem = probe.visits[0].problem(model, in_place=False)
+        problem = probe.visits[0].unusable_because(model, in_place=False)
         if problem:
             raise ValueError(problem)
         return _stage(model, probe, probe.visits[0])
@@ -157,7 +157,7 @@ def cam_layer(model: nn.Module) -> str | None:
     names = _last_blocks(model)
     with eval_mode(model):
         probe = run_probe(model, names, lambda features: head(features, pre_logits=True))
-    return probe.last_seen or (names[-2] if len(names) > 1 else None)  # the meta device has no gradients
+    return probe.last_layer_with_gradient or (names[-2] if len(names) > 1 else None)  # the meta device has no gradients
 
 
 def head_pooling(model: nn.Module, pooled: Stage, head: Callable[..., Tensor]) -> str | None:
@@ -185,7 +185,7 @@ def head_pooling(model: nn.Module, pooled: Stage, head: Callable[..., Tensor]) -
         features = features.to(**placement(model))
         mean, peak = features.mean((2, 3)), features.amax((2, 3))
         prefix = -peak
-        output = head(layout.pack(features, prefix), pre_logits=True)
+        output = head(layout.from_nchw(features, prefix), pre_logits=True)
         if output.is_meta:
             return 'token' if getattr(model, 'global_pool', None) == 'token' else 'avg'
         alike = [
@@ -196,7 +196,7 @@ def head_pooling(model: nn.Module, pooled: Stage, head: Callable[..., Tensor]) -
         if isinstance(layout, Tokens) and layout.num_prefix:
             count = layout.num_prefix
             alike += [
-                ('token', layout.pack(features.roll(1, 1), prefix)),  # other channels: a norm may undo a shift
+                ('token', layout.from_nchw(features.roll(1, 1), prefix)),  # other channels: a norm may undo a shift
                 ('tokens', pooled.one_location((9 * mean + count * prefix) / (9 + count))),
             ]
         tolerance = 1e-4 if output.dtype in (torch.float32, torch.float64) else 2e-2
@@ -276,7 +276,7 @@ def _check_names(model: nn.Module, names: list[str]) -> None:
 
 
 def _pooled_stage(model: nn.Module, probe: Probe) -> Stage:
-    visit = Visit(POOLED, probe.features)
+    visit = ModuleOutput(POOLED, probe.features)
     if visit.features is None or visit.item is not None:
         raise ValueError(f'{type(model).__name__} pools no feature map: its forward_features gives '
                          f'{shape_text(probe.features)}, a CA-Stream needs (B, D, H, W), (B, H, W, D) or patch tokens '
@@ -284,14 +284,14 @@ def _pooled_stage(model: nn.Module, probe: Probe) -> Stage:
     return _stage(model, probe, visit)
 
 
-def _stage(model: nn.Module, probe: Probe, visit: Visit) -> Stage:
-    assert visit.features is not None  # problem() comes first
+def _stage(model: nn.Module, probe: Probe, visit: ModuleOutput) -> Stage:
+    assert visit.features is not None  # unusable_because() comes first
     find = _map_layout if visit.features.ndim == 4 else _token_layout
     layout = find(model, probe, visit)
-    return Stage(visit.name, layout.view(visit.features).shape[1], layout)
+    return Stage(visit.name, layout.to_nchw(visit.features).shape[1], layout)
 
 
-def _map_layout(model: nn.Module, probe: Probe, visit: Visit) -> Layout:
+def _map_layout(model: nn.Module, probe: Probe, visit: ModuleOutput) -> Layout:
     """Whether the channels of a map come before its locations or after them.
 
     Locations follow the sides of the image. Where both readings do, a second image of twice the size tells: its map has
@@ -312,7 +312,7 @@ def _map_layout(model: nn.Module, probe: Probe, visit: Visit) -> Layout:
     return NCHW() if first and not last else NHWC()
 
 
-def _token_layout(model: nn.Module, probe: Probe, visit: Visit) -> Layout:
+def _token_layout(model: nn.Module, probe: Probe, visit: ModuleOutput) -> Layout:
     """Prefix tokens and stride of patch tokens.
 
     The number of tokens is P + H * W for a stride that timm gives in `feature_info`, or else for a square patch.

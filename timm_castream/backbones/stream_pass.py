@@ -1,4 +1,4 @@
-"""Takes the query of a stream through the stages while the backbone runs: a frame a forward, a hook a stage."""
+"""Takes the query of a stream through the stages while the backbone runs: a `StreamPass` a forward, a hook a stage."""
 from __future__ import annotations
 
 import threading
@@ -11,7 +11,7 @@ from ..stream import CAStream
 from .layout import ImageSize, Stage
 
 
-class Frame:
+class StreamPass:
     """The state of one call of `forward_features`; gone when the call returns.
 
     Args:
@@ -52,29 +52,29 @@ class Frame:
             self._step(self.query, stage, features)
 
     def _step(self, query: Tensor, stage: Stage, features: Tensor) -> None:
-        view = stage.view(features, self.image_size)
+        view = stage.to_nchw(features, self.image_size)
         self.query = self.stream.step(self.visited, query, view, self.attention)
         self.visited += 1
 
 
 class _OpenFrame(threading.local):
-    """The frame of this thread. At module level: a module that holds it could be neither copied nor pickled."""
+    """The pass of this thread. At module level: a module that holds it could be neither copied nor pickled."""
 
     def __init__(self) -> None:
         # Set here and not as a class default, which torch.compile's guards fail on.
-        self.frame: Frame | None = None
+        self.stream_pass: StreamPass | None = None
 
 
 _open = _OpenFrame()
 
 
-def call_in_frame(frame: Frame | None, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls `forward` with this frame open, or with none open even where a model calls another one half way."""
-    outer, _open.frame = _open.frame, frame
+def run_with(stream_pass: StreamPass | None, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls `forward` with this pass open, or with none open even where a model calls another one half way."""
+    outer, _open.stream_pass = _open.stream_pass, stream_pass
     try:
         return forward(*args, **kwargs)
     finally:
-        _open.frame = outer
+        _open.stream_pass = outer
 
 
 class StageHook:
@@ -84,6 +84,6 @@ class StageHook:
         self.stage = stage
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        frame = _open.frame
-        if frame is not None:
-            frame.visit(self.stage, output)
+        stream_pass = _open.stream_pass
+        if stream_pass is not None:
+            stream_pass.visit(self.stage, output)

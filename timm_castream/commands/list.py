@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 
-from ..backbones.architectures import no_model
+from ..backbones.architectures import unknown_name_message
 
 EXAMPLE = "castream list 'resnet*' --parameters"
 
@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     names = [name for name in timm.list_models([args.filter, f'{args.filter}_castream']) if name.endswith('_castream')]
     if not names:
-        raise ValueError(no_model(args.filter))
+        raise ValueError(unknown_name_message(args.filter))
     if not args.parameters:
         print('\n'.join(names))
         return 0

@@ -18,7 +18,7 @@ from ..attach import POOLINGS
 from ..attribution.methods import METHODS
 from ..attribution.user_methods import UserMethod
 from ..hub.load import open_model
-from ..inference.predictor import Network
+from ..inference.predictor import Predictor
 from ..timm_scripts.arguments import ParseKwargs
 
 
@@ -110,7 +110,7 @@ def methods_from(args: argparse.Namespace, model: nn.Module) -> dict[str, UserMe
     """
     names = args.methods
     if names is None:
-        has_stream = Network(model).has_stream
+        has_stream = Predictor(model).has_stream
         names = () if args.maps else [name for name in args.default_methods
                                       if has_stream or 'stream' not in METHODS[name].needs]
     methods: dict[str, UserMethod] = {}

@@ -31,7 +31,7 @@ class Processes:
             return cls(distributed.get_rank(), distributed.get_world_size())
         return cls(0, 1)
 
-    def agree(self, ask: Callable[[], Any]) -> Any:
+    def on_main(self, ask: Callable[[], Any]) -> Any:
         """The result of `ask` in the first process, or its error, in all processes.
 
         Args:
@@ -52,7 +52,7 @@ class Processes:
             raise answer[0]
         return answer[0]
 
-    def everywhere(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """The values of all processes, in the order of their ranks."""
         values: list[Any] = [value] * self.count
         if self.count > 1:
@@ -61,7 +61,7 @@ class Processes:
 
     def check_same_weights(self, weights: str) -> None:
         """Raises in all processes unless they have equal models: a process without its checkpoint has other weights."""
-        if len(set(self.everywhere(weights))) > 1:
+        if len(set(self.all_gather(weights))) > 1:
             raise ValueError('The processes have models of different weights: load one checkpoint in all of them.')
 
 

@@ -20,7 +20,7 @@ from ..metrics.curves import blur, curve_setting, perturbation_curves
 from ..inference.images import resize_saliency
 from ..attribution.methods import Method
 from ..metrics.table import METRICS, Measurements
-from ..inference.predictor import Network
+from ..inference.predictor import Predictor
 
 TARGETS = ('truth', 'predicted')
 
@@ -48,7 +48,7 @@ class Protocol:
 
     def __init__(
             self,
-            network: Network,
+            network: Predictor,
             methods: Sequence[Method],
             metrics: Sequence[str],
             target: str = 'truth',

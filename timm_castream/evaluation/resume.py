@@ -19,7 +19,7 @@ _SETTINGS_OF_0_1: dict[str, Any] = {
     'metrics': ['average_drop', 'average_gain', 'average_increase', 'insertion', 'deletion']}
 # Settings that 0.1 did not write and that its evaluations may have had in any way: they go on with those of now.
 _UNKNOWN_IN_0_1 = ('images', 'architecture', 'input_size', 'transform', 'loader_normalisation', 'mean', 'std')
-_WORDS = 60  # characters of one value in an error
+_MAX_VALUE_CHARS = 60  # characters of one value in an error
 
 
 class Journal:
@@ -147,5 +147,5 @@ def _shown(settings: Mapping[str, Any], keys: list[str]) -> str:
     shown = []
     for key in keys[:3]:
         text = repr(settings.get(key))
-        shown.append(f'{key}={text if len(text) <= _WORDS else text[:_WORDS - 3] + "..."}')
+        shown.append(f'{key}={text if len(text) <= _MAX_VALUE_CHARS else text[:_MAX_VALUE_CHARS - 3] + "..."}')
     return ', '.join(shown) + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')

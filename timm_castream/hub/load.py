@@ -14,7 +14,7 @@ from timm.data import resolve_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from ..backbones.architectures import no_model
+from ..backbones.architectures import unknown_name_message
 from ..backbones.mixin import CAStreamMixin, castream_model
 from .download import read_architecture
 from .read import Weights, locate, read_checkpoint, read_file, read_timm_weights, timm_weights_name
@@ -84,7 +84,7 @@ def _check_name(name: str) -> None:
         if not Path(place, 'config.json').is_file():
             raise FileNotFoundError(f'The folder {place} has no config.json, so it holds no model.')
     elif not timm.is_model(name):
-        raise ValueError(no_model(name))
+        raise ValueError(unknown_name_message(name))
 
 
 def _create_model(name: str, **kwargs: Any) -> nn.Module:

@@ -15,14 +15,7 @@ from ..backbones.mixin import CAStreamMixin, castream_model
 from .download import WEIGHTS_NAME
 from .load import NOT_SAVED
 from .read import read_timm_weights
-from .stream_file import (
-    StreamHeader,
-    backbone_name,
-    fingerprint,
-    stream_state_dict,
-    weights_hash,
-    write_safetensors,
-)
+from .stream_file import StreamHeader, backbone_name, fingerprint, stream_state_dict, weights_hash, write_safetensors
 
 _POOLINGS = ('gap', 'ca')  # the other rows of an evaluation are differences
 

@@ -1,6 +1,6 @@
 """The network under explanation: any module that maps images to logits, with a CA-Stream or without.
 
-`Network` decides once, when it is made, everything that attributions, curves and metrics need alike: the poolings, the
+`Predictor` decides once what attributions, curves and metrics share: the poolings, the
 normalisation of the images, the activation, the batch size, the memory format and the layer.
 
 Letters: B images, N images of any number, C classes, H x W pixels.
@@ -27,7 +27,7 @@ from .images import default_batch_size, fast_memory_format, mask_normalised, nor
 from .probabilities import ACTIVATIONS, probabilities
 
 
-class Network:
+class Predictor:
     """A network with the settings of one explanation or evaluation.
 
     Args:

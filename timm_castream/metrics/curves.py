@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._utils.checks import check_class_indices, check_count, check_unit_range
 from ..inference.images import check_images, check_saliency, default_batch_size, resize_saliency
-from ..inference.predictor import Network
+from ..inference.predictor import Predictor
 
 
 class CurveSetting(NamedTuple):
@@ -73,7 +73,7 @@ def insertion_curve(
     check_images(x)
     chosen, step = _chosen_setting(x, setting, step, kernel_size, sigma)
     blurred = blur(x, chosen.kernel_size, chosen.sigma)
-    network = Network(model, activation=activation, batch_size=batch_size)
+    network = Predictor(model, activation=activation, batch_size=batch_size)
     return _target_curve(network, blurred, x, saliency, target, step)
 
 
@@ -97,7 +97,7 @@ def deletion_curve(
     check_images(x)
     _, step = _chosen_setting(x, setting, step)
     zeros = torch.zeros_like(x)
-    network = Network(model, activation=activation, batch_size=batch_size)
+    network = Predictor(model, activation=activation, batch_size=batch_size)
     return _target_curve(network, x, zeros, saliency, target, step)
 
 
@@ -247,7 +247,7 @@ def _chosen_setting(
 
 
 def _target_curve(
-        network: Network,
+        network: Predictor,
         start: Tensor,
         finish: Tensor,
         saliency: Tensor,

@@ -21,7 +21,7 @@ import timm
 import torch
 import yaml
 
-from ..backbones.architectures import no_model
+from ..backbones.architectures import unknown_name_message
 
 RECIPES = Path(str(files('train_wrappers') / 'recipes'))
 
@@ -155,7 +155,7 @@ def _check_there(args: Namespace) -> None:
     model, folder = args.model, getattr(args, 'data_dir', None) or getattr(args, 'data', None)
     # validate.py also takes a wildcard, a file of names, and `all`.
     if not (':' in model or timm.is_model(model) or timm.list_models(model) or Path(model).is_file() or model == 'all'):
-        raise ValueError(no_model(model))
+        raise ValueError(unknown_name_message(model))
     if hasattr(args, 'checkpoint') and not args.checkpoint and not args.pretrained and model.endswith('_castream'):
         # timm's validate.py would then look for published weights.
         raise ValueError('There are no weights to validate: name them with --checkpoint, or pass --pretrained for '
