@@ -6,6 +6,7 @@
 A bare forward is one of the plain backbone on NCHW images, in --dtype, in the fastest of several batch sizes. Weights
 and the maps of Score-CAM are drawn at random, so that no channel is constant on an image and none is skipped.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -107,7 +108,7 @@ class Comparison:
         batch_size = batch_size or self.bare_batch
         with torch.no_grad(), self.autocast():
             for start in range(0, forwards, batch_size):
-                self.network(self.images[:min(batch_size, forwards - start)])
+                self.network(self.images[: min(batch_size, forwards - start)])
 
     def _fastest_batch(self) -> int:
         calls = {str(size): lambda size=size: self.bare(128, size) for size in BATCH_SIZES}
@@ -121,7 +122,7 @@ class Comparison:
     def score_cam(self) -> dict[str, float]:
         """Score-CAM's weights: for one pooling, for both, and by the peer for one after the other."""
         case = self.case
-        x = self.x[:case.images]
+        x = self.x[: case.images]
         maps = torch.rand(len(x), min(case.masks, self.channels), 7, 7, device=self.device)
         targets = {p: torch.zeros(len(x), 1, dtype=torch.long, device=self.device) for p in POOLINGS}
         mean, std = normalisation(self.model, x)
@@ -162,7 +163,7 @@ class Comparison:
 
     def curves(self) -> dict[str, float]:
         """Insertion and Deletion of one map an image."""
-        x = self.x[:self.case.images]
+        x = self.x[: self.case.images]
         saliency, target = torch.rand(len(x), 7, 7, device=self.device), torch.zeros(len(x), dtype=torch.long)
         points = -(-self.case.size // 8) + 1
 
@@ -182,16 +183,20 @@ class Comparison:
             with torch.no_grad():
                 self.plain(x)
 
-        seconds = self.measure({
-            'bare': bare,
-            'one': lambda: attribute_all(self.model, x, methods, poolings=('gap',)),
-            'both': lambda: attribute_all(self.model, x, methods),
-            'grad_cam': lambda: attribute_all(self.model, x, ('grad_cam',)),
-            'every': lambda: attribute_all(self.model, x, every),
-        }, rounds=3 * self.rounds)
+        seconds = self.measure(
+            {
+                'bare': bare,
+                'one': lambda: attribute_all(self.model, x, methods, poolings=('gap',)),
+                'both': lambda: attribute_all(self.model, x, methods),
+                'grad_cam': lambda: attribute_all(self.model, x, ('grad_cam',)),
+                'every': lambda: attribute_all(self.model, x, every),
+            },
+            rounds=3 * self.rounds,
+        )
         return {
             f'All {len(every)} gradient methods, GAP and CA / Grad-CAM, GAP and CA': ratio(
-                seconds, 'every', 'grad_cam'),
+                seconds, 'every', 'grad_cam'
+            ),
             'Grad-CAM and Grad-CAM++, GAP / one bare forward': ratio(seconds, 'one', 'bare'),
             'Grad-CAM and Grad-CAM++, GAP and CA / one bare forward': ratio(seconds, 'both', 'bare'),
         }
@@ -201,10 +206,12 @@ class Comparison:
         x = self.x[:8]
         loader = DataLoader(TensorDataset(x, torch.zeros(len(x), dtype=torch.long)), len(x))
         methods, metrics = ('grad_cam', 'grad_cam_pp'), ('average_drop', 'average_gain', 'average_increase')
-        seconds = self.measure({
-            'bare': lambda: self.bare(len(x) * (2 + 2 * len(methods))),
-            'ours': lambda: evaluate(self.model, loader, methods, metrics=metrics, amp_dtype=self.amp_dtype),
-        })
+        seconds = self.measure(
+            {
+                'bare': lambda: self.bare(len(x) * (2 + 2 * len(methods))),
+                'ours': lambda: evaluate(self.model, loader, methods, metrics=metrics, amp_dtype=self.amp_dtype),
+            }
+        )
         return {
             'AD, AG and AI of two methods, GAP and CA / bare forwards': ratio(seconds, 'ours', 'bare'),
             'AD, AG and AI of two methods, GAP and CA: images/s': len(x) / statistics.median(seconds['ours']),
@@ -225,11 +232,17 @@ class Comparison:
             attribution(x, target)
             self.bare(2 * len(x))  # the images and the masked images
 
-        seconds = self.measure({
-            'captum': alone,
-            'ours': lambda: evaluate(
-                self.plain, loader, {'IG': attribution}, metrics=('average_drop', 'average_gain', 'average_increase')),
-        })
+        seconds = self.measure(
+            {
+                'captum': alone,
+                'ours': lambda: evaluate(
+                    self.plain,
+                    loader,
+                    {'IG': attribution},
+                    metrics=('average_drop', 'average_gain', 'average_increase'),
+                ),
+            }
+        )
         name = "AD, AG and AI of captum's Integrated Gradients / captum and the forwards"
         return {name: ratio(seconds, 'ours', 'captum')}
 
@@ -249,7 +262,8 @@ class Comparison:
 
         def ours() -> None:
             report = evaluate(
-                self.plain, loader, {'maps': maps.cpu().numpy()}, metrics=('average_drop', 'average_increase'))
+                self.plain, loader, {'maps': maps.cpu().numpy()}, metrics=('average_drop', 'average_increase')
+            )
             results['ours'] = tuple(report['gap', 'maps', name].value for name in report.metrics)
 
         def pytorch_grad_cam() -> None:
@@ -286,11 +300,13 @@ class Comparison:
 
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        seconds = self.measure({
-            'simple': simple,
-            'maps': lambda: box_accuracy_hits(maps, boxes),
-            'noise': lambda: box_accuracy_hits(noise, boxes),
-        })
+        seconds = self.measure(
+            {
+                'simple': simple,
+                'maps': lambda: box_accuracy_hits(maps, boxes),
+                'noise': lambda: box_accuracy_hits(noise, boxes),
+            }
+        )
         torch.set_num_threads(threads)
         per_map = {name: statistics.median(times) / len(x) for name, times in seconds.items()}
         return {
@@ -301,7 +317,7 @@ class Comparison:
 
     def protocol(self) -> dict[str, float]:
         """Everything that `castream evaluate` does, with all masks."""
-        x = self.x[:self.case.images]
+        x = self.x[: self.case.images]
         loader = DataLoader(TensorDataset(x, torch.zeros(len(x), dtype=torch.long)), len(x))
 
         def run(*poolings: str) -> None:
@@ -345,16 +361,24 @@ def main() -> None:
         case.masks, case.images = args.masks or case.masks, args.images or case.images
         compared = Comparison(name, case, args)
         columns[name] = (
-            compared.score_cam() | compared.curves() | compared.gradients() | compared.masked() | compared.callables()
-            | compared.localization())
+            compared.score_cam()
+            | compared.curves()
+            | compared.gradients()
+            | compared.masked()
+            | compared.callables()
+            | compared.localization()
+        )
         notes += [f'{name}, AD and AI of the same 8 Grad-CAM maps: {line}' for line in compared.peers_metrics()]
         if name in args.protocol:
             columns[name] |= compared.protocol()
         notes.append(
             f'{name}: {case.images} image(s) of {case.size} px, Score-CAM with {min(case.masks, compared.channels)} of '
-            f'{compared.channels} masks (the protocol with all), bare batches of {compared.bare_batch}')
-    print(f'{heading(args.seed, device)}, {args.dtype}{", compiled" if args.compile else ""}, '
-          f'medians of {args.rounds} rounds\n')
+            f'{compared.channels} masks (the protocol with all), bare batches of {compared.bare_batch}'
+        )
+    print(
+        f'{heading(args.seed, device)}, {args.dtype}{", compiled" if args.compile else ""}, '
+        f'medians of {args.rounds} rounds\n'
+    )
     print('| time | target | ' + ' | '.join(columns) + ' |\n| --- | --- |' + ' --- |' * len(columns))
     for row, target in TARGETS.items():
         cells = [f'{column[row]:.3g}' if row in column else '' for column in columns.values()]
@@ -367,8 +391,13 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', nargs='+', default=tuple(CASES), choices=tuple(CASES))
-    parser.add_argument('--protocol', nargs='*', default=('test_resnet', 'resnet18'), choices=tuple(CASES),
-                        help='models that the whole protocol is timed for, with all masks (default: %(default)s)')
+    parser.add_argument(
+        '--protocol',
+        nargs='*',
+        default=('test_resnet', 'resnet18'),
+        choices=tuple(CASES),
+        help='models that the whole protocol is timed for, with all masks (default: %(default)s)',
+    )
     parser.add_argument('--masks', type=int, help='channels of Score-CAM, if not those of a run of minutes on a CPU')
     parser.add_argument('--images', type=int, help='images, likewise')
     parser.add_argument('--rounds', type=int, default=5, help='measured rounds (default: %(default)s)')

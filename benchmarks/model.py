@@ -1,8 +1,9 @@
 """What a CA-Stream costs: forward, memory and training step over the plain backbone's, and import time over timm's.
 
-    python benchmarks/model.py
-    python benchmarks/model.py --device cuda --batch-size 256 --dtype bfloat16 --modes compiled
+python benchmarks/model.py
+python benchmarks/model.py --device cuda --batch-size 256 --dtype bfloat16 --modes compiled
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,8 +23,14 @@ from tqdm import tqdm
 import timm_castream
 
 # A convolutional network of two sizes, one with layer scale, one of (B, H, W, D), one of tokens, one of 100 blocks.
-MODELS = ('resnet50', 'resnet18', 'convnext_small', 'swin_tiny_patch4_window7_224', 'vit_small_patch16_224',
-          'vit_tiny_patch16_224:depth=100')
+MODELS = (
+    'resnet50',
+    'resnet18',
+    'convnext_small',
+    'swin_tiny_patch4_window7_224',
+    'vit_small_patch16_224',
+    'vit_tiny_patch16_224:depth=100',
+)
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 
 
@@ -32,25 +39,30 @@ def main() -> None:
     torch.manual_seed(args.seed)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     print(heading(args.seed, device) + f', batch {args.batch_size} at {args.image_size} px, {args.dtype}\n', flush=True)
-    print('| backbone | memory format | mode | forward / plain | training step / plain forward | activations / plain | '
-          'plain forward, ms |\n| --- | --- | --- | --- | --- | --- | --- |', flush=True)
+    print(
+        '| backbone | memory format | mode | forward / plain | training step / plain forward | activations / plain | '
+        'plain forward, ms |\n| --- | --- | --- | --- | --- | --- | --- |',
+        flush=True,
+    )
     cases = [(model, fmt, mode) for model in args.models for fmt in args.formats for mode in args.modes]
     for model, fmt, mode in tqdm(cases, disable=None):
         row = compare(model, FORMATS[fmt], mode == 'compiled', args, device, dtype)
         tqdm.write(f'| {model} | {fmt} | {mode} | ' + ' | '.join(row) + ' |')
     if not args.no_import:
         plain, plugin = import_seconds(args.import_rounds)
-        print(f'\nImport: timm {plain:.2f} s, timm_castream {plugin:.2f} s, {plugin - plain:+.2f} s '
-              f'(medians of {args.import_rounds} processes each, in turn)')
+        print(
+            f'\nImport: timm {plain:.2f} s, timm_castream {plugin:.2f} s, {plugin - plain:+.2f} s '
+            f'(medians of {args.import_rounds} processes each, in turn)'
+        )
 
 
 def compare(
-        name: str,
-        memory_format: torch.memory_format,
-        compiled: bool,
-        args: argparse.Namespace,
-        device: torch.device,
-        dtype: torch.dtype,
+    name: str,
+    memory_format: torch.memory_format,
+    compiled: bool,
+    args: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> list[str]:
     """One row: a backbone with and without its stream, in one memory format and mode."""
     name, *options = name.split(':')
@@ -81,8 +93,12 @@ def compare(
     seconds = interleave(calls, args.rounds, device)
     torch.compiler.reset()
     gc.collect()
-    return [f'{ratio(seconds, "stream", "plain"):.3f}', f'{ratio(seconds, "step", "plain"):.3f}', f'{memory:.3f}',
-            f'{statistics.median(seconds["plain"]) * 1e3:.0f}']
+    return [
+        f'{ratio(seconds, "stream", "plain"):.3f}',
+        f'{ratio(seconds, "step", "plain"):.3f}',
+        f'{memory:.3f}',
+        f'{statistics.median(seconds["plain"]) * 1e3:.0f}',
+    ]
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
@@ -117,8 +133,9 @@ def import_seconds(rounds: int) -> tuple[float, float]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--models', nargs='+', default=MODELS,
-                        help='backbones, as NAME or NAME:ARGUMENT=NUMBER (default: %(default)s)')
+    parser.add_argument(
+        '--models', nargs='+', default=MODELS, help='backbones, as NAME or NAME:ARGUMENT=NUMBER (default: %(default)s)'
+    )
     parser.add_argument('--formats', nargs='+', default=tuple(FORMATS), choices=tuple(FORMATS))
     parser.add_argument('--modes', nargs='+', default=('eager', 'compiled'), choices=('eager', 'compiled'))
     parser.add_argument('--device', default='cpu')

@@ -1,8 +1,9 @@
 """Attaches a stream to every network of timm that takes one, on the meta device, and writes the table of the docs.
 
-    python benchmarks/networks.py docs/networks.md
-    python benchmarks/networks.py /tmp/vit.md 'vit_*'
+python benchmarks/networks.py docs/networks.md
+python benchmarks/networks.py /tmp/vit.md 'vit_*'
 """
+
 from __future__ import annotations
 
 import argparse
@@ -70,8 +71,13 @@ def row_of(name: str) -> Row:
     timm_castream.attach(model)
     pooled = model.pooled_stage
     kind = head_pooling(model, pooled, model.forward_gap_head)
-    what = ('patch tokens' if isinstance(pooled.layout, Tokens)
-            else 'a map (B, H, W, D)' if isinstance(pooled.layout, NHWC) else 'a map (B, D, H, W)')
+    what = (
+        'patch tokens'
+        if isinstance(pooled.layout, Tokens)
+        else 'a map (B, H, W, D)'
+        if isinstance(pooled.layout, NHWC)
+        else 'a map (B, D, H, W)'
+    )
     pooling = 'class token' if kind == 'token' else f'average of {what}'
     row = Row(name, pooling, model.castream_stages, sum(p.numel() for p in model.castream.parameters()))
     timm_castream.detach(model)
@@ -92,8 +98,7 @@ def page(rows: Iterable[Row]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('output', type=Path, help='the Markdown file to write')
     parser.add_argument('filter', nargs='?', default='*', help='as for timm.list_models (default: all)')
     return parser.parse_args()

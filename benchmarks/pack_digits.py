@@ -5,6 +5,7 @@
 
 Matrices are rounded to float16, which halves the file. Prints the accuracy on 2,000 validation images.
 """
+
 from __future__ import annotations
 
 import json
@@ -28,8 +29,7 @@ def main(demo_output: str) -> None:
     source = Path(demo_output, 'model')
     config = json.loads((source / 'config.json').read_text(encoding='utf-8'))
     names = DigitScenes.classes
-    config['pretrained_cfg'] |= {
-        'label_names': names, 'label_descriptions': {name: f'digit {name}' for name in names}}
+    config['pretrained_cfg'] |= {'label_names': names, 'label_descriptions': {name: f'digit {name}' for name in names}}
     model: Any = open_model(f'local-dir:{source}', pretrained=True)
     for value in model.state_dict().values():
         if value.ndim > 1:

@@ -1,4 +1,5 @@
 """Side by side timing: what is compared runs in turn, in one process, so that the machine's drift meets all alike."""
+
 from __future__ import annotations
 
 import os
@@ -13,10 +14,7 @@ import torch
 
 
 def interleave(
-        calls: Mapping[str, Callable[[], object]],
-        rounds: int,
-        device: torch.device,
-        warmup: int = 2,
+    calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 2
 ) -> dict[str, list[float]]:
     """Times every call once a round, in an order that turns round by round.
 
@@ -29,6 +27,7 @@ def interleave(
     Returns:
         Seconds of each round, by name.
     """
+
     def wait() -> None:
         if device.type == 'cuda':
             torch.cuda.synchronize(device)
@@ -36,7 +35,7 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for i in range(warmup + rounds):
-        for name in names[i % len(names):] + names[:i % len(names)]:
+        for name in names[i % len(names) :] + names[: i % len(names)]:
             wait()
             start = time.perf_counter()
             calls[name]()
@@ -58,5 +57,7 @@ def heading(seed: int, device: torch.device) -> str:
     else:
         machine = f'{torch.get_num_threads()} threads on {os.cpu_count()} {platform.machine()} cores'
     command = ' '.join(['python', *sys.argv])
-    return (f'`{command}`: {machine}, torch {torch.__version__}, timm {timm.__version__}, Python '
-            f'{platform.python_version()}, seed {seed}')
+    return (
+        f'`{command}`: {machine}, torch {torch.__version__}, timm {timm.__version__}, Python '
+        f'{platform.python_version()}, seed {seed}'
+    )

@@ -14,6 +14,7 @@ has no statistics, and both ways are one.
 Memory is the peak beyond weights, momentum and images. That of a step is set against the bare forward's, plus the stage
 maps that backward reads, plus the stream's gradients. Hours on 8 accelerators are an eighth: communication is left out.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -37,11 +38,17 @@ def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
-    print(heading(args.seed, device) + f', batch {args.batch_size} at {args.image_size} px, {args.dtype}, '
-          f'{"compiled" if args.compile else "eager"}\n', flush=True)
-    print("| backbone | images/s, frozen step | over the bare forward | over the authors' way | memory / (inference + "
-          "stream) | the authors' / ours | hours of 90 ImageNet epochs, 1 / 8 |\n| --- | --- | --- | --- | --- | --- | "
-          '--- |', flush=True)
+    print(
+        heading(args.seed, device) + f', batch {args.batch_size} at {args.image_size} px, {args.dtype}, '
+        f'{"compiled" if args.compile else "eager"}\n',
+        flush=True,
+    )
+    print(
+        "| backbone | images/s, frozen step | over the bare forward | over the authors' way | memory / (inference + "
+        "stream) | the authors' / ours | hours of 90 ImageNet epochs, 1 / 8 |\n| --- | --- | --- | --- | --- | --- | "
+        '--- |',
+        flush=True,
+    )
     for name in args.models:
         print(f'| {name} | ' + ' | '.join(compare(name, args, device)) + ' |', flush=True)
 
@@ -50,8 +57,10 @@ def compare(name: str, args: argparse.Namespace, device: torch.device) -> list[s
     """One row: a backbone, its bare forward, and two ways to train a stream beside it."""
     dtype = getattr(torch, args.dtype)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    models = {kind: timm.create_model(f'{name}_castream').to(device, memory_format=memory_format)
-              for kind in ('frozen', 'authors')}
+    models = {
+        kind: timm.create_model(f'{name}_castream').to(device, memory_format=memory_format)
+        for kind in ('frozen', 'authors')
+    }
     plain = timm.create_model(name).to(device, memory_format=memory_format).eval()
     x = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device)
     x = x.contiguous(memory_format=memory_format)
@@ -62,7 +71,8 @@ def compare(name: str, args: argparse.Namespace, device: torch.device) -> list[s
         parameter.requires_grad_(parameter_name.startswith('castream.'))
     models['authors'].train()
     stream_bytes = stage_bytes(models['frozen'], x, dtype) + sum(
-        p.numel() * p.element_size() for p in models['frozen'].castream.parameters())
+        p.numel() * p.element_size() for p in models['frozen'].castream.parameters()
+    )
     if args.compile:
         plain = torch.compile(plain)
 

@@ -1,4 +1,5 @@
 """MkDocs hook: writes formulas as MathML, which browsers draw without a script. GitHub draws the same source."""
+
 from __future__ import annotations
 
 import re
@@ -12,6 +13,7 @@ INLINE = re.compile(r'\$`(.+?)`\$')
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """Replaces ```` ```math ```` blocks and ``$`...`$``."""
+
     def block(match: re.Match[str]) -> str:
         return f'{match[1]}<div class="formula">{convert(match[2].strip(), display="block")}</div>'
 

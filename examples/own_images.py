@@ -43,10 +43,19 @@ config = resolve_model_data_config(model, {'img_size': IMAGE_SIZE})
 
 def load(dataset, is_training):
     return create_loader(
-        dataset, config['input_size'], batch_size=16, is_training=is_training,
-        mean=config['mean'], std=config['std'], interpolation=config['interpolation'],
-        crop_pct=config['crop_pct'], num_workers=2, persistent_workers=False,
-        use_prefetcher=False, device=torch.device(DEVICE))
+        dataset,
+        config['input_size'],
+        batch_size=16,
+        is_training=is_training,
+        mean=config['mean'],
+        std=config['std'],
+        interpolation=config['interpolation'],
+        crop_pct=config['crop_pct'],
+        num_workers=2,
+        persistent_workers=False,
+        use_prefetcher=False,
+        device=torch.device(DEVICE),
+    )
 
 
 def train(parameters, learning_rate, title):
@@ -54,7 +63,7 @@ def train(parameters, learning_rate, title):
     loader = load(training_set, is_training=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(loader))
     for epoch in range(EPOCHS):
-        total = 0.
+        total = 0.0
         for x, labels in loader:
             loss = cross_entropy(model(x.to(DEVICE)), labels.to(DEVICE))
             optimizer.zero_grad()
@@ -90,8 +99,12 @@ model.eval()
 
 # %% Both poolings are measured on the validation images
 report = evaluate(
-    model, load(validation_set, is_training=False), ('attention', 'grad_cam', 'random'),
-    metrics=('average_drop', 'average_gain', 'average_increase'), progress=True)
+    model,
+    load(validation_set, is_training=False),
+    ('attention', 'grad_cam', 'random'),
+    metrics=('average_drop', 'average_gain', 'average_increase'),
+    progress=True,
+)
 print(report)
 print('CA - GAP of Average Gain with Grad-CAM:', report.difference('grad_cam', 'average_gain'))
 

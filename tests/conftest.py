@@ -1,4 +1,5 @@
 """Small models, with weights under which a stream's attention matters."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -12,12 +13,18 @@ from torch import Tensor, nn
 import timm_castream
 
 SWIN = 'swin_tiny_patch4_window7_224'
-SWIN_ARGS = {'embed_dim': 8, 'depths': (1, 1, 1, 1), 'num_heads': (1, 1, 2, 2), 'img_size': 64, 'window_size': 2,
-             'drop_path_rate': 0.}
+SWIN_ARGS = {
+    'embed_dim': 8,
+    'depths': (1, 1, 1, 1),
+    'num_heads': (1, 1, 2, 2),
+    'img_size': 64,
+    'window_size': 2,
+    'drop_path_rate': 0.0,
+}
 
 
 @torch.no_grad()
-def sharpen(model: nn.Module, size: tuple[int, int, int] = (3, 64, 64), spread: float = 3.) -> nn.Module:
+def sharpen(model: nn.Module, size: tuple[int, int, int] = (3, 64, 64), spread: float = 3.0) -> nn.Module:
     """Scales q_0 and every W_l until a block's attention logits spread by `spread`; moves normalisation off its start.
 
     Freshly drawn streams attend almost uniformly and their logits hardly depend on q_0, ResNet's residual branches
@@ -39,12 +46,12 @@ def sharpen(model: nn.Module, size: tuple[int, int, int] = (3, 64, 64), spread: 
 
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)):
-            draw(module.weight, .5, 1.5)
-            draw(module.bias, -.3, .3)
+            draw(module.weight, 0.5, 1.5)
+            draw(module.bias, -0.3, 0.3)
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            draw(module.running_mean, -.2, .2)
-            draw(module.running_var, .5, 1.5)
-        draw(getattr(module, 'gamma', None), .5, 1.5)
+            draw(module.running_mean, -0.2, 0.2)
+            draw(module.running_var, 0.5, 1.5)
+        draw(getattr(module, 'gamma', None), 0.5, 1.5)
 
     blocks = model.castream.blocks
     sources = [[model.castream.cls_token], *([block.proj.weight, block.proj.bias] for block in blocks)]

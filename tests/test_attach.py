@@ -1,4 +1,5 @@
 """What a stream computes beside a network, and how it is attached and detached."""
+
 from __future__ import annotations
 
 import pytest
@@ -20,7 +21,7 @@ def test_logits_are_the_head_of_the_last_query_of_equation_10(name, args, make_m
     query, _ = equation_10(model.castream, maps, first_query(model))
     with torch.no_grad():
         torch.testing.assert_close(model(x), apply_head(model, name, query), rtol=1e-3, atol=1e-4)
-        assert not torch.allclose(model(x), apply_head(model, name, maps[-1].mean((2, 3))), rtol=.05, atol=.05)
+        assert not torch.allclose(model(x), apply_head(model, name, maps[-1].mean((2, 3))), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize('name', BACKBONES)
@@ -56,16 +57,22 @@ def logits_under(model: nn.Module, x: Tensor, mode: str) -> Tensor:
 
 
 @pytest.mark.parametrize('name', [*(name for name in BACKBONES if name != 'test_vit'), 'test_vit2'])
-@pytest.mark.parametrize('args', [
-    *({'stream_start': start} for start in range(4)),
-    {'stream_block': 'proj_ca', 'stream_heads': 2}, {'stream_heads': 4}, {'stream_bias': False, 'stream_heads': 2},
-    {'stream_class_specific': True}])
+@pytest.mark.parametrize(
+    'args',
+    [
+        *({'stream_start': start} for start in range(4)),
+        {'stream_block': 'proj_ca', 'stream_heads': 2},
+        {'stream_heads': 4},
+        {'stream_bias': False, 'stream_heads': 2},
+        {'stream_class_specific': True},
+    ],
+)
 def test_a_stream_with_the_gap_initialisation_gives_the_logits_of_gap(name, args, x):
     model = attach(make_backbone(name), stream_init='gap', **args)
     gap = logits_under(model, x, 'gap')
     assert (logits_under(model, x, 'ca') - gap).abs().max() <= 1e-5 * gap.abs().max()
     paper = attach(make_backbone(name), **args)
-    assert (logits_under(paper, x, 'ca') - gap).abs().max() > .01 * gap.abs().max()  # else this shows nothing
+    assert (logits_under(paper, x, 'ca') - gap).abs().max() > 0.01 * gap.abs().max()  # else this shows nothing
 
 
 def test_a_stream_of_one_block_with_the_gap_initialisation_gives_the_logits_of_gap(x):
@@ -76,10 +83,14 @@ def test_a_stream_of_one_block_with_the_gap_initialisation_gives_the_logits_of_g
         assert (logits_under(model, x, 'ca') - gap).abs().max() <= 1e-5 * gap.abs().max()
 
 
-@pytest.mark.parametrize('name, pool, clause', [
-    ('test_resnet', 'max', 'this ResNet pools by maximum'),
-    ('test_resnet', 'avgmax', 'this ResNet pools by average and maximum'),
-    ('test_vit', 'token', 'this VisionTransformer pools by its class token')])
+@pytest.mark.parametrize(
+    'name, pool, clause',
+    [
+        ('test_resnet', 'max', 'this ResNet pools by maximum'),
+        ('test_resnet', 'avgmax', 'this ResNet pools by average and maximum'),
+        ('test_vit', 'token', 'this VisionTransformer pools by its class token'),
+    ],
+)
 def test_the_gap_initialisation_is_refused_where_the_head_does_not_average(name, pool, clause):
     model = make_backbone(name, global_pool=pool)
     before = snapshot(model)
@@ -111,7 +122,7 @@ def test_pooling_gap_is_the_plain_network_to_the_bit(name, make_model, x):
     with pooling(model, 'gap'):
         assert torch.equal(model(x), plain(x))
         assert torch.equal(model.forward_features(x), plain.forward_features(x))
-    assert not torch.allclose(model(x), plain(x), rtol=.01, atol=.01)
+    assert not torch.allclose(model(x), plain(x), rtol=0.01, atol=0.01)
 
 
 def test_pooling_nests_and_is_undone_after_an_exception(make_model, x):
@@ -166,35 +177,48 @@ def test_attach_to_a_training_model_moves_nothing():
 
 
 def test_castream_config_makes_an_equal_stream(make_model):
-    args = {'stream_start': 1, 'stream_block': 'proj_ca', 'stream_heads': 2, 'stream_drop': .1, 'stream_bias': False,
-            'stream_init': 'gap', 'stream_stages': ['layer1', 'layer2', 'layer4'], 'stream_class_specific': True}
+    args = {
+        'stream_start': 1,
+        'stream_block': 'proj_ca',
+        'stream_heads': 2,
+        'stream_drop': 0.1,
+        'stream_bias': False,
+        'stream_init': 'gap',
+        'stream_stages': ['layer1', 'layer2', 'layer4'],
+        'stream_class_specific': True,
+    }
     model = make_model('test_resnet', **args)
     assert model.castream_config == args
     twin = attach(make_backbone('test_resnet'), **model.castream_config)
     assert twin.castream_stages == model.castream_stages == ('layer2', 'layer4')
     assert {k: v.shape for k, v in twin.castream.state_dict().items()} == {
-        k: v.shape for k, v in model.castream.state_dict().items()}
+        k: v.shape for k, v in model.castream.state_dict().items()
+    }
     model.castream_config['stream_start'] = 5
     assert model.castream_config == args
 
 
 def test_a_model_that_timm_does_not_register_takes_a_stream(x):
     from timm.models.resnet import BasicBlock
+
     model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3, channels=(8, 16, 24, 32))
     sharpen(attach(model))
     query, _ = equation_10(model.castream, stage_maps(model.eval(), 'test_resnet', x), first_query(model))
     torch.testing.assert_close(model(x), apply_head(model, 'test_resnet', query), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize('name, args, side', [
-    ('mobilenetv3_small_050', {}, 64),
-    ('regnetx_002', {}, 64),
-    ('densenet121', {'growth_rate': 4, 'block_config': (1, 1, 1, 1)}, 64),
-    ('test_nfnet', {}, 64),
-    ('test_byobnet', {}, 64),
-    ('tresnet_m', {'layers': (1, 1, 1, 1), 'width_factor': .25}, 64),  # its first convolution has 48 channels
-    ('inception_v3', {}, 128),  # takes no images of 64 pixels
-])
+@pytest.mark.parametrize(
+    'name, args, side',
+    [
+        ('mobilenetv3_small_050', {}, 64),
+        ('regnetx_002', {}, 64),
+        ('densenet121', {'growth_rate': 4, 'block_config': (1, 1, 1, 1)}, 64),
+        ('test_nfnet', {}, 64),
+        ('test_byobnet', {}, 64),
+        ('tresnet_m', {'layers': (1, 1, 1, 1), 'width_factor': 0.25}, 64),  # its first convolution has 48 channels
+        ('inception_v3', {}, 128),  # takes no images of 64 pixels
+    ],
+)
 def test_other_families_that_pool_a_map_take_a_stream(name, args, side, make_model):
     model = make_model(name, backbone=args, side=side)
     image = torch.randn(2, 3, side, side)
@@ -224,22 +248,32 @@ def test_attaching_caches_nothing_of_the_weights_that_it_saw(x):
     model, plain = attach(make_backbone('tiny_vit_5m_224', **args)), make_backbone('tiny_vit_5m_224', **args)
     for key, parameter in plain.named_parameters():
         if key.endswith('attention_biases'):
-            nn.init.normal_(parameter, std=3.)
+            nn.init.normal_(parameter, std=3.0)
     model.load_state_dict(plain.state_dict(), strict=False)
     with pooling(model, 'gap'):
         assert torch.equal(model(x), plain(x))
 
 
-@pytest.mark.parametrize('name, args, message', [
-    ('vgg11', {'mlp_ratio': .01}, 'VGG takes no CA-Stream: layers stand between its last feature map and its pooling'),
-    ('efficientvit_b0', {}, 'EfficientVit takes no CA-Stream: layers stand between'),
-    ('pit_ti_224', {}, 'PoolingVisionTransformer takes no CA-Stream: it drops the patch tokens'),
-    ('crossvit_9_240', {}, 'CrossVit takes no CA-Stream: it has two branches'),
-    ('test_vit3', {}, 'VisionTransformer takes no CA-Stream: it has an attention pooling of its own'),
-    ('coat_mini', {'embed_dims': (8, 8, 8, 8), 'serial_depths': (1, 1, 1, 1), 'parallel_depth': 1},
-     'CoaT pools no feature map: its forward_features gives list'),
-    ('test_resnet', {'global_pool': 'catavgmax'}, 'ResNet does not pool .* so a CA-Stream cannot take that place'),
-])
+@pytest.mark.parametrize(
+    'name, args, message',
+    [
+        (
+            'vgg11',
+            {'mlp_ratio': 0.01},
+            'VGG takes no CA-Stream: layers stand between its last feature map and its pooling',
+        ),
+        ('efficientvit_b0', {}, 'EfficientVit takes no CA-Stream: layers stand between'),
+        ('pit_ti_224', {}, 'PoolingVisionTransformer takes no CA-Stream: it drops the patch tokens'),
+        ('crossvit_9_240', {}, 'CrossVit takes no CA-Stream: it has two branches'),
+        ('test_vit3', {}, 'VisionTransformer takes no CA-Stream: it has an attention pooling of its own'),
+        (
+            'coat_mini',
+            {'embed_dims': (8, 8, 8, 8), 'serial_depths': (1, 1, 1, 1), 'parallel_depth': 1},
+            'CoaT pools no feature map: its forward_features gives list',
+        ),
+        ('test_resnet', {'global_pool': 'catavgmax'}, 'ResNet does not pool .* so a CA-Stream cannot take that place'),
+    ],
+)
 def test_a_network_that_pools_no_map_is_refused_in_one_sentence_and_left_alone(name, args, message):
     model = make_backbone(name, **args).train()
     before = snapshot(model)
@@ -279,33 +313,36 @@ def test_a_module_that_is_no_timm_model_is_refused():
         attach(compiled)
 
 
-@pytest.mark.parametrize('args, message', [
-    ({'stream_start': 5}, 'stream_start 5 .* 0 to 4 .*maxpool, layer1, layer2, layer3, layer4'),
-    ({'stream_start': -1}, 'stream_start -1 .* 0 to 4'),
-    ({'stream_start': 1.}, 'stream_start 1.0 .* 0 to 4'),
-    ({'stream_start': True}, 'stream_start True .* 0 to 4'),
-    ({'stream_stages': ['layer1', 'layer9']}, "'layer9' .* maxpool, layer1, layer2, layer3, layer4"),
-    ({'stream_stages': ['']}, "'' in stream_stages .* maxpool"),
-    ({'stream_stages': []}, r'stream_stages \[\] .*maxpool'),
-    ({'stream_stages': 'layer1'}, "stream_stages 'layer1' .*maxpool"),
-    ({'stream_stages': 3}, 'stream_stages 3 .*maxpool'),
-    ({'stream_stages': ['layer2', 'layer1']}, r"order in which .*\['layer1', 'layer2'\]"),
-    ({'stream_stages': ['layer1', 'layer1.1', 'layer2']}, 'layer1.1'),
-    ({'stream_stages': ['layer1', 'layer1']}, 'different stages'),
-    ({'stream_stages': ['layer1', 'fc']}, r"before its head.*\['layer1'\]"),
-    ({'stream_stages': ['bn1', 'layer1']}, 'bn1 is changed in place'),
-    ({'stream_block': 'proj'}, "stream_block 'proj' .*'ca', 'proj_ca'"),
-    ({'stream_heads': 5}, 'stream_heads 5 .* 32 channels'),
-    ({'stream_heads': 0}, '^stream_heads must be a positive int, got 0'),
-    ({'stream_drop': 2.}, 'stream_drop 2.0 .*0 to 1'),
-    ({'stream_drop': 'a'}, "stream_drop 'a' .*0 to 1"),
-    ({'stream_class_specific': 'false'}, "stream_class_specific must be True or False, got 'false'"),
-    ({'stream_bias': 'x'}, "stream_bias must be True or False, got 'x'"),
-    ({'freeze_backbone': 'false'}, "freeze_backbone must be True or False, got 'false'"),
-    ({'backbone_pretrained': 'true'}, "backbone_pretrained .* got 'true': write True"),
-    ({'stream_init': 'zero'}, "stream_init 'zero' .*'paper', 'gap'"),
-    ({'backbone_pretrained': 'nosuch'}, "'nosuch' is no tag of test_resnet, valid ones: r160_in1k"),
-])
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        ({'stream_start': 5}, 'stream_start 5 .* 0 to 4 .*maxpool, layer1, layer2, layer3, layer4'),
+        ({'stream_start': -1}, 'stream_start -1 .* 0 to 4'),
+        ({'stream_start': 1.0}, 'stream_start 1.0 .* 0 to 4'),
+        ({'stream_start': True}, 'stream_start True .* 0 to 4'),
+        ({'stream_stages': ['layer1', 'layer9']}, "'layer9' .* maxpool, layer1, layer2, layer3, layer4"),
+        ({'stream_stages': ['']}, "'' in stream_stages .* maxpool"),
+        ({'stream_stages': []}, r'stream_stages \[\] .*maxpool'),
+        ({'stream_stages': 'layer1'}, "stream_stages 'layer1' .*maxpool"),
+        ({'stream_stages': 3}, 'stream_stages 3 .*maxpool'),
+        ({'stream_stages': ['layer2', 'layer1']}, r"order in which .*\['layer1', 'layer2'\]"),
+        ({'stream_stages': ['layer1', 'layer1.1', 'layer2']}, 'layer1.1'),
+        ({'stream_stages': ['layer1', 'layer1']}, 'different stages'),
+        ({'stream_stages': ['layer1', 'fc']}, r"before its head.*\['layer1'\]"),
+        ({'stream_stages': ['bn1', 'layer1']}, 'bn1 is changed in place'),
+        ({'stream_block': 'proj'}, "stream_block 'proj' .*'ca', 'proj_ca'"),
+        ({'stream_heads': 5}, 'stream_heads 5 .* 32 channels'),
+        ({'stream_heads': 0}, '^stream_heads must be a positive int, got 0'),
+        ({'stream_drop': 2.0}, 'stream_drop 2.0 .*0 to 1'),
+        ({'stream_drop': 'a'}, "stream_drop 'a' .*0 to 1"),
+        ({'stream_class_specific': 'false'}, "stream_class_specific must be True or False, got 'false'"),
+        ({'stream_bias': 'x'}, "stream_bias must be True or False, got 'x'"),
+        ({'freeze_backbone': 'false'}, "freeze_backbone must be True or False, got 'false'"),
+        ({'backbone_pretrained': 'true'}, "backbone_pretrained .* got 'true': write True"),
+        ({'stream_init': 'zero'}, "stream_init 'zero' .*'paper', 'gap'"),
+        ({'backbone_pretrained': 'nosuch'}, "'nosuch' is no tag of test_resnet, valid ones: r160_in1k"),
+    ],
+)
 def test_wrong_arguments_raise_naming_the_value_and_leave_the_model_as_it_was(args, message):
     model = make_backbone('test_resnet').train()
     before = snapshot(model)
@@ -327,8 +364,14 @@ def test_attaching_twice_and_detaching_nothing_say_what_to_call(make_model):
     model = make_model('test_resnet')
     with pytest.raises(ValueError, match='detach'):
         attach(model)
-    for call in (detach, freeze_backbone, lambda m: forward_both(m, None), lambda m: attention_maps(m, None),
-                 lambda m: pooling(m, 'ca').__enter__(), lambda m: class_labels(m, torch.tensor([1])).__enter__()):
+    for call in (
+        detach,
+        freeze_backbone,
+        lambda m: forward_both(m, None),
+        lambda m: attention_maps(m, None),
+        lambda m: pooling(m, 'ca').__enter__(),
+        lambda m: class_labels(m, torch.tensor([1])).__enter__(),
+    ):
         with pytest.raises(ValueError, match=r'ResNet has no CA-Stream; call timm_castream\.attach'):
             call(make_backbone('test_resnet'))
     with pytest.raises(ValueError, match=r"pooling 'max' .*'gap', 'ca'"), pooling(model, 'max'):

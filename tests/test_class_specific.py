@@ -1,4 +1,5 @@
 """Class specific streams: a q_0 for each class."""
+
 from __future__ import annotations
 
 import pytest
@@ -27,7 +28,8 @@ def test_training_takes_the_q0_of_each_label(make_model, x):
     model = make_model('test_resnet', stream_class_specific=True)
     labels = torch.tensor([7, 2])
     query, _ = equation_10(
-        model.castream, stage_maps(model, 'test_resnet', x), model.castream.cls_token.detach().double()[labels])
+        model.castream, stage_maps(model, 'test_resnet', x), model.castream.cls_token.detach().double()[labels]
+    )
     with class_labels(model, labels):
         out = model(x)
     torch.testing.assert_close(out, apply_head(model, 'test_resnet', query), rtol=1e-3, atol=1e-4)
@@ -69,12 +71,15 @@ def test_class_labels_reach_the_model_inside_wrappers_and_leave_agnostic_streams
         assert torch.equal(agnostic(x), expected)
 
 
-@pytest.mark.parametrize('target, message', [
-    (torch.rand(2, 10), 'soft targets'),
-    (torch.rand(2), 'soft targets'),
-    (torch.tensor([3, 10]), 'from 3 to 10.*10 classes'),
-    (torch.tensor([-1, 3]), 'from -1 to 3'),
-])
+@pytest.mark.parametrize(
+    'target, message',
+    [
+        (torch.rand(2, 10), 'soft targets'),
+        (torch.rand(2), 'soft targets'),
+        (torch.tensor([3, 10]), 'from 3 to 10.*10 classes'),
+        (torch.tensor([-1, 3]), 'from -1 to 3'),
+    ],
+)
 def test_targets_that_are_no_class_indices_are_refused(target, message, make_model, x):
     model = make_model('test_resnet', stream_class_specific=True)
     with pytest.raises(ValueError, match=message), class_labels(model, target):

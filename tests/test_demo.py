@@ -1,4 +1,5 @@
 """The demo: what it writes, that a seed settles it, and that it leaves nothing half done."""
+
 from __future__ import annotations
 
 import json
@@ -38,8 +39,16 @@ def normalised(scenes: DigitScenes, model: nn.Module, number: int) -> torch.Tens
 def test_the_output_folder_holds_report_figures_and_weights(output):
     files = {str(path.relative_to(output)) for path in output.rglob('*') if path.is_file()}
     assert files == {
-        'report.md', 'metrics.json', 'figure.png', 'images.csv', 'gap.safetensors', 'stream.safetensors',
-        'model/config.json', 'model/model.safetensors', 'model/README.md'}
+        'report.md',
+        'metrics.json',
+        'figure.png',
+        'images.csv',
+        'gap.safetensors',
+        'stream.safetensors',
+        'model/config.json',
+        'model/model.safetensors',
+        'model/README.md',
+    }
     width, height = Image.open(output / 'figure.png').size
     assert width > 800 and height > 300
     report = (output / 'report.md').read_text()
@@ -66,8 +75,10 @@ def test_the_saved_gap_network_and_stream_are_those_of_the_saved_model(output):
 
 
 def test_the_saliency_in_the_box_is_a_sum_over_the_pixels_of_the_boxes(make_model):
-    model = make_model('test_resnet', backbone={
-        'output_stride': 8, 'pretrained_cfg_overlay': {'input_size': (3, 64, 64), 'crop_pct': 1.}})
+    model = make_model(
+        'test_resnet',
+        backbone={'output_stride': 8, 'pretrained_cfg_overlay': {'input_size': (3, 64, 64), 'crop_pct': 1.0}},
+    )
     scenes = DigitScenes('validation', 5, seed=1)
     shares = demo.saliency_in_box(model, scenes, batch_size=3, seed=0)
     target = torch.from_numpy(scenes.labels)
@@ -93,7 +104,8 @@ def test_an_interrupted_demo_leaves_no_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(demo, 'write_repository', interrupted)  # the report and the figure are written by then
     settings = demo.DemoSettings(
-        train_images=16, validation_images=4, explained_images=2, batch_size=16, gap_epochs=1, stream_epochs=1)
+        train_images=16, validation_images=4, explained_images=2, batch_size=16, gap_epochs=1, stream_epochs=1
+    )
     with pytest.raises(KeyboardInterrupt):
         demo.run(tmp_path / 'output', settings=settings)
     assert list((tmp_path / 'output').iterdir()) == []

@@ -1,4 +1,5 @@
 """Every code block and command of the pages runs as a reader would run it, and the tables of the pages are complete."""
+
 from __future__ import annotations
 
 import re
@@ -127,7 +128,8 @@ def table(page: str, column: str) -> dict[str, dict[str, str]]:
 
 def test_the_page_on_saliency_has_every_method_and_its_title():
     assert {name: row['title'] for name, row in table('saliency.md', 'title').items()} == {
-        name: method.title for name, method in METHODS.items()}
+        name: method.title for name, method in METHODS.items()
+    }
 
 
 def test_the_page_on_the_protocol_has_every_metric_and_its_direction():
@@ -177,8 +179,12 @@ def test_the_steps_on_ones_own_data_run_with_timms_script(belongings, tmp_path):
 def test_the_example_runs_cell_by_cell_on_an_image_folder(tmp_path):
     write_photographs(tmp_path / 'my_images')
     source = (ROOT / 'examples/own_images.py').read_text(encoding='utf-8')
-    settings = {"'resnet18'": "'test_resnet'", 'PRETRAINED = True': 'PRETRAINED = False', '= 224': '= 64',
-                'EPOCHS = 4': 'EPOCHS = 1'}
+    settings = {
+        "'resnet18'": "'test_resnet'",
+        'PRETRAINED = True': 'PRETRAINED = False',
+        '= 224': '= 64',
+        'EPOCHS = 4': 'EPOCHS = 1',
+    }
     for found, substitute in settings.items():
         assert source.count(found) == 1
         source = source.replace(found, substitute)

@@ -47,31 +47,34 @@ def test_a_difference_is_paired_by_image_and_its_interval_is_that_of_the_mean_di
 
 
 def test_images_without_a_value_are_left_out_of_a_difference():
-    gap = np.array([1., np.nan, 3., 5.])
-    difference = compare(gap, [np.array([2., 9., np.nan, 6.])])
-    assert difference.values == (1.,)
-    assert (difference.low, difference.high) == (1., 1.)
+    gap = np.array([1.0, np.nan, 3.0, 5.0])
+    difference = compare(gap, [np.array([2.0, 9.0, np.nan, 6.0])])
+    assert difference.values == (1.0,)
+    assert (difference.low, difference.high) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize(('lows', 'highs', 'lower_is_better', 'verdict'), [
-    ((1., 0.5), (2., 2.), False, 'better'),
-    ((1., 0.5), (2., 2.), True, 'worse'),
-    ((-2., -2.), (-1., -0.1), True, 'better'),
-    ((-2., -2.), (-1., -0.1), False, 'worse'),
-    ((1., -0.1), (2., 2.), False, 'no difference seen'),  # one seed's interval has 0
-    ((-2., 1.), (-1., 2.), False, 'no difference seen'),  # the seeds are on two sides
-    ((1., 1.), (2., 2.), None, 'higher'),
-])
+@pytest.mark.parametrize(
+    ('lows', 'highs', 'lower_is_better', 'verdict'),
+    [
+        ((1.0, 0.5), (2.0, 2.0), False, 'better'),
+        ((1.0, 0.5), (2.0, 2.0), True, 'worse'),
+        ((-2.0, -2.0), (-1.0, -0.1), True, 'better'),
+        ((-2.0, -2.0), (-1.0, -0.1), False, 'worse'),
+        ((1.0, -0.1), (2.0, 2.0), False, 'no difference seen'),  # one seed's interval has 0
+        ((-2.0, 1.0), (-1.0, 2.0), False, 'no difference seen'),  # the seeds are on two sides
+        ((1.0, 1.0), (2.0, 2.0), None, 'higher'),
+    ],
+)
 def test_a_claim_needs_the_interval_of_every_seed_on_one_side_of_zero(lows, highs, lower_is_better, verdict):
     values = tuple((low + high) / 2 for low, high in zip(lows, highs, strict=True))
-    assert Difference(50., values, values, lows, highs, lower_is_better).verdict == verdict
+    assert Difference(50.0, values, values, lows, highs, lower_is_better).verdict == verdict
 
 
 def test_the_setting_with_the_best_saliency_among_the_accurate_ones_is_taken():
     tried = [
-        {'recipe': {'epochs': 4, 'lr': 1}, 'accuracy': 65., 'AD': 10., 'AG': 5., 'AI': 20.},
-        {'recipe': {'epochs': 8, 'lr': 2}, 'accuracy': 64., 'AD': 9., 'AG': 6., 'AI': 21.},
-        {'recipe': {'epochs': 2, 'lr': 3}, 'accuracy': 50., 'AD': 1., 'AG': 50., 'AI': 90.},
+        {'recipe': {'epochs': 4, 'lr': 1}, 'accuracy': 65.0, 'AD': 10.0, 'AG': 5.0, 'AI': 20.0},
+        {'recipe': {'epochs': 8, 'lr': 2}, 'accuracy': 64.0, 'AD': 9.0, 'AG': 6.0, 'AI': 21.0},
+        {'recipe': {'epochs': 2, 'lr': 3}, 'accuracy': 50.0, 'AD': 1.0, 'AG': 50.0, 'AI': 90.0},
     ]
 
     def rate(least_accuracy: float, score_margin: float) -> int:
@@ -79,8 +82,8 @@ def test_the_setting_with_the_best_saliency_among_the_accurate_ones_is_taken():
 
     assert rate(63.5, 2.9) == 2
     assert rate(63.5, 3.1) == 1  # the scores 15 and 18 count as equal, so fewer epochs win
-    assert rate(64.5, 0.) == 1
-    assert rate(66., 0.) == 1  # none is accurate enough
+    assert rate(64.5, 0.0) == 1
+    assert rate(66.0, 0.0) == 1  # none is accurate enough
 
 
 def test_the_fitted_temperature_has_the_least_cross_entropy():
@@ -104,10 +107,23 @@ def test_the_gain_of_a_baseline_map_is_taken_off_image_by_image():
     def values(column, *numbers):
         return {'image': np.arange(len(numbers)), column: np.array(numbers)}
 
-    main = Table('main', {}, values('grad_cam/average_gain', 1., 2., 9.), {
-        'gap_start': {0: values('grad_cam/average_gain', 5., 7., 9.), 4: values('grad_cam/average_gain', 0., 0., 0.)}})
-    attention = Table('attention', {}, values('random/average_gain', 1., 1.), {
-        'gap_start': {0: values('random/average_gain', 2., 4.)}})
+    main = Table(
+        'main',
+        {},
+        values('grad_cam/average_gain', 1.0, 2.0, 9.0),
+        {
+            'gap_start': {
+                0: values('grad_cam/average_gain', 5.0, 7.0, 9.0),
+                4: values('grad_cam/average_gain', 0.0, 0.0, 0.0),
+            }
+        },
+    )
+    attention = Table(
+        'attention',
+        {},
+        values('random/average_gain', 1.0, 1.0),
+        {'gap_start': {0: values('random/average_gain', 2.0, 4.0)}},
+    )
     left = excess(main, attention, 'random', 'average_gain')
     assert left.values == (((5 - 1) - (2 - 1) + (7 - 2) - (4 - 1)) / 2,)
 
@@ -252,8 +268,9 @@ def pieces_of(table: str, stream: str = 'gap_start') -> list[str]:
 
 @pytest.mark.parametrize('table', ['main', 'curves', 'score_cam'])
 def test_the_main_table_has_the_differences_of_the_committed_values(table):
-    methods = {'Grad-CAM': 'grad_cam', 'Grad-CAM++': 'grad_cam_pp'} if table != 'score_cam' else {
-        'Score-CAM': 'score_cam'}
+    methods = (
+        {'Grad-CAM': 'grad_cam', 'Grad-CAM++': 'grad_cam_pp'} if table != 'score_cam' else {'Score-CAM': 'score_cam'}
+    )
     metrics = {'main': MASKED, 'curves': CURVES, 'score_cam': MASKED | CURVES}[table]
     rows = [row for row in rows_of('Main table') if row[0] in methods and row[1] in metrics]
     assert len(rows) == len(methods) * len(metrics)
@@ -266,13 +283,16 @@ def test_the_main_table_has_the_differences_of_the_committed_values(table):
         assert [int(cell) for cell in row[6:8]] == [len(runs), len(gap)]
 
 
-@pytest.mark.parametrize(('section', 'table', 'title', 'stream'), [
-    ('How the stream starts', 'initialisation', "S_0 - S_4, `'paper'` start", 'paper_start'),
-    *[("The paper's tables", 'placement', f'S_{i} - S_4', f's{i}') for i in range(1, 5)],
-    ("The paper's tables", 'block', 'PROJ -> CA', 'proj_ca'),
-    ("The paper's tables", 'class_specific', 'class specific', 'class_specific'),
-    ("The product's own way", 'product', '`castream train -c own_data.yaml`', 'gap_start'),
-])
+@pytest.mark.parametrize(
+    ('section', 'table', 'title', 'stream'),
+    [
+        ('How the stream starts', 'initialisation', "S_0 - S_4, `'paper'` start", 'paper_start'),
+        *[("The paper's tables", 'placement', f'S_{i} - S_4', f's{i}') for i in range(1, 5)],
+        ("The paper's tables", 'block', 'PROJ -> CA', 'proj_ca'),
+        ("The paper's tables", 'class_specific', 'class specific', 'class_specific'),
+        ("The product's own way", 'product', '`castream train -c own_data.yaml`', 'gap_start'),
+    ],
+)
 def test_tables_of_other_streams_have_the_differences_of_the_committed_values(section, table, title, stream):
     (row,) = [row for row in rows_of(section) if row[0] == title and '[' in row[2]]
     names = ['accuracy', *(f'grad_cam/{metric}' for metric in MASKED.values())]
@@ -287,7 +307,8 @@ def test_temperatures_and_baselines_have_the_differences_of_the_committed_values
     for i, (title, metric) in enumerate(MASKED.items()):
         name = f'grad_cam/{metric}'
         check_difference(
-            fitted[title][4], column('temperatures-gap', name), [column(p, name) for p in pieces_of('temperatures')])
+            fitted[title][4], column('temperatures-gap', name), [column(p, name) for p in pieces_of('temperatures')]
+        )
         for other in ('random', 'centre'):
             gap = column('attention-gap', f'{other}/{metric}')
             runs = [column(piece, f'{other}/{metric}') for piece in pieces_of('attention')]
@@ -296,7 +317,8 @@ def test_temperatures_and_baselines_have_the_differences_of_the_committed_values
             check_difference(
                 baselines[f"Grad-CAM's CA - GAP less that of {other}"][i],
                 [a - b for a, b in zip(column('main-gap', name), gap, strict=True)],
-                [[a - b for a, b in zip(main, run, strict=True)] for main, run in zip(mains, runs, strict=True)])
+                [[a - b for a, b in zip(main, run, strict=True)] for main, run in zip(mains, runs, strict=True)],
+            )
 
 
 def test_probabilities_and_metrics_of_the_committed_values_agree():
@@ -305,8 +327,7 @@ def test_probabilities_and_metrics_of_the_committed_values_agree():
             for row in csv.DictReader(file):
                 assert 0 <= float(row['prob']) <= 1
                 if 'grad_cam/average_drop' in row:
-                    drop, gain, increase = (
-                        float(row[f'grad_cam/average_{m}']) for m in ('drop', 'gain', 'increase'))
+                    drop, gain, increase = (float(row[f'grad_cam/average_{m}']) for m in ('drop', 'gain', 'increase'))
                     assert min(drop, gain) == 0
                     assert (increase == 100) == (gain > 0)
 

@@ -1,4 +1,5 @@
 """The registered variants, by name and through timm alone."""
+
 from __future__ import annotations
 
 import subprocess
@@ -18,21 +19,45 @@ from timm_castream import detach, forward_both, models, pooling
 from timm_castream.backbones import architectures as families
 
 BACKBONES = (
-    'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnext50_32x4d', 'resnext101_32x8d',
-    'wide_resnet50_2', 'wide_resnet101_2', 'convnext_tiny', 'convnext_small', 'convnext_base', 'convnext_large',
-    'test_resnet', 'test_convnext',
+    'resnet18',
+    'resnet34',
+    'resnet50',
+    'resnet101',
+    'resnet152',
+    'resnext50_32x4d',
+    'resnext101_32x8d',
+    'wide_resnet50_2',
+    'wide_resnet101_2',
+    'convnext_tiny',
+    'convnext_small',
+    'convnext_base',
+    'convnext_large',
+    'test_resnet',
+    'test_convnext',
 )
 SMALL = ('test_resnet', 'test_convnext')
 # What the images of a network look like, and where its first and last layers are.
-CFG_FIELDS = ('input_size', 'pool_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'first_conv',
-              'classifier', 'num_classes', 'fixed_input_size', 'min_input_size')
+CFG_FIELDS = (
+    'input_size',
+    'pool_size',
+    'mean',
+    'std',
+    'interpolation',
+    'crop_pct',
+    'crop_mode',
+    'first_conv',
+    'classifier',
+    'num_classes',
+    'fixed_input_size',
+    'min_input_size',
+)
 
 
 def random_weights(name: str, **kwargs: object) -> dict[str, Tensor]:
     """A state dict of the plain backbone unlike a fresh one."""
     model = make_backbone(name, **kwargs)
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=.3)
+        nn.init.normal_(parameter, std=0.3)
     return model.state_dict()
 
 
@@ -75,29 +100,44 @@ def test_every_architecture_that_takes_a_stream_has_a_variant_which_timm_lists()
 
 
 def test_registering_builds_no_network():
-    assert in_a_fresh_process(
-        'import timm, torch\n'
-        'def refuse(self, *args, **kwargs): raise AssertionError(type(self))\n'
-        'torch.nn.Module.__init__ = refuse\n'
-        'import timm_castream\n'
-        "print(timm.is_model('resnet50_castream'))") == 'True\n'
+    assert (
+        in_a_fresh_process(
+            'import timm, torch\n'
+            'def refuse(self, *args, **kwargs): raise AssertionError(type(self))\n'
+            'torch.nn.Module.__init__ = refuse\n'
+            'import timm_castream\n'
+            "print(timm.is_model('resnet50_castream'))"
+        )
+        == 'True\n'
+    )
 
 
 def test_an_architecture_that_timm_adds_to_a_known_file_gets_its_variant():
-    assert in_a_fresh_process(
-        'import timm\n'
-        'from timm.models import resnet, register_model\n'
-        'def resnet18_of_tomorrow(pretrained=False, **kwargs): return resnet.resnet18(pretrained, **kwargs)\n'
-        "resnet18_of_tomorrow.__module__ = 'timm.models.resnet'\n"
-        'register_model(resnet18_of_tomorrow)\n'
-        'import timm_castream\n'
-        "print(timm.create_model('resnet18_of_tomorrow_castream', device='meta').castream.dims)"
-    ) == '(64, 64, 128, 256, 512)\n'
+    assert (
+        in_a_fresh_process(
+            'import timm\n'
+            'from timm.models import resnet, register_model\n'
+            'def resnet18_of_tomorrow(pretrained=False, **kwargs): return resnet.resnet18(pretrained, **kwargs)\n'
+            "resnet18_of_tomorrow.__module__ = 'timm.models.resnet'\n"
+            'register_model(resnet18_of_tomorrow)\n'
+            'import timm_castream\n'
+            "print(timm.create_model('resnet18_of_tomorrow_castream', device='meta').castream.dims)"
+        )
+        == '(64, 64, 128, 256, 512)\n'
+    )
 
 
 def test_every_variants_cfg_is_its_backbones_without_the_weights():
     fields = set(PretrainedCfg.__dataclass_fields__) - {
-        'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'architecture', 'tag', 'custom_load', 'label_offset'}
+        'url',
+        'file',
+        'hf_hub_id',
+        'hf_hub_filename',
+        'architecture',
+        'tag',
+        'custom_load',
+        'label_offset',
+    }
     for name in set(families.architectures()) - set(BACKBONES):
         own, backbone = timm.get_pretrained_cfg(f'{name}_castream'), timm.get_pretrained_cfg(name) or PretrainedCfg()
         assert {f: getattr(own, f) for f in fields} == {f: getattr(backbone, f) for f in fields}, name
@@ -123,7 +163,8 @@ def test_a_variants_cfg_is_its_backbones(name):
     backbone, own = timm.get_pretrained_cfg(f'{name}.{tag}'), timm.get_pretrained_cfg(f'{name}_castream')
     assert own.architecture == f'{name}_castream'
     assert {field: getattr(own, field) for field in CFG_FIELDS} == {
-        field: getattr(backbone, field) for field in CFG_FIELDS}
+        field: getattr(backbone, field) for field in CFG_FIELDS
+    }
 
 
 @pytest.mark.parametrize('name', BACKBONES)
@@ -132,7 +173,8 @@ def test_every_variant_is_its_backbone_and_five_stages_of_a_stream(name):
     plain = timm.create_model(name, num_classes=10, device='meta')
     state = {k: v.shape for k, v in model.state_dict().items()}
     assert {k: v for k, v in state.items() if not k.startswith('castream.')} == {
-        k: v.shape for k, v in plain.state_dict().items()}
+        k: v.shape for k, v in plain.state_dict().items()
+    }
     assert isinstance(model, type(plain))
     assert len(model.castream_stages) == len(model.castream.blocks) == 5
     assert model.castream.dims[-1] == model.num_features
@@ -145,9 +187,17 @@ def test_every_variant_is_its_backbone_and_five_stages_of_a_stream(name):
 
 @pytest.mark.parametrize('name', SMALL)
 def test_all_arguments_go_through_create_model(name):
-    args = {'stream_start': 1, 'stream_stages': None, 'stream_block': 'proj_ca', 'stream_class_specific': True,
-            'stream_heads': 2, 'stream_drop': .1, 'stream_bias': False, 'stream_init': 'gap'}
-    model = timm.create_model(f'{name}_castream', num_classes=7, in_chans=1, drop_rate=.1, **args)
+    args = {
+        'stream_start': 1,
+        'stream_stages': None,
+        'stream_block': 'proj_ca',
+        'stream_class_specific': True,
+        'stream_heads': 2,
+        'stream_drop': 0.1,
+        'stream_bias': False,
+        'stream_init': 'gap',
+    }
+    model = timm.create_model(f'{name}_castream', num_classes=7, in_chans=1, drop_rate=0.1, **args)
     assert model.castream_config == args
     assert model.castream.cls_token.shape == (7, model.castream.dims[0])
     assert model.eval()(torch.randn(2, 1, 64, 64)).shape == (2, 7)
@@ -188,7 +238,8 @@ def test_detach_gives_back_the_backbone_that_timm_makes(name, x):
     assert type(model) is type(plain)
     assert model.pretrained_cfg['architecture'] == model.default_cfg['architecture'] == name
     assert {field: model.pretrained_cfg.get(field) for field in CFG_FIELDS} == {
-        field: plain.pretrained_cfg.get(field) for field in CFG_FIELDS}
+        field: plain.pretrained_cfg.get(field) for field in CFG_FIELDS
+    }
     assert torch.equal(model(x), plain(x))
 
 
@@ -229,7 +280,8 @@ def test_a_checkpoint_without_batchnorms_counters_is_complete(x, tmp_path):
     state_dict = {k: v for k, v in random_weights('test_resnet').items() if not k.endswith('num_batches_tracked')}
     torch.save(state_dict, tmp_path / 'old.pth')
     model = timm.create_model(
-        'test_resnet_castream', num_classes=10, backbone_checkpoint=str(tmp_path / 'old.pth')).eval()
+        'test_resnet_castream', num_classes=10, backbone_checkpoint=str(tmp_path / 'old.pth')
+    ).eval()
     torch.testing.assert_close(model.fc.weight, state_dict['fc.weight'], rtol=0, atol=0)
 
 
@@ -241,11 +293,14 @@ def test_of_a_castream_checkpoint_the_backbone_alone_is_taken(x, tmp_path):
     assert not torch.equal(model.castream.cls_token, trained.castream.cls_token)
 
 
-@pytest.mark.parametrize('change, message', [
-    (lambda state: state.pop('layer2.0.conv1.weight'), r'layer2\.0\.conv1\.weight'),
-    (lambda state: state.update(extra=torch.zeros(1)), 'extra'),
-    (lambda state: state.update({'fc.bias': torch.zeros(3)}), r'fc\.bias'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (lambda state: state.pop('layer2.0.conv1.weight'), r'layer2\.0\.conv1\.weight'),
+        (lambda state: state.update(extra=torch.zeros(1)), 'extra'),
+        (lambda state: state.update({'fc.bias': torch.zeros(3)}), r'fc\.bias'),
+    ],
+)
 def test_a_checkpoint_of_another_network_is_refused_and_names_what_does_not_fit(change, message, tmp_path):
     state_dict = random_weights('test_resnet')
     change(state_dict)
@@ -264,7 +319,8 @@ def test_timms_checkpoint_path_takes_a_gap_checkpoint(x, tmp_path):
     torch.save(state_dict, tmp_path / 'gap.pth')
     with pytest.warns(UserWarning, match='the stream stays as it is'):
         model = timm.create_model(
-            'test_resnet_castream', num_classes=10, checkpoint_path=str(tmp_path / 'gap.pth')).eval()
+            'test_resnet_castream', num_classes=10, checkpoint_path=str(tmp_path / 'gap.pth')
+        ).eval()
     assert torch.equal(forward_both(model, x)['gap'], logits(state_dict, 'test_resnet', x))
 
 
@@ -278,8 +334,12 @@ def test_backbone_pretrained_loads_timms_weights(weights, weights_of_the_hub, x)
 def test_backbone_pretrained_adapts_classes_and_channels_as_timm_does(weights_of_the_hub):
     model = timm.create_model('test_resnet_castream', num_classes=3, in_chans=1, backbone_pretrained=True)
     expected = timm.create_model(
-        'test_resnet.r160_in1k', pretrained=True, num_classes=3, in_chans=1,
-        pretrained_cfg_overlay={'state_dict': dict(weights_of_the_hub)}).state_dict()
+        'test_resnet.r160_in1k',
+        pretrained=True,
+        num_classes=3,
+        in_chans=1,
+        pretrained_cfg_overlay={'state_dict': dict(weights_of_the_hub)},
+    ).state_dict()
     for key, value in expected.items():
         if not key.startswith('fc.'):
             assert torch.equal(model.state_dict()[key], value), key
@@ -321,7 +381,8 @@ def test_freezing_a_classifier_that_was_never_loaded_warns():
     with pytest.warns(UserWarning, match='never loaded'):
         model = timm.create_model('test_resnet_castream', freeze_backbone=True)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        f'castream.{key}' for key in model.castream.state_dict()}
+        f'castream.{key}' for key in model.castream.state_dict()
+    }
 
 
 def test_freezing_new_classes_beside_pretrained_weights_warns(weights_of_the_hub):
@@ -333,16 +394,20 @@ def test_freezing_new_classes_beside_pretrained_weights_warns(weights_of_the_hub
 def test_freezing_loaded_weights_does_not_warn(weights_of_the_hub, tmp_path: Path):
     timm.create_model('test_resnet_castream', freeze_backbone=True, backbone_pretrained=True)
     torch.save(random_weights('test_resnet', num_classes=3), tmp_path / 'gap.pth')
-    timm.create_model('test_resnet_castream', num_classes=3, freeze_backbone=True,
-                      backbone_checkpoint=str(tmp_path / 'gap.pth'))
+    timm.create_model(
+        'test_resnet_castream', num_classes=3, freeze_backbone=True, backbone_checkpoint=str(tmp_path / 'gap.pth')
+    )
 
 
-@pytest.mark.parametrize(('kwargs', 'message'), [
-    ({'freeze_backbone': 'false'}, "freeze_backbone must be True or False, got 'false'"),
-    ({'stream_class_specific': 'false'}, "stream_class_specific must be True or False, got 'false'"),
-    ({'backbone_pretrained': 'true'}, "backbone_pretrained .* got 'true': write True"),
-    ({'backbone_pretrained': 'False'}, "backbone_pretrained .* got 'False': write False"),
-])
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        ({'freeze_backbone': 'false'}, "freeze_backbone must be True or False, got 'false'"),
+        ({'stream_class_specific': 'false'}, "stream_class_specific must be True or False, got 'false'"),
+        ({'backbone_pretrained': 'true'}, "backbone_pretrained .* got 'true': write True"),
+        ({'backbone_pretrained': 'False'}, "backbone_pretrained .* got 'False': write False"),
+    ],
+)
 def test_a_string_in_place_of_true_or_false_is_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model('test_resnet_castream', **kwargs)

@@ -1,4 +1,5 @@
 """The files around the package agree with each other: workflows, Makefile, versions, changelog."""
+
 from __future__ import annotations
 
 import configparser
@@ -55,8 +56,12 @@ def test_every_command_of_a_workflow_is_a_make_target_or_plain_shell(workflow):
 def test_workflows_use_official_actions_alone(workflow):
     used = {str(step['uses']).split('@')[0] for step in steps(workflow) if 'uses' in step}
     assert used <= {
-        'actions/checkout', 'actions/setup-python', 'actions/upload-artifact', 'actions/download-artifact',
-        'pypa/gh-action-pypi-publish'}
+        'actions/checkout',
+        'actions/setup-python',
+        'actions/upload-artifact',
+        'actions/download-artifact',
+        'pypa/gh-action-pypi-publish',
+    }
 
 
 def test_files_and_folders_named_by_workflows_exist_or_are_made_by_make():
@@ -69,7 +74,8 @@ def test_files_and_folders_named_by_workflows_exist_or_are_made_by_make():
 
 
 @pytest.mark.parametrize(
-    'name', ['.ci/run', 'README.md', 'CONTRIBUTING.md', 'benchmarks/README.md', '.pre-commit-config.yaml'])
+    'name', ['.ci/run', 'README.md', 'CONTRIBUTING.md', 'benchmarks/README.md', '.pre-commit-config.yaml']
+)
 def test_make_targets_named_elsewhere_exist(name):
     named = re.findall(r'(?:^|`|entry: )make ([a-z-]+)', (ROOT / name).read_text(), re.MULTILINE)
     assert set(named) <= targets()
@@ -141,8 +147,12 @@ def test_the_console_script_is_the_function_that_setup_cfg_names():
 
 def test_no_address_of_a_repository_of_ours_is_invented():
     known = {
-        'huggingface/pytorch-image-models', 'jacobgil/pytorch-grad-cam', 'frgfm/torch-cam', 'pytorch/captum',
-        'ftorres11/CA_Stream', 'clovaai/wsolevaluation',
+        'huggingface/pytorch-image-models',
+        'jacobgil/pytorch-grad-cam',
+        'frgfm/torch-cam',
+        'pytorch/captum',
+        'ftorres11/CA_Stream',
+        'clovaai/wsolevaluation',
     }
     for path in tracked_files():
         if path.suffix in ('.md', '.cfg', '.toml', '.yml', '.yaml', '.cff'):
@@ -151,8 +161,13 @@ def test_no_address_of_a_repository_of_ours_is_invented():
 
 
 def test_yaml_files_around_the_package_are_well_formed():
-    files = [*WORKFLOWS, *(ROOT / '.github/ISSUE_TEMPLATE').glob('*.yml'), ROOT / '.github/dependabot.yml',
-             ROOT / '.pre-commit-config.yaml', ROOT / 'CITATION.cff']
+    files = [
+        *WORKFLOWS,
+        *(ROOT / '.github/ISSUE_TEMPLATE').glob('*.yml'),
+        ROOT / '.github/dependabot.yml',
+        ROOT / '.pre-commit-config.yaml',
+        ROOT / 'CITATION.cff',
+    ]
     for path in files:
         assert isinstance(yaml.safe_load(path.read_text()), dict), path
     for form in (ROOT / '.github/ISSUE_TEMPLATE').glob('*.yml'):

@@ -1,4 +1,5 @@
 """The mathematics of `stream.py` against loops in float64, written from the equations."""
+
 from __future__ import annotations
 
 import ast
@@ -23,16 +24,12 @@ def linear_loop(layer: nn.Linear | None, vector: list[float]) -> list[float]:
     if layer is None:
         return vector
     weight = layer.weight.tolist()
-    bias = [0.] * len(weight) if layer.bias is None else layer.bias.tolist()
+    bias = [0.0] * len(weight) if layer.bias is None else layer.bias.tolist()
     return [b + sum(w * v for w, v in zip(row, vector, strict=True)) for row, b in zip(weight, bias, strict=True)]
 
 
 def cross_attention_loop(
-        query: Tensor,
-        features: Tensor,
-        num_heads: int = 1,
-        key: nn.Linear | None = None,
-        value: nn.Linear | None = None,
+    query: Tensor, features: Tensor, num_heads: int = 1, key: nn.Linear | None = None, value: nn.Linear | None = None
 ) -> list[list[float]]:
     """F^T softmax(F q / sqrt(d)), eq. (6), image by image and location by location; heads share out the channels."""
     pooled = []
@@ -128,14 +125,17 @@ def test_gradients_are_those_of_finite_differences(memory_format):
     assert torch.autograd.gradcheck(layer, (query, features))
 
 
-@pytest.mark.parametrize('args, parameters', [
-    ({}, 6_969_152),
-    ({'stream_start': 1}, 6_952_704),
-    ({'stream_start': 2}, 6_821_376),
-    ({'stream_start': 3}, 6_296_576),
-    ({'stream_start': 4}, 4_198_400),
-    ({'stream_block': 'proj_ca'}, 18_126_272),
-])
+@pytest.mark.parametrize(
+    'args, parameters',
+    [
+        ({}, 6_969_152),
+        ({'stream_start': 1}, 6_952_704),
+        ({'stream_start': 2}, 6_821_376),
+        ({'stream_start': 3}, 6_296_576),
+        ({'stream_start': 4}, 4_198_400),
+        ({'stream_block': 'proj_ca'}, 18_126_272),
+    ],
+)
 def test_the_stream_of_resnet50_has_the_papers_parameters(args, parameters):
     model = timm.create_model('resnet50_castream', device='meta', **args)
     assert sum(p.numel() for p in model.castream.parameters()) == parameters
@@ -149,10 +149,19 @@ def test_resnet50_with_its_stream_has_the_papers_parameters(class_specific, para
 
 def test_parameter_names_are_those_of_the_contract():
     assert set(CAStream((4, 6), block='proj_ca').state_dict()) == {
-        'cls_token', *(f'blocks.{i}.{layer}.{part}'
-                       for i in (0, 1) for layer in ('key', 'value', 'proj') for part in ('weight', 'bias'))}
+        'cls_token',
+        *(
+            f'blocks.{i}.{layer}.{part}'
+            for i in (0, 1)
+            for layer in ('key', 'value', 'proj')
+            for part in ('weight', 'bias')
+        ),
+    }
     assert set(CAStream((4, 6), bias=False).state_dict()) == {
-        'cls_token', 'blocks.0.proj.weight', 'blocks.1.proj.weight'}
+        'cls_token',
+        'blocks.0.proj.weight',
+        'blocks.1.proj.weight',
+    }
 
 
 def test_linear_layers_start_from_xavier_uniform():
@@ -160,8 +169,8 @@ def test_linear_layers_start_from_xavier_uniform():
     layer = CrossAttention(256, 512, block='proj_ca')
     for linear in (layer.key, layer.value, layer.proj):
         bound = math.sqrt(6 / (linear.in_features + linear.out_features))
-        assert .999 * bound < linear.weight.abs().max() <= bound
-        assert linear.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=.01)
+        assert 0.999 * bound < linear.weight.abs().max() <= bound
+        assert linear.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
 
 
 @pytest.mark.parametrize('num_classes', [None, 20])
@@ -181,7 +190,7 @@ def test_q0_starts_from_a_normal_distribution_of_mean_1_and_deviation_1(num_clas
 @pytest.mark.parametrize('dims', [(8,), (4, 8), (4, 6, 8)])
 def test_a_stream_with_the_gap_initialisation_is_the_average_of_the_last_map(dims, block, num_heads, num_classes):
     torch.manual_seed(0)
-    model = CAStream(dims, num_classes, num_heads, block, drop=.5, init='gap', dtype=torch.float64)
+    model = CAStream(dims, num_classes, num_heads, block, drop=0.5, init='gap', dtype=torch.float64)
     features = feature_maps(dims)
     expected = features[-1].mean((2, 3))
     labels = None if num_classes is None else torch.tensor([2, 0])
@@ -197,7 +206,7 @@ def test_every_weight_of_a_stream_with_the_gap_initialisation_trains_after_a_few
     model = CAStream((4, 6, 8), init='gap', dtype=torch.float64)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     features = feature_maps((4, 6, 8))
-    optimizer = torch.optim.SGD(model.parameters(), lr=.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
         model(features).square().sum().backward()
         optimizer.step()
@@ -214,7 +223,7 @@ def test_the_papers_initialisation_draws_the_weights_in_order_and_q0_last(init):
         for linear, own in zip(drawn, (block.key, block.value, block.proj), strict=True):
             nn.init.xavier_uniform_(linear.weight)
             assert torch.equal(linear.weight, own.weight) and torch.equal(linear.bias, own.bias)
-    assert torch.equal(torch.empty(1, 4).normal_(1., 1.), model.cls_token)
+    assert torch.equal(torch.empty(1, 4).normal_(1.0, 1.0), model.cls_token)
 
 
 class LargestAllocation(TorchDispatchMode):
@@ -272,13 +281,15 @@ def test_the_softmax_is_in_float32_under_autocast():
 
 def test_products_that_float16_cannot_hold_are_scaled_first():
     layer = CrossAttention(256, 8, dtype=torch.float16)
-    query, features = torch.full((1, 256), 30.).half(), torch.full((1, 256, 2, 2), 30.).half()
+    query, features = torch.full((1, 256), 30.0).half(), torch.full((1, 256, 2, 2), 30.0).half()
     # F q is 256 * 30 * 30 = 230,400 at each location, and the largest float16 is 65,504.
-    assert torch.equal(layer.attention(query, features), torch.full((1, 1, 4), .25))
+    assert torch.equal(layer.attention(query, features), torch.full((1, 1, 4), 0.25))
 
 
-@pytest.mark.parametrize('dtype, of_softmax', [
-    (torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize(
+    'dtype, of_softmax',
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
 def test_a_stream_keeps_its_dtype_and_its_softmax_has_at_least_32_bits(dtype, of_softmax):
     model = CAStream((8, 8), dtype=dtype)
     features = torch.randn(2, 8, 4, 4).to(dtype)
@@ -288,12 +299,12 @@ def test_a_stream_keeps_its_dtype_and_its_softmax_has_at_least_32_bits(dtype, of
 
 def test_dropout_drops_attention_weights_before_the_values_are_summed():
     torch.manual_seed(0)
-    layer = CrossAttention(8, 8, block='proj_ca', drop=.5, dtype=torch.float64)
-    layer.proj_drop.p = 0.
+    layer = CrossAttention(8, 8, block='proj_ca', drop=0.5, dtype=torch.float64)
+    layer.proj_drop.p = 0.0
     query, features = torch.randn(2, 8, dtype=torch.float64), feature_maps((8,))[0]
     weights = layer.eval().attention(query, features)
     torch.manual_seed(7)
-    dropped = F.dropout(weights, .5)
+    dropped = F.dropout(weights, 0.5)
     values = F.linear(features.flatten(2).transpose(1, 2), layer.value.weight, layer.value.bias)
     expected = layer.proj(torch.einsum('bhp,bpd->bd', dropped, values))
     torch.manual_seed(7)
@@ -303,7 +314,7 @@ def test_dropout_drops_attention_weights_before_the_values_are_summed():
 
 def test_dropout_is_off_in_eval_mode_and_in_the_last_block():
     torch.manual_seed(0)
-    dropping = CAStream((8, 8), drop=.5, dtype=torch.float64)
+    dropping = CAStream((8, 8), drop=0.5, dtype=torch.float64)
     plain = CAStream((8, 8), dtype=torch.float64)
     plain.load_state_dict(dropping.state_dict())
     features = feature_maps((8, 8))
@@ -324,19 +335,22 @@ def test_reset_cls_token_keeps_dtype_and_whether_it_trains():
     assert not torch.equal(model.cls_token[:3], before)
 
 
-@pytest.mark.parametrize('args, message', [
-    ({'block': 'cross'}, "block 'cross' .*'ca', 'proj_ca'"),
-    ({'num_heads': 3}, 'num_heads 3 .* 8 channels'),
-    ({'num_heads': 0}, 'num_heads must be a positive int, got 0'),
-    ({'num_heads': 2.}, 'num_heads must be a positive int, got 2.0'),
-    ({'drop': 1.5}, 'drop 1.5 .*0 to 1'),
-    ({'drop': -.1}, 'drop -0.1 .*0 to 1'),
-    ({'drop': math.nan}, 'drop nan '),
-    ({'drop': '0.1'}, "drop '0.1' .*0 to 1"),
-    ({'init': 'zero'}, "init 'zero' .*'paper', 'gap'"),
-    ({'dims': ()}, 'at least one stage'),
-    ({'num_classes': 0}, 'num_classes 0 '),
-])
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        ({'block': 'cross'}, "block 'cross' .*'ca', 'proj_ca'"),
+        ({'num_heads': 3}, 'num_heads 3 .* 8 channels'),
+        ({'num_heads': 0}, 'num_heads must be a positive int, got 0'),
+        ({'num_heads': 2.0}, 'num_heads must be a positive int, got 2.0'),
+        ({'drop': 1.5}, 'drop 1.5 .*0 to 1'),
+        ({'drop': -0.1}, 'drop -0.1 .*0 to 1'),
+        ({'drop': math.nan}, 'drop nan '),
+        ({'drop': '0.1'}, "drop '0.1' .*0 to 1"),
+        ({'init': 'zero'}, "init 'zero' .*'paper', 'gap'"),
+        ({'dims': ()}, 'at least one stage'),
+        ({'num_classes': 0}, 'num_classes 0 '),
+    ],
+)
 def test_wrong_arguments_raise_naming_the_value_and_what_fits(args, message):
     with pytest.raises(ValueError, match=message):
         CAStream(**{'dims': (8, 8), **args})

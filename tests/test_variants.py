@@ -1,4 +1,5 @@
 """The options of timm's create_model, saving and loading, for variants of every kind of network."""
+
 from __future__ import annotations
 
 import json
@@ -47,7 +48,8 @@ def test_a_variant_takes_classes_channels_and_pooling_as_its_backbone_does(kind)
     assert model(images(model, in_chans=1)).shape == (2, 3)
     assert isinstance(model, type(plain))
     assert {k: v.shape for k, v in model.state_dict().items() if not k.startswith('castream.')} == {
-        k: v.shape for k, v in plain.state_dict().items()}
+        k: v.shape for k, v in plain.state_dict().items()
+    }
     unpooled = timm.create_model(f'{name}_castream', **{**args, 'num_classes': 0}, global_pool='')
     expected = timm.create_model(name, **{**args, 'num_classes': 0}, global_pool='')
     x = images(model, in_chans=1)
@@ -117,7 +119,8 @@ def test_a_gap_checkpoint_starts_a_frozen_training(kind, tmp_path):
     frozen = {'freeze_backbone': True, 'backbone_checkpoint': tmp_path / 'gap.safetensors'}
     model = make_model(f'{name}_castream', num_classes=3, **frozen, **args)
     assert {key for key, p in model.named_parameters() if p.requires_grad} == {
-        f'castream.{key}' for key, _ in model.castream.named_parameters()}
+        f'castream.{key}' for key, _ in model.castream.named_parameters()
+    }
     assert same(snapshot(gap), {key: v for key, v in snapshot(model).items() if not key.startswith('castream.')})
 
 

@@ -1,4 +1,5 @@
 """Pictures: the pixels they are made of, the files that come out, and images of every kind going in."""
+
 from __future__ import annotations
 
 import subprocess
@@ -55,7 +56,8 @@ def rendered(figure: Figure, path: Path) -> np.ndarray:
 
 
 def test_a_row_shows_the_image_the_attention_of_every_stage_and_each_method_under_each_pooling(
-        model: nn.Module, one: Tensor) -> None:
+    model: nn.Module, one: Tensor
+) -> None:
     row = saliency_row(model, one, ('attention', 'grad_cam', 'score_cam'), name='photo.jpg')
     with torch.no_grad():
         probabilities = {mode: logits.softmax(1)[0].max(0) for mode, logits in forward_both(model, one).items()}
@@ -66,8 +68,10 @@ def test_a_row_shows_the_image_the_attention_of_every_stage_and_each_method_unde
     assert [panel.title for panel in row] == [
         f'photo.jpg\n{says["gap"]}\n{says["ca"]}',
         *(f'Attention\n{stage}' for stage in ('maxpool', 'layer1', 'layer2', 'layer3', 'layer4')),
-        f'Grad-CAM\n{says["gap"]}', f'Grad-CAM\n{says["ca"]}',
-        f'Score-CAM\n{says["gap"]}', f'Score-CAM\n{says["ca"]}',
+        f'Grad-CAM\n{says["gap"]}',
+        f'Grad-CAM\n{says["ca"]}',
+        f'Score-CAM\n{says["gap"]}',
+        f'Score-CAM\n{says["ca"]}',
     ]
     image = denormalised(model, one)[0]
     assert np.array_equal(row[0].pixels, image)
@@ -84,22 +88,22 @@ def test_a_row_leaves_out_what_was_not_asked_for(model: nn.Module, one: Tensor) 
 
 def test_pixels_are_those_before_normalisation(model: nn.Module) -> None:
     image = np.array(photograph(64, 64, 3))
-    x = (torch.from_numpy(image).movedim(-1, 0)[None] / 255 - .5) / .5
+    x = (torch.from_numpy(image).movedim(-1, 0)[None] / 255 - 0.5) / 0.5
     assert np.array_equal(denormalised(model, x)[0], image)
 
 
 def test_an_overlay_is_blue_where_the_saliency_is_zero_and_red_where_it_is_one() -> None:
     image = np.full((8, 8, 3), 100, dtype=np.uint8)
-    saliency = torch.tensor([[0., 0.], [1., 1.]])
+    saliency = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
     pixels = overlay(image, saliency)
     assert pixels.shape == image.shape and pixels.dtype == np.uint8
     assert pixels[0, 0].tolist() == [50, 50, 113] and pixels[7, 0].tolist() == [113, 50, 50]
     # The metrics' resize: row 3 is (3.5 / 4 - .5) = .375 of the way from the first map row to the second.
-    between = np.array(colormaps['jet'](.375, bytes=True)[:3], dtype=int)
+    between = np.array(colormaps['jet'](0.375, bytes=True)[:3], dtype=int)
     assert pixels[3, 0].tolist() == ((100 + between) // 2).tolist()
 
 
-@pytest.mark.parametrize('opacity', [0., 0.25, 1.])
+@pytest.mark.parametrize('opacity', [0.0, 0.25, 1.0])
 def test_the_opacity_is_the_share_of_the_colours(opacity: float) -> None:
     image = np.asarray(photograph(8, 8, 3))
     saliency = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
@@ -127,12 +131,11 @@ def test_a_grid_shows_every_panel_pixel_by_pixel(side: int, tmp_path: Path) -> N
         expected = panel.pixels.repeat(enlarged, 0).repeat(enlarged, 1)
         corners = np.argwhere((pixels == expected[0, 0]).all(-1))
         found = [
-            (y, x) for y, x in corners
-            if np.array_equal(pixels[y:y + len(expected), x:x + len(expected)], expected)
+            (y, x) for y, x in corners if np.array_equal(pixels[y : y + len(expected), x : x + len(expected)], expected)
         ]
         assert len(found) == 1
         y, x = found[0]
-        assert (pixels[y - 20:y, x:x + len(expected)] < 100).any(), 'no title above'
+        assert (pixels[y - 20 : y, x : x + len(expected)] < 100).any(), 'no title above'
 
 
 def test_the_identity_figure_shows_both_sides_and_a_difference_of_rounding(model: nn.Module, one: Tensor) -> None:
@@ -159,15 +162,17 @@ def test_saving_leaves_nothing_behind_when_it_fails(tmp_path: Path, monkeypatch:
     assert path.read_bytes() == b'old' and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(('names', 'descriptions', 'expected'), [
-    (('a', 'b', 'c'), None, 'b'),
-    ({1: 'b'}, None, 'b'),
-    ({'1': 'b'}, {'b': 'a bee'}, 'a bee'),
-    ({2: 'c'}, None, 'class 1'),
-    (None, None, 'class 1'),
-])
-def test_classes_are_named_by_the_models_config(
-        names: Any, descriptions: Any, expected: str, model: nn.Module) -> None:
+@pytest.mark.parametrize(
+    ('names', 'descriptions', 'expected'),
+    [
+        (('a', 'b', 'c'), None, 'b'),
+        ({1: 'b'}, None, 'b'),
+        ({'1': 'b'}, {'b': 'a bee'}, 'a bee'),
+        ({2: 'c'}, None, 'class 1'),
+        (None, None, 'class 1'),
+    ],
+)
+def test_classes_are_named_by_the_models_config(names: Any, descriptions: Any, expected: str, model: nn.Module) -> None:
     model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names, 'label_descriptions': descriptions}
     assert class_name(model, 1) == expected
 
@@ -186,9 +191,12 @@ def test_images_of_every_kind_are_read_upright(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(read_image(tmp_path / 'turned.png')), np.rot90(np.asarray(original), -1))
 
     for name, image in {
-            'grey.png': photograph(5, 7), 'transparent.png': photograph(5, 7, 4),
-            'palette.gif': photograph(5, 7, 3).convert('P'), 'bits.bmp': photograph(5, 7).convert('1'),
-            'cmyk.jpg': photograph(5, 7, 3).convert('CMYK'), 'dot.webp': photograph(1, 1, 3),
+        'grey.png': photograph(5, 7),
+        'transparent.png': photograph(5, 7, 4),
+        'palette.gif': photograph(5, 7, 3).convert('P'),
+        'bits.bmp': photograph(5, 7).convert('1'),
+        'cmyk.jpg': photograph(5, 7, 3).convert('CMYK'),
+        'dot.webp': photograph(1, 1, 3),
     }.items():
         image.save(tmp_path / name)
         assert (read_image(tmp_path / name).mode, read_image(tmp_path / name).size) == ('RGB', image.size)
@@ -205,12 +213,13 @@ def test_images_wider_than_8_bits_are_scaled_by_their_range(dtype: Any, name: st
 
 
 def test_explaining_writes_a_picture_an_image_and_a_grid_and_reports_the_unreadable(
-        model: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     photograph(50, 80, 3).save(tmp_path / 'one.png')
     photograph(300, 20, 3).save(tmp_path / 'two.jpg')
     (tmp_path / 'broken.jpg').write_bytes(b'no image')
     cut_off = (tmp_path / 'two.jpg').read_bytes()
-    (tmp_path / 'cut.jpg').write_bytes(cut_off[:len(cut_off) // 2])
+    (tmp_path / 'cut.jpg').write_bytes(cut_off[: len(cut_off) // 2])
     paths = [tmp_path / name for name in ('one.png', 'broken.jpg', 'cut.jpg', 'missing.jpg', 'two.jpg')]
     model.train()
     done = explain(model, paths, ('attention', 'grad_cam'), tmp_path / 'new' / 'out', identity=True)
@@ -240,7 +249,8 @@ def test_no_image_is_overwritten_and_no_picture_twice(model: nn.Module, tmp_path
 
 
 def test_another_grid_is_begun_when_one_is_full(
-        model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr('timm_castream.visualize.ROWS_PER_GRID', 2)
     photograph(20, 20, 3).save(tmp_path / 'a.png')
     done = explain(model, [tmp_path / 'a.png'] * 3, ('attention',), tmp_path / 'out')
@@ -269,6 +279,8 @@ def test_a_folder_gives_its_images_in_order_and_no_other_files(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_importing_the_package_does_not_import_matplotlib_and_figures_do_not_import_pyplot() -> None:
-    code = ('import sys, timm_castream; assert "matplotlib" not in sys.modules; timm_castream.visualize; '
-            'assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules')
+    code = (
+        'import sys, timm_castream; assert "matplotlib" not in sys.modules; timm_castream.visualize; '
+        'assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules'
+    )
     subprocess.run([sys.executable, '-c', code], check=True)

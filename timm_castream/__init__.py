@@ -2,6 +2,7 @@
 
 Importing it registers the models: `timm.create_model('resnet50_castream')`.
 """
+
 from __future__ import annotations
 
 import importlib

@@ -3,6 +3,7 @@
 How a stream runs beside its backbone is in `mixin.py`. Letters: B images, C classes, D channels, H x W locations, l a
 stage from 0 to L.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,19 +54,19 @@ ModelT = TypeVar('ModelT', bound=nn.Module)
 
 
 def attach(
-        model: ModelT,
-        *,
-        stream_start: int = 0,
-        stream_stages: Sequence[str] | None = None,
-        stream_block: str = 'ca',
-        stream_class_specific: bool = False,
-        stream_heads: int = 1,
-        stream_drop: float = 0.,
-        stream_bias: bool = True,
-        stream_init: str = 'paper',
-        freeze_backbone: bool = False,
-        backbone_pretrained: bool | str = False,
-        backbone_checkpoint: str | None = None,
+    model: ModelT,
+    *,
+    stream_start: int = 0,
+    stream_stages: Sequence[str] | None = None,
+    stream_block: str = 'ca',
+    stream_class_specific: bool = False,
+    stream_heads: int = 1,
+    stream_drop: float = 0.0,
+    stream_bias: bool = True,
+    stream_init: str = 'paper',
+    freeze_backbone: bool = False,
+    backbone_pretrained: bool | str = False,
+    backbone_checkpoint: str | None = None,
 ) -> ModelT:
     """Gives a timm model a CA-Stream that takes the place of its global pooling. In place.
 
@@ -98,22 +99,31 @@ def attach(
     """
     if isinstance(model, CAStreamMixin):
         raise ValueError(
-            f'This {type(model).__name__} has a CA-Stream already; call timm_castream.detach(model) first.')
-    check_flags({
-        'stream_class_specific': stream_class_specific, 'stream_bias': stream_bias, 'freeze_backbone': freeze_backbone,
-        'backbone_pretrained': backbone_pretrained})
+            f'This {type(model).__name__} has a CA-Stream already; call timm_castream.detach(model) first.'
+        )
+    check_flags(
+        {
+            'stream_class_specific': stream_class_specific,
+            'stream_bias': stream_bias,
+            'freeze_backbone': freeze_backbone,
+            'backbone_pretrained': backbone_pretrained,
+        }
+    )
     backbone: Any = model  # torch types the attributes of a module as tensors or modules
     stages = find_stages(backbone, stream_stages)
     is_index = isinstance(stream_start, int) and not isinstance(stream_start, bool)
     if not is_index or not 0 <= stream_start < len(stages):
         raise ValueError(
             f'stream_start {stream_start!r} is no stage: {type(model).__name__} has the stages 0 to '
-            f'{len(stages) - 1} ({", ".join(stage.name for stage in stages)}).')
+            f'{len(stages) - 1} ({", ".join(stage.name for stage in stages)}).'
+        )
     stages = stages[stream_start:]
     head = head_pooling(backbone, stages[-1], backbone.forward_head)
     if stream_init == 'gap' and head not in ('avg', ''):
-        raise ValueError(f"stream_init 'gap' starts as the average of the locations, and this {type(model).__name__} "
-                         f"pools by {_POOLED_BY[head]}, valid ones: 'paper'.")  # type: ignore[index]
+        raise ValueError(
+            f"stream_init 'gap' starts as the average of the locations, and this {type(model).__name__} "
+            f"pools by {_POOLED_BY[head]}, valid ones: 'paper'."
+        )  # type: ignore[index]
     if stream_class_specific:
         check_class_specific(backbone.num_classes, head)
     parameter = next(p for p in model.parameters() if p.is_floating_point())
@@ -160,8 +170,10 @@ def check_flags(arguments: Mapping[str, Any]) -> None:
         check_bool(name, arguments.get(name, False))
     pretrained = arguments.get('backbone_pretrained')
     if isinstance(pretrained, str) and pretrained.lower() in ('true', 'false'):
-        raise ValueError(f'backbone_pretrained must be True, False or a tag of weights, got {pretrained!r}: write '
-                         f'{pretrained.title()}.')
+        raise ValueError(
+            f'backbone_pretrained must be True, False or a tag of weights, got {pretrained!r}: write '
+            f'{pretrained.title()}.'
+        )
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -208,10 +220,7 @@ def forward_both(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """
     model = castream_model(model)
     features = model.stream_features(x)
-    return {
-        'gap': model.forward_gap_head(features),
-        'ca': model.forward_ca_head(features, query_of(features)),
-    }
+    return {'gap': model.forward_gap_head(features), 'ca': model.forward_ca_head(features, query_of(features))}
 
 
 def attention_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -260,13 +269,17 @@ def class_labels(model: nn.Module, target: Tensor) -> Iterator[None]:
         yield
         return
     if target.ndim != 1 or target.is_floating_point():
-        raise ValueError('A class specific stream takes its q_0 from (B,) class indices, not from soft targets of '
-                         f'shape {tuple(target.shape)} and type {target.dtype}: switch mixup and cutmix off '
-                         '(multi-label data has none).')
+        raise ValueError(
+            'A class specific stream takes its q_0 from (B,) class indices, not from soft targets of '
+            f'shape {tuple(target.shape)} and type {target.dtype}: switch mixup and cutmix off '
+            '(multi-label data has none).'
+        )
     classes = model.castream.cls_token.shape[0]
     if not target.is_cuda and target.numel() and not 0 <= int(target.min()) <= int(target.max()) < classes:
-        raise ValueError(f'class_labels got labels from {int(target.min())} to {int(target.max())}, the stream has '
-                         f'{classes} classes.')
+        raise ValueError(
+            f'class_labels got labels from {int(target.min())} to {int(target.max())}, the stream has '
+            f'{classes} classes.'
+        )
     state = model._castream
     outer, state.labels = state.labels, target.long()
     try:

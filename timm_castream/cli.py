@@ -3,6 +3,7 @@
 An error is one line that says what to do, with exit code 2. `--debug` shows the traceback. A command's module is
 imported when the command runs.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
     """SIGTERM inside raises KeyboardInterrupt, so that a command removes its temporary files and a server closes."""
+
     def interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
         # `timeout` and process managers may send SIGTERM twice. The second one would stop the removal of the files.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -102,8 +104,10 @@ class _Parser(argparse.ArgumentParser):
 def _parse_command(argv: Sequence[str]) -> str:
     """Ends the process with the help, the version, or an error about the command."""
     parser = _Parser(
-        prog='castream', description='CA-Stream attention pooling and saliency for timm models.',
-        epilog='castream COMMAND --help shows the options of a command and an example.')
+        prog='castream',
+        description='CA-Stream attention pooling and saliency for timm models.',
+        epilog='castream COMMAND --help shows the options of a command and an example.',
+    )
     parser.add_argument('--version', action='version', version=f'timm_castream {__version__}, timm {timm.__version__}')
     commands = parser.add_subparsers(metavar='COMMAND', dest='command', required=True)
     for name, text in COMMANDS.items():
@@ -114,8 +118,11 @@ def _parse_command(argv: Sequence[str]) -> str:
 def _command_parser(name: str, command: ModuleType) -> argparse.ArgumentParser:
     text = COMMANDS[name]
     parser = _Parser(
-        prog=f'castream {name}', description=f'{text[0].upper()}{text[1:]}.', epilog=f'example:\n  {command.EXAMPLE}',
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog=f'castream {name}',
+        description=f'{text[0].upper()}{text[1:]}.',
+        epilog=f'example:\n  {command.EXAMPLE}',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     command.add_options(parser)
     return parser

@@ -3,6 +3,7 @@
 `test_resnet` at stride 8 on `datasets.DigitScenes`: the paper's protocol in minutes on a laptop. Training is timm's
 task, optimiser, scheduler and loader; the comparison is `evaluate.evaluate`.
 """
+
 from __future__ import annotations
 
 import json
@@ -103,8 +104,8 @@ def run(output_dir: str | Path, seed: int = 0, settings: DemoSettings | None = N
         save_stream(model, folder / 'stream.safetensors')
 
         report = evaluate(
-            model, make_loader(model, explained, settings.batch_size), TABLE_METHODS, POOLINGS, seed=seed,
-            progress=True)
+            model, make_loader(model, explained, settings.batch_size), TABLE_METHODS, POOLINGS, seed=seed, progress=True
+        )
         facts: dict[str, Any] = {
             'seed': seed,
             'settings': asdict(settings),
@@ -119,7 +120,8 @@ def run(output_dir: str | Path, seed: int = 0, settings: DemoSettings | None = N
         rows = [saliency_row(model, x, ('attention', 'grad_cam')) for x in images.split(1)]
         save(draw_grid(rows), folder / 'figure.png')
         write_repository(
-            model, folder / 'model', 'your-name/castream-demo', metrics=facts['evaluation'], dataset='digits')
+            model, folder / 'model', 'your-name/castream-demo', metrics=facts['evaluation'], dataset='digits'
+        )
         minutes = (time.monotonic() - start) / 60
         (folder / 'report.md').write_text(_report_text(report, facts, output, minutes), encoding='utf-8')
         for file in sorted(folder.rglob('*')):
@@ -134,10 +136,18 @@ def run(output_dir: str | Path, seed: int = 0, settings: DemoSettings | None = N
 def create_network(name: str, **kwargs: Any) -> nn.Module:
     """A network of the demo, at stride 8: 64 x 64 pixels give 8 x 8 locations."""
     return timm.create_model(
-        name, num_classes=len(DigitScenes.classes), output_stride=8,
+        name,
+        num_classes=len(DigitScenes.classes),
+        output_stride=8,
         pretrained_cfg_overlay={
-            'input_size': (3, 64, 64), 'test_input_size': None, 'crop_pct': 1., 'pool_size': (8, 8), 'num_classes': 10},
-        **kwargs)
+            'input_size': (3, 64, 64),
+            'test_input_size': None,
+            'crop_pct': 1.0,
+            'pool_size': (8, 8),
+            'num_classes': 10,
+        },
+        **kwargs,
+    )
 
 
 def make_loader(model: nn.Module, dataset: Any, batch_size: int, training: bool = False) -> Any:
@@ -154,13 +164,22 @@ def make_loader(model: nn.Module, dataset: Any, batch_size: int, training: bool 
     """
     config = resolve_model_data_config(model)
     return create_loader(
-        dataset, config['input_size'], batch_size, is_training=training, no_aug=training, mean=config['mean'],
-        std=config['std'], interpolation=config['interpolation'], crop_pct=config['crop_pct'], num_workers=0,
-        device=torch.device('cpu'), persistent_workers=False)
+        dataset,
+        config['input_size'],
+        batch_size,
+        is_training=training,
+        no_aug=training,
+        mean=config['mean'],
+        std=config['std'],
+        interpolation=config['interpolation'],
+        crop_pct=config['crop_pct'],
+        num_workers=0,
+        device=torch.device('cpu'),
+        persistent_workers=False,
+    )
 
 
-def train(
-        model: nn.Module, dataset: DigitScenes, epochs: int, settings: DemoSettings, name: str) -> None:
+def train(model: nn.Module, dataset: DigitScenes, epochs: int, settings: DemoSettings, name: str) -> None:
     """Trains the parameters that require gradients: AdamW, and a cosine from the learning rate to 0 over all updates.
 
     Args:
@@ -174,7 +193,8 @@ def train(
     task = ClassificationTask(model, nn.CrossEntropyLoss(), device=torch.device('cpu'), verbose=False)
     optimizer = create_optimizer_v2(model, opt='adamw', lr=settings.lr, weight_decay=settings.weight_decay)
     scheduler, _ = create_scheduler_v2(
-        optimizer, sched='cosine', num_epochs=epochs, step_on_epochs=False, updates_per_epoch=len(loader))
+        optimizer, sched='cosine', num_epochs=epochs, step_on_epochs=False, updates_per_epoch=len(loader)
+    )
     task.train()
     with tqdm(total=epochs * len(loader), desc=f'training the {name}', unit='batch') as bar:
         for update in range(epochs * len(loader)):
@@ -227,10 +247,18 @@ def saliency_in_box(model: nn.Module, scenes: DigitScenes, batch_size: int, seed
         ValueError: If the model has no stream.
     """
     report = evaluate(
-        model, make_loader(model, scenes, batch_size), ('attention', 'grad_cam', 'centre'), POOLINGS,
-        metrics=('energy_pointing_game',), seed=seed)
-    return {f'{method}/{pooling}': report[pooling, method, 'energy_pointing_game'].value
-            for method in report.methods for pooling in POOLINGS}
+        model,
+        make_loader(model, scenes, batch_size),
+        ('attention', 'grad_cam', 'centre'),
+        POOLINGS,
+        metrics=('energy_pointing_game',),
+        seed=seed,
+    )
+    return {
+        f'{method}/{pooling}': report[pooling, method, 'energy_pointing_game'].value
+        for method in report.methods
+        for pooling in POOLINGS
+    }
 
 
 def _report_text(report: Report, facts: dict[str, Any], output: Path, minutes: float) -> str:

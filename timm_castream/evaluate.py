@@ -2,6 +2,7 @@
 
 Work is split into fixed batches. Results therefore do not depend on the number of processes or on interruptions.
 """
+
 from __future__ import annotations
 
 import functools
@@ -47,28 +48,28 @@ _logger = logging.getLogger(__name__)
 
 
 def evaluate(
-        model: nn.Module,
-        loader: Any,
-        methods: Sequence[str] | Mapping[str, UserMethod] = TABLE_METHODS,
-        poolings: Sequence[str] | None = None,
-        target: str = 'truth',
-        *,
-        metrics: Sequence[str] = DEFAULT_METRICS,
-        setting: str = 'paper',
-        layer: str | None = None,
-        num_samples: int | None = None,
-        seed: int = 0,
-        batch_size: int | None = None,
-        amp_dtype: torch.dtype | None = None,
-        channels_last: bool = False,
-        torchcompile: bool = False,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        temperature: str | Mapping[str, float] | None = None,
-        keep_curves: bool = False,
-        output_dir: str | Path | None = None,
-        arguments: Mapping[str, Any] | None = None,
-        progress: bool = False,
+    model: nn.Module,
+    loader: Any,
+    methods: Sequence[str] | Mapping[str, UserMethod] = TABLE_METHODS,
+    poolings: Sequence[str] | None = None,
+    target: str = 'truth',
+    *,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    setting: str = 'paper',
+    layer: str | None = None,
+    num_samples: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    amp_dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+    torchcompile: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    temperature: str | Mapping[str, float] | None = None,
+    keep_curves: bool = False,
+    output_dir: str | Path | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    progress: bool = False,
 ) -> Report:
     """Evaluates the saliency of a network, as the paper's tables do.
 
@@ -127,23 +128,40 @@ def evaluate(
     first_image, first_label = _first_item(dataset, batches)
     multilabel = np.ndim(first_label) > 0
     network = Predictor(
-        model, poolings, layer=layer, activation='sigmoid' if multilabel else 'softmax', batch_size=batch_size,
-        channels_last=channels_last, torchcompile=torchcompile, mean=mean, std=std)
+        model,
+        poolings,
+        layer=layer,
+        activation='sigmoid' if multilabel else 'softmax',
+        batch_size=batch_size,
+        channels_last=channels_last,
+        torchcompile=torchcompile,
+        mean=mean,
+        std=std,
+    )
     if network.num_classes == 0:
         raise ValueError(f'{network.name} gives no class scores: its num_classes is 0.')
     num_classes = network.num_classes or _count_classes(network, loader, batches)
     protocol = Protocol(
-        network, rows, metrics, target, setting, num_classes=num_classes, seed=seed, multilabel=multilabel,
-        keep_curves=keep_curves)
+        network,
+        rows,
+        metrics,
+        target,
+        setting,
+        num_classes=num_classes,
+        seed=seed,
+        multilabel=multilabel,
+        keep_curves=keep_curves,
+    )
     check_maps(rows, len(dataset), network.poolings)
     temperature = _checked_temperature(temperature, network.poolings)
     boxed = [name for name in metrics if 'boxes' in METRICS[name].needs]
     if boxed and not has_boxes(dataset):
-        raise ValueError(f'metric {boxed[0]!r} needs boxes, which the data set lacks: set dataset.boxes with '
-                         'timm_castream.datasets.read_boxes.')
+        raise ValueError(
+            f'metric {boxed[0]!r} needs boxes, which the data set lacks: set dataset.boxes with '
+            'timm_castream.datasets.read_boxes.'
+        )
     if temperature == 'fit' and not rest:
-        raise ValueError("temperature 'fit' needs images outside the sample: choose num_samples below "
-                         f'{len(dataset)}.')
+        raise ValueError(f"temperature 'fit' needs images outside the sample: choose num_samples below {len(dataset)}.")
     _check_classes(dataset, num_classes)
 
     processes = Processes.current()
@@ -201,13 +219,17 @@ def evaluate(
         if temperature is not None:
             with autocast:
                 network.temperatures = processes.on_main(
-                    lambda: _temperatures(temperature, network, loader, rest, seed, journal))
+                    lambda: _temperatures(temperature, network, loader, rest, seed, journal)
+                )
         remaining = [left for batch in batches if (left := [i for i in batch if i not in done])]
-        remaining = remaining[processes.rank::processes.count]
+        remaining = remaining[processes.rank :: processes.count]
 
         bar = tqdm(
             desc='evaluate' if processes.count == 1 else f'evaluate, process 1 of {processes.count}',
-            total=sum(map(len, remaining)), unit='image', disable=not progress or processes.rank > 0)
+            total=sum(map(len, remaining)),
+            unit='image',
+            disable=not progress or processes.rank > 0,
+        )
         unreadable: dict[str, str] = {}
         with bar, network.evaluating(), autocast:
             for indices, x, labels, lost in read_batches(loader, remaining):
@@ -216,8 +238,11 @@ def evaluate(
                 if not indices:
                     continue
                 record = protocol.measure(
-                    torch.tensor(indices, device=device), x.to(device), labels.to(device),
-                    functools.partial(_boxes, dataset, indices))
+                    torch.tensor(indices, device=device),
+                    x.to(device),
+                    labels.to(device),
+                    functools.partial(_boxes, dataset, indices),
+                )
                 if journal:
                     journal.append(record)
                 gathered.update(**record)
@@ -229,7 +254,8 @@ def evaluate(
         if boxed and not values.has_box.any():
             both = ' under both poolings' if len(network.poolings) > 1 else ''
             raise ValueError(
-                f'metric {boxed[0]!r} has no value: no image has a box of its class inside the input{both}.')
+                f'metric {boxed[0]!r} has no value: no image has a box of its class inside the input{both}.'
+            )
         if network.temperatures:
             settings['temperatures'] = network.temperatures
         versions = {'torch': torch.__version__, 'timm': timm.__version__, 'timm_castream': __version__}
@@ -258,8 +284,9 @@ def _count_classes(network: Predictor, loader: Any, batches: list[list[int]]) ->
     with network.evaluating():
         logits = network.forward(x.to(network.device))
     if logits.ndim != 2:
-        raise ValueError(f'{network.name} gives {tuple(logits.shape)} for one image, an evaluation needs (1, C) '
-                         'logits.')
+        raise ValueError(
+            f'{network.name} gives {tuple(logits.shape)} for one image, an evaluation needs (1, C) logits.'
+        )
     return logits.shape[1]
 
 
@@ -346,27 +373,32 @@ def _checked_temperature(temperature: Any, poolings: Sequence[str]) -> str | dic
     if temperature is None or (isinstance(temperature, str) and temperature == 'fit'):
         return temperature
     if not isinstance(temperature, Mapping):
-        raise ValueError(f"temperature {temperature!r} is unknown, valid ones: 'fit', or a number for each pooling, as "
-                         "in {'gap': 1.2, 'ca': 1.5}.")
+        raise ValueError(
+            f"temperature {temperature!r} is unknown, valid ones: 'fit', or a number for each pooling, as "
+            "in {'gap': 1.2, 'ca': 1.5}."
+        )
     for name in temperature:
         if name not in POOLINGS:
-            raise ValueError(f'temperature has a number for pooling {name!r}, which is unknown, valid ones: '
-                             f'{", ".join(map(repr, POOLINGS))}.')
+            raise ValueError(
+                f'temperature has a number for pooling {name!r}, which is unknown, valid ones: '
+                f'{", ".join(map(repr, POOLINGS))}.'
+            )
     for name in poolings:
         number = temperature.get(name)
         if not isinstance(number, Real) or not 0 < float(number) < math.inf:
-            raise ValueError(f'temperature must give pooling {name!r} a positive number below infinity, got '
-                             f'{dict(temperature)}.')
+            raise ValueError(
+                f'temperature must give pooling {name!r} a positive number below infinity, got {dict(temperature)}.'
+            )
     return {name: float(temperature[name]) for name in poolings}
 
 
 def _temperatures(
-        temperature: str | dict[str, float],
-        network: Predictor,
-        loader: Any,
-        rest: list[int],
-        seed: int,
-        journal: Journal | None,
+    temperature: str | dict[str, float],
+    network: Predictor,
+    loader: Any,
+    rest: list[int],
+    seed: int,
+    journal: Journal | None,
 ) -> dict[str, float]:
     """One temperature a pooling: given, read from the folder of an interrupted evaluation, or fitted."""
     if not isinstance(temperature, str):
@@ -382,7 +414,7 @@ def _temperatures(
     logits: dict[str, list[Tensor]] = {name: [] for name in network.poolings}
     labels: list[Tensor] = []
     with network.evaluating():
-        for indices, x, target, _ in read_batches(loader, [chosen[i:i + 64] for i in range(0, len(chosen), 64)]):
+        for indices, x, target, _ in read_batches(loader, [chosen[i : i + 64] for i in range(0, len(chosen), 64)]):
             if not indices:
                 continue
             labels.append(target.cpu())

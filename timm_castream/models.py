@@ -5,6 +5,7 @@
 The variants of the paper have their pretrained cfgs in `hf_configs/`. All others have those of their backbones, without
 the weights.
 """
+
 from __future__ import annotations
 
 import copy
@@ -46,18 +47,26 @@ GAP_TAGS = {
 _ATTACH_ARGS = inspect.signature(attach).parameters.keys() - {'model'}
 # Fields that must come from the weights that are loaded: they describe its images and its classes.
 _WEIGHTS_FIELDS = (
-    'input_size', 'test_input_size', 'interpolation', 'crop_pct', 'test_crop_pct', 'crop_mode', 'mean', 'std',
-    'num_classes')
+    'input_size',
+    'test_input_size',
+    'interpolation',
+    'crop_pct',
+    'test_crop_pct',
+    'crop_mode',
+    'mean',
+    'std',
+    'num_classes',
+)
 _NOT_SAVED = ('device', 'dtype', 'pretrained_model_args')
 
 
 def _create_castream(
-        variant: str,
-        pretrained: bool = False,
-        pretrained_cfg: str | dict[str, Any] | None = None,
-        pretrained_cfg_overlay: dict[str, Any] | None = None,
-        cache_dir: str | None = None,
-        **kwargs: Any,
+    variant: str,
+    pretrained: bool = False,
+    pretrained_cfg: str | dict[str, Any] | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | None = None,
+    **kwargs: Any,
 ) -> nn.Module:
     """Creates the backbone by timm's entrypoint, attaches a stream, and loads the weights that are asked for.
 
@@ -78,8 +87,16 @@ def _create_castream(
         fields = {name: getattr(gap_cfg, name) for name in _WEIGHTS_FIELDS}
         cfg = replace(cfg, **{**fields, **(pretrained_cfg_overlay or {})})
     backbone_cfg = replace(
-        cfg, architecture=backbone, tag=gap_cfg.tag, source=None, file=None, state_dict=None, url=gap_cfg.url,
-        hf_hub_id=gap_cfg.hf_hub_id, hf_hub_filename=None)
+        cfg,
+        architecture=backbone,
+        tag=gap_cfg.tag,
+        source=None,
+        file=None,
+        state_dict=None,
+        url=gap_cfg.url,
+        hf_hub_id=gap_cfg.hf_hub_id,
+        hf_hub_filename=None,
+    )
     # The user names the file in the overlay. A repository cannot request a pickle in its config.json.
     allow_pickle = bool((pretrained_cfg_overlay or {}).get('hf_hub_filename'))
     weights = read_cfg_weights(cfg.to_dict(), cache_dir, allow_pickle) if pretrained else None
@@ -96,12 +113,16 @@ def _create_castream(
     if weights:
         load_weights(model, weights, model.pretrained_cfg, kwargs.get('in_chans', 3))
     loaded_classes = cfg.num_classes if weights or gap_name else None
-    if attach_args.get('freeze_backbone') and not attach_args.get('backbone_checkpoint') \
-            and model.num_classes != loaded_classes:
+    if (
+        attach_args.get('freeze_backbone')
+        and not attach_args.get('backbone_checkpoint')
+        and model.num_classes != loaded_classes
+    ):
         warnings.warn(
             f'freeze_backbone freezes a classifier of {variant} that was never loaded: unless a checkpoint is loaded '
             'next, the stream trains on random weights. Start from backbone_pretrained or backbone_checkpoint.',
-            stacklevel=4)
+            stacklevel=4,
+        )
     # timm keeps the arguments of create_model since 1.0.31, and save_for_hf writes them.
     model._model_args = {name: value for name, value in saved_args.items() if name not in _NOT_SAVED}
     return model
@@ -117,11 +138,7 @@ def _gap_name(backbone: str, asked: bool | str, pretrained: bool, kwargs: dict[s
 
 
 def _create_backbone(
-        cfg: PretrainedCfg,
-        state_dict: dict[str, Tensor],
-        gap_name: str,
-        cache_dir: str | None,
-        kwargs: dict[str, Any],
+    cfg: PretrainedCfg, state_dict: dict[str, Tensor], gap_name: str, cache_dir: str | None, kwargs: dict[str, Any]
 ) -> nn.Module:
     """The plain backbone with a state dict, or else with timm's weights of a name, which timm adapts to the model."""
     if not state_dict and gap_name:
@@ -130,7 +147,8 @@ def _create_backbone(
     if state_dict:
         fields['state_dict'] = state_dict
     model: Any = model_entrypoint(str(cfg.architecture))(
-        pretrained=bool(state_dict), pretrained_cfg=fields, cache_dir=cache_dir, **kwargs)
+        pretrained=bool(state_dict), pretrained_cfg=fields, cache_dir=cache_dir, **kwargs
+    )
     model.pretrained_cfg.pop('state_dict', None)
     return model
 
@@ -162,8 +180,11 @@ _backbones = architectures()
 _configs = read_configs()
 _in_paper = {cfg.architecture for cfg in _configs.values()}
 # timm's register_model reads this name.
-default_cfgs = generate_default_cfgs({
-    **_configs,
-    **{f'{name}_castream': _variant_cfg(name) for name in _backbones if f'{name}_castream' not in _in_paper}})
+default_cfgs = generate_default_cfgs(
+    {
+        **_configs,
+        **{f'{name}_castream': _variant_cfg(name) for name in _backbones if f'{name}_castream' not in _in_paper},
+    }
+)
 for _backbone in _backbones:
     _register(_backbone)

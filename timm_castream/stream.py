@@ -4,6 +4,7 @@
 Here are the cross attention of eq. (6), its PROJ -> CA variant (supplementary eq. 1) and the stream of eq. (10).
 Letters: B images, C classes, D channels, H x W locations, h heads.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -47,15 +48,15 @@ class CrossAttention(nn.Module):
     """
 
     def __init__(
-            self,
-            dim: int,
-            out_dim: int,
-            num_heads: int = 1,
-            block: str = 'ca',
-            drop: float = 0.,
-            bias: bool = True,
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
+        self,
+        dim: int,
+        out_dim: int,
+        num_heads: int = 1,
+        block: str = 'ca',
+        drop: float = 0.0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if block not in BLOCK_TYPES:
@@ -64,11 +65,11 @@ class CrossAttention(nn.Module):
             raise ValueError(f'num_heads must be a positive int, got {num_heads!r}.')
         if dim % num_heads:
             raise ValueError(f'num_heads {num_heads!r} does not divide the {dim} channels of a stage.')
-        if isinstance(drop, bool) or not isinstance(drop, (int, float)) or not 0. <= drop <= 1.:
+        if isinstance(drop, bool) or not isinstance(drop, (int, float)) or not 0.0 <= drop <= 1.0:
             raise ValueError(f'drop {drop!r} is no rate, valid ones: 0 to 1.')
         self.dim = dim
         self.num_heads = num_heads
-        self.scale = dim ** -0.5
+        self.scale = dim**-0.5
         dd = {'device': device, 'dtype': dtype}
         self.key = nn.Linear(dim, dim, bias=bias, **dd) if block == 'proj_ca' else None
         self.value = nn.Linear(dim, dim, bias=bias, **dd) if block == 'proj_ca' else None
@@ -166,16 +167,16 @@ class CAStream(nn.Module):
     """
 
     def __init__(
-            self,
-            dims: Sequence[int],
-            num_classes: int | None = None,
-            num_heads: int = 1,
-            block: str = 'ca',
-            drop: float = 0.,
-            bias: bool = True,
-            init: str = 'paper',
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
+        self,
+        dims: Sequence[int],
+        num_classes: int | None = None,
+        num_heads: int = 1,
+        block: str = 'ca',
+        drop: float = 0.0,
+        bias: bool = True,
+        init: str = 'paper',
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if init not in INITS:
@@ -191,7 +192,8 @@ class CAStream(nn.Module):
         last = len(dims) - 1
         self.blocks = nn.ModuleList(
             CrossAttention(
-                dim, dims[min(i + 1, last)], num_heads, block, drop if i < last else 0., bias, device, dtype)
+                dim, dims[min(i + 1, last)], num_heads, block, drop if i < last else 0.0, bias, device, dtype
+            )
             for i, dim in enumerate(dims)
         )
         self.reset_cls_token(1 if num_classes is None else num_classes)
@@ -205,7 +207,7 @@ class CAStream(nn.Module):
         """
         token = self.cls_token
         self.cls_token = nn.Parameter(token.new_empty(num_classes, token.shape[1]), requires_grad=token.requires_grad)
-        nn.init.normal_(self.cls_token, mean=1., std=1.)
+        nn.init.normal_(self.cls_token, mean=1.0, std=1.0)
         if self.init == 'gap' and len(self.blocks) == 1:
             nn.init.zeros_(self.cls_token)
 

@@ -3,6 +3,7 @@
 Figures are matplotlib's, made without pyplot: they share no state and need no closing. Letters: C channels of an image
 and H x W pixels, h x w the size of a saliency map.
 """
+
 from __future__ import annotations
 
 import logging
@@ -66,18 +67,18 @@ class Explained(NamedTuple):
 
 
 def explain(
-        model: nn.Module,
-        paths: Sequence[str | Path],
-        methods: Sequence[str] | Mapping[str, UserMethod],
-        output_dir: str | Path,
-        poolings: Sequence[str] | None = None,
-        layer: str | None = None,
-        batch_size: int | None = None,
-        *,
-        activation: str = 'softmax',
-        identity: bool = False,
-        img_size: int | None = None,
-        crop_pct: float | None = None,
+    model: nn.Module,
+    paths: Sequence[str | Path],
+    methods: Sequence[str] | Mapping[str, UserMethod],
+    output_dir: str | Path,
+    poolings: Sequence[str] | None = None,
+    layer: str | None = None,
+    batch_size: int | None = None,
+    *,
+    activation: str = 'softmax',
+    identity: bool = False,
+    img_size: int | None = None,
+    crop_pct: float | None = None,
 ) -> Explained:
     """Writes a row of overlays for each image as a PNG, and a grid of all rows, with a progress bar on a terminal.
 
@@ -172,15 +173,15 @@ def read_image(path: str | Path, mode: str = 'RGB') -> Image.Image:
 
 
 def saliency_row(
-        model: nn.Module,
-        x: Tensor,
-        methods: Sequence[str] | Mapping[str, UserMethod] = PAPER_METHODS,
-        poolings: Sequence[str] | None = None,
-        layer: str | None = None,
-        batch_size: int | None = None,
-        *,
-        activation: str = 'softmax',
-        name: str = '',
+    model: nn.Module,
+    x: Tensor,
+    methods: Sequence[str] | Mapping[str, UserMethod] = PAPER_METHODS,
+    poolings: Sequence[str] | None = None,
+    layer: str | None = None,
+    batch_size: int | None = None,
+    *,
+    activation: str = 'softmax',
+    name: str = '',
 ) -> list[Panel]:
     """One image's row: the image, its attention in every stage, and each method under each pooling.
 
@@ -216,7 +217,9 @@ def _row(network: Predictor, x: Tensor, methods: Sequence[Method], name: str, in
         row.append(Panel(f'{title}\n{stage}', overlay(image, scale_maps(attention.mean(1)[0]))))
     row += [
         Panel(f'{method.title}\n{predictions[pooling]}', overlay(image, maps[pooling, method.name][0, 0]))
-        for method in methods if 'stream' not in method.needs for pooling in network.poolings
+        for method in methods
+        if 'stream' not in method.needs
+        for pooling in network.poolings
     ]
     return row
 
@@ -275,10 +278,16 @@ def draw_grid(rows: Sequence[Sequence[Panel]]) -> Figure:
     for line, row in enumerate(rows):
         for column, (title, pixels) in enumerate(row):
             top, left = line * step_y + title_height + gap, column * step_x + gap
-            canvas[top:top + height, left:left + width] = pixels.repeat(enlarged, 0).repeat(enlarged, 1)
+            canvas[top : top + height, left : left + width] = pixels.repeat(enlarged, 0).repeat(enlarged, 1)
             figure.text(
-                (left + width / 2) / canvas.shape[1], 1 - (top - gap / 2) / canvas.shape[0], title, fontsize=7,
-                horizontalalignment='center', verticalalignment='bottom', parse_math=False)
+                (left + width / 2) / canvas.shape[1],
+                1 - (top - gap / 2) / canvas.shape[0],
+                title,
+                fontsize=7,
+                horizontalalignment='center',
+                verticalalignment='bottom',
+                parse_math=False,
+            )
     figure.figimage(canvas)
     return figure
 
@@ -299,10 +308,14 @@ def draw_identity(model: nn.Module, x: Tensor) -> Figure:
     panels[0].set_title('input')
     bounds = {'vmin': min(logits.min(), cam.min()), 'vmax': max(logits.max(), cam.max())}
     for axes, values, title, colours in (
-            (panels[1], logits, r'attention logits $F\,\alpha$', {'cmap': 'jet', **bounds}),
-            (panels[2], cam, r'CAM $\Sigma_k\,\alpha_k F^k$', {'cmap': 'jet', **bounds}),
-            (panels[3], difference, f'difference, at most {furthest:.1e}',
-             {'cmap': 'coolwarm', 'vmin': -furthest, 'vmax': furthest}),
+        (panels[1], logits, r'attention logits $F\,\alpha$', {'cmap': 'jet', **bounds}),
+        (panels[2], cam, r'CAM $\Sigma_k\,\alpha_k F^k$', {'cmap': 'jet', **bounds}),
+        (
+            panels[3],
+            difference,
+            f'difference, at most {furthest:.1e}',
+            {'cmap': 'coolwarm', 'vmin': -furthest, 'vmax': furthest},
+        ),
     ):
         figure.colorbar(axes.imshow(values, **colours), ax=axes, shrink=0.8)
         axes.set_title(title)
@@ -344,7 +357,7 @@ def _imagenet(subset: str) -> ImageNetInfo:
 
 
 def _cut(text: str, letters: int) -> str:
-    return text if len(text) <= letters else f'{text[:letters - 1]}…'
+    return text if len(text) <= letters else f'{text[: letters - 1]}…'
 
 
 def printable(name: str | Path) -> str:

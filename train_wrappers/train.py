@@ -1,4 +1,5 @@
 """timm's train.py with timm_castream loaded: `python -m train_wrappers.train`, or `castream train`."""
+
 from __future__ import annotations
 
 import sys

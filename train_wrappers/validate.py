@@ -1,4 +1,5 @@
 """timm's validate.py with timm_castream loaded: `python -m train_wrappers.validate`, or `castream validate`."""
+
 from __future__ import annotations
 
 import sys

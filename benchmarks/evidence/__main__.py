@@ -7,6 +7,7 @@
 
 Run it from the root of the repository. Every step goes on where it was killed.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -52,8 +53,13 @@ def main(arguments: list[str] | None = None) -> None:
     words = [Path(word).name if '/' in word else word for word in (sys.argv[1:] if arguments is None else arguments)]
     command = ['python', '-m', 'benchmarks.evidence', *words]
     setup = Setup(
-        settings, args.data_dir, args.work_dir or Path('evidence_work'), args.results_dir, args.backbone_checkpoint,
-        shlex.join(command))
+        settings,
+        args.data_dir,
+        args.work_dir or Path('evidence_work'),
+        args.results_dir,
+        args.backbone_checkpoint,
+        shlex.join(command),
+    )
     known = ['choices', *settings['tables'], 'growth', *settings.get('sizes', {}), 'strip', 'page']
     steps = args.steps or known
     if unknown := [step for step in steps if step not in known]:
@@ -86,7 +92,8 @@ def run_step(setup: Setup, step: str, args: argparse.Namespace) -> None:
     else:
         for piece in pieces(setup.settings, step):
             if (piece.stream is None or args.seeds is None or piece.seed in args.seeds) and (
-                    piece.stream is None or args.streams is None or piece.stream in args.streams):
+                piece.stream is None or args.streams is None or piece.stream in args.streams
+            ):
                 run_piece(setup, piece)
     print(f'{step}: {time.monotonic() - start:.0f} s', flush=True)
 
@@ -103,13 +110,17 @@ def run_size(setup: Setup, seeds: Sequence[int] | None) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        'python -m benchmarks.evidence', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        'python -m benchmarks.evidence', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--data-dir', type=Path, help='Tiny ImageNet unpacked, or a folder with train/CLASS, val/CLASS')
     parser.add_argument('--backbone-checkpoint', help="weights of the network (default: timm's own, downloaded)")
     parser.add_argument('--network', help='another timm network than that of the settings')
     parser.add_argument('--image-size', type=int, help='pixels, instead of the settings')
-    parser.add_argument('--steps', nargs='+', help='choices, a table of the settings, growth, a size of the settings, '
-                        'strip or page; all by default')
+    parser.add_argument(
+        '--steps',
+        nargs='+',
+        help='choices, a table of the settings, growth, a size of the settings, strip or page; all by default',
+    )
     parser.add_argument('--seeds', nargs='+', type=int, help='only these seeds of the tables')
     parser.add_argument('--streams', nargs='+', help='only these kinds of stream of the tables')
     parser.add_argument('--settings', type=Path, default=HERE / 'settings.yaml', help='the plain file of settings')

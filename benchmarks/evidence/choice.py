@@ -1,4 +1,5 @@
 """Chooses the training settings of each kind of stream on images held out of the training images."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -54,6 +55,7 @@ def take(tried: Sequence[dict[str, Any]], least_accuracy: float, score_margin: f
         least_accuracy: In percent; less accurate settings are taken only where no other is left.
         score_margin: Scores AG + AI - AD that differ by no more are equal; then fewer epochs win.
     """
+
     def score(entry: dict[str, Any]) -> float:
         return entry['AG'] + entry['AI'] - entry['AD']
 
@@ -83,14 +85,14 @@ def _summary(setup: Setup, model: Any, pooling: str, logits: Tensor, labels: Ten
     temperature = fit_temperature(logits, labels)
     images = setup.images('selection')
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
-    loader = DataLoader(Subset(images, order[:setup.settings['choice']['images']]), batch_size=BATCH)
+    loader = DataLoader(Subset(images, order[: setup.settings['choice']['images']]), batch_size=BATCH)
     drops = []
     for x, target in tqdm(loader, desc='AD, AG, AI on selection images', leave=False):
         saliency = attribute_all(model, x, ('grad_cam',), target, (pooling,))[pooling, 'grad_cam']
         with torch.no_grad():
             both = model(torch.cat([x, mask_image(model, x, saliency)]).contiguous(memory_format=torch.channels_last))
         prob = (both / temperature).softmax(1).gather(1, target.repeat(2)[:, None])[:, 0]
-        pair = prob[:len(x)], prob[len(x):]
+        pair = prob[: len(x)], prob[len(x) :]
         drops.append(torch.stack([average_drop(*pair), average_gain(*pair), average_increase(*pair), 100 * pair[0]]))
     values = torch.cat(drops, 1).mean(1).tolist()
     return {
@@ -98,5 +100,3 @@ def _summary(setup: Setup, model: Any, pooling: str, logits: Tensor, labels: Ten
         'temperature': temperature,
         **dict(zip(('AD', 'AG', 'AI', 'probability'), values, strict=True)),
     }
-
-

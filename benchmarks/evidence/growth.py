@@ -1,4 +1,5 @@
 """Accuracy of a stream against the number of training images, for several starts."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -21,8 +22,13 @@ def run_growth(setup: Setup, streams: Sequence[str] | None = None, seeds: Sequen
     for seed in seeds or growth['seeds']:
         for kind in streams or growth['streams']:
             for per_class in growth['per_class']:
-                setup.stream(kind, seed, recipe(setup, kind, per_class), name(setup, kind, seed, per_class),
-                             None if is_all(setup, per_class) else per_class)
+                setup.stream(
+                    kind,
+                    seed,
+                    recipe(setup, kind, per_class),
+                    name(setup, kind, seed, per_class),
+                    None if is_all(setup, per_class) else per_class,
+                )
 
 
 def name(setup: Setup, kind: str, seed: int, per_class: int) -> str:

@@ -1,4 +1,5 @@
 """The images of the experiments: Tiny ImageNet in its official layout, or any folder `train/CLASS` and `val/CLASS`."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class ImageSet:
 
     def training(self, start: int, count: int) -> list[Sample]:
         """`count` training images of each class after the first `start`, class by class."""
-        return [sample for images in self.train for sample in images[start:start + count]]
+        return [sample for images in self.train for sample in images[start : start + count]]
 
 
 def read_images(data_dir: str | Path) -> ImageSet:
@@ -67,7 +68,8 @@ def read_images(data_dir: str | Path) -> ImageSet:
     classes = tuple(sorted(path.name for path in (folder / 'train').iterdir() if path.is_dir()))
     train, val = (
         tuple(tuple(_class_samples(folder / split / name, label)) for label, name in enumerate(classes))
-        for split in ('train', 'val'))
+        for split in ('train', 'val')
+    )
     return ImageSet(classes, train, tuple(sample for images in val for sample in images))
 
 
@@ -75,9 +77,12 @@ def _tiny_imagenet(folder: Path) -> ImageSet:
     splits = []
     for split in TinyImageNet.splits:
         dataset = TinyImageNet(folder, split)
-        splits.append([
-            Sample(Path(dataset.filename(i, absolute=True)), target, tuple(box))
-            for i, (target, box) in enumerate(zip(dataset.reader.targets, dataset.boxes, strict=True))])
+        splits.append(
+            [
+                Sample(Path(dataset.filename(i, absolute=True)), target, tuple(box))
+                for i, (target, box) in enumerate(zip(dataset.reader.targets, dataset.boxes, strict=True))
+            ]
+        )
     train, val = splits
     classes = tuple(dataset.reader.class_to_idx)
     by_class: list[list[Sample]] = [[] for _ in classes]
@@ -108,8 +113,13 @@ class Images(Dataset):
         cfg: Any = model.pretrained_cfg
         self.samples = samples
         self.transform = create_transform(
-            (3, size, size), mean=cfg['mean'], std=cfg['std'], interpolation=cfg['interpolation'], crop_pct=1.,
-            crop_mode='squash')
+            (3, size, size),
+            mean=cfg['mean'],
+            std=cfg['std'],
+            interpolation=cfg['interpolation'],
+            crop_pct=1.0,
+            crop_mode='squash',
+        )
         self.boxes = None
         if samples and samples[0].box is not None:
             self.boxes = [np.array(sample.box, dtype=np.float64).reshape(-1, 4) for sample in samples]

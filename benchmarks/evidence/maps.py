@@ -1,4 +1,5 @@
 """The feature maps of the frozen network on disk, in float16, so that an epoch of a stream takes seconds."""
+
 from __future__ import annotations
 
 import hashlib
@@ -70,8 +71,10 @@ def write_maps(model: Any, images: Images, folder: Path, facts: dict[str, Any]) 
     """
     names = ' '.join(sample.path.name for sample in images.samples)
     facts = facts | {
-        'stages': list(model.castream_stages), 'images': len(images),
-        'files': hashlib.sha256(names.encode()).hexdigest()}
+        'stages': list(model.castream_stages),
+        'images': len(images),
+        'files': hashlib.sha256(names.encode()).hexdigest(),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     path, progress = folder / 'facts.json', folder / 'progress.json'
     if path.is_file() and json.loads(path.read_text(encoding='utf-8')) != facts:
@@ -89,11 +92,13 @@ def write_maps(model: Any, images: Images, folder: Path, facts: dict[str, Any]) 
                 if not arrays:
                     arrays = [
                         np.lib.format.open_memmap(
-                            folder / f'stage{i}.npy', 'w+', np.float16, (len(images), *stage.shape[1:]))
-                        for i, stage in enumerate(stages)]
+                            folder / f'stage{i}.npy', 'w+', np.float16, (len(images), *stage.shape[1:])
+                        )
+                        for i, stage in enumerate(stages)
+                    ]
                     path.write_text(json.dumps(facts), encoding='utf-8')
                 for array, stage in zip(arrays, stages, strict=True):
-                    array[count:count + len(x)] = stage.half().numpy()
+                    array[count : count + len(x)] = stage.half().numpy()
                 count += len(x)
                 temporary = progress.with_suffix('.tmp')
                 temporary.write_text(json.dumps(count))
@@ -110,11 +115,11 @@ def run_stages(model: Any, x: Tensor) -> list[Tensor]:
     *names, _ = model.castream_stages
     handles = [
         model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output))
-        for name in names]
+        for name in names
+    ]
     try:
         last = model.forward_features(x.contiguous(memory_format=torch.channels_last))
     finally:
         for handle in handles:
             handle.remove()
     return [*seen, last.as_subclass(Tensor)]
-

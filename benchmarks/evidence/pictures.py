@@ -1,4 +1,5 @@
 """Photographs that may be published, with attention and Grad-CAM of both poolings."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -22,8 +23,10 @@ from .setup import Setup
 STREAM, SEED = 'gap_start', 0
 SCALE = 2  # times the image size of the experiments: finer maps
 COLUMNS = {
-    'attention of the last stage': ('ca', 'attention'), 'Grad-CAM, GAP': ('gap', 'grad_cam'),
-    'Grad-CAM, CA': ('ca', 'grad_cam')}
+    'attention of the last stage': ('ca', 'attention'),
+    'Grad-CAM, GAP': ('gap', 'grad_cam'),
+    'Grad-CAM, CA': ('ca', 'grad_cam'),
+}
 
 
 def draw_strip(setup: Setup, page: Path) -> None:
@@ -46,8 +49,12 @@ def draw_strip(setup: Setup, page: Path) -> None:
     page.parent.mkdir(parents=True, exist_ok=True)
     draw({title: maps[key] for title, key in COLUMNS.items()}, pixels, page.with_name(f'{page.stem}_strip.jpg'))
     facts = {
-        'stream': STREAM, 'seed': SEED, 'pixels': x.shape[-1], 'columns': '; '.join(['photograph', *COLUMNS]),
-        'classes': [class_name(setup, i) for i in target.tolist()]}
+        'stream': STREAM,
+        'seed': SEED,
+        'pixels': x.shape[-1],
+        'columns': '; '.join(['photograph', *COLUMNS]),
+        'classes': [class_name(setup, i) for i in target.tolist()],
+    }
     unseen = (target % HALF == 1).nonzero()[:, 0]
     if len(unseen):
         classes = range(0, setup.num_classes, HALF)
@@ -55,11 +62,14 @@ def draw_strip(setup: Setup, page: Path) -> None:
         columns = {
             'attention, trained on all classes': maps['ca', 'attention'][unseen],
             'attention, class never seen': attribute_all(half, x, ('attention',), target, ('ca',))['ca', 'attention'][
-                unseen]}
+                unseen
+            ],
+        }
         draw(columns, [pixels[i] for i in unseen.tolist()], page.with_name(f'{page.stem}_unseen.jpg'))
         facts |= {
             'unseen_columns': '; '.join(['photograph', *columns]),
-            'unseen_classes': [facts['classes'][i] for i in unseen.tolist()]}
+            'unseen_classes': [facts['classes'][i] for i in unseen.tolist()],
+        }
     setup.write(setup.results_dir / 'strip.json', facts)
 
 
@@ -70,7 +80,8 @@ def photographs(model: Any, size: int) -> Tensor:
 
     cfg = model.pretrained_cfg
     transform = create_transform(
-        (3, size, size), mean=cfg['mean'], std=cfg['std'], interpolation=cfg['interpolation'], crop_pct=1.)
+        (3, size, size), mean=cfg['mean'], std=cfg['std'], interpolation=cfg['interpolation'], crop_pct=1.0
+    )
     images = [chelsea(), coffee(), load_sample_image('flower.jpg'), load_sample_image('china.jpg')]
     return torch.stack([transform(Image.fromarray(image)) for image in images])
 

@@ -2,6 +2,7 @@
 
 Each piece ends as the values of every image, `pieces/NAME.csv.gz`, and its facts, `pieces/NAME.json`.
 """
+
 from __future__ import annotations
 
 import csv
@@ -73,9 +74,16 @@ def run_piece(setup: Setup, piece: Piece) -> None:
     path = setup.results_dir / 'pieces' / f'{piece.name}.json'
     methods = [m for m in table['methods'] if piece.stream or m not in NEEDS_STREAM]
     facts: dict[str, Any] = {
-        'table': piece.table, 'stream': piece.stream, 'seed': piece.seed, 'images': table['images'],
-        'methods': methods, 'metrics': [name for group in table['metrics'] for name in METRICS[group]],
-        'recipe': None, 'network': setup.settings['network'], 'image_size': setup.settings['image_size']}
+        'table': piece.table,
+        'stream': piece.stream,
+        'seed': piece.seed,
+        'images': table['images'],
+        'methods': methods,
+        'metrics': [name for group in table['metrics'] for name in METRICS[group]],
+        'recipe': None,
+        'network': setup.settings['network'],
+        'image_size': setup.settings['image_size'],
+    }
     by_product = table.get('train') == 'product'
     if piece.stream is not None:
         facts['recipe'] = {'file': RECIPE, **table.get('changes', {})} if by_product else recipe_of(setup, piece.stream)
@@ -101,8 +109,17 @@ def run_piece(setup: Setup, piece: Piece) -> None:
     # Frozen weights: the compiler folds batch normalisation into the convolutions.
     with inductor.patch(freezing=True):
         evaluate(
-            model, DataLoader(images, batch_size=BATCH), methods=methods, poolings=(pooling,), metrics=facts['metrics'],
-            channels_last=True, torchcompile=table.get('torchcompile', False), output_dir=folder, progress=True, **more)
+            model,
+            DataLoader(images, batch_size=BATCH),
+            methods=methods,
+            poolings=(pooling,),
+            metrics=facts['metrics'],
+            channels_last=True,
+            torchcompile=table.get('torchcompile', False),
+            output_dir=folder,
+            progress=True,
+            **more,
+        )
     facts |= {'images_found': len(images), 'seconds': round(time.monotonic() - start, 1)}
     copy_values(folder / 'images.csv', path.with_suffix('.csv.gz'))
     setup.write(path, facts)
@@ -113,7 +130,7 @@ def _images(setup: Setup, table: dict[str, Any]) -> Images:
     samples = setup.samples('val')
     if table.get('train_on') == 'half':
         samples = [sample for sample in setup.image_set.val if sample.label % HALF]
-    return Images(samples[:table['images']], setup.unfitted, setup.settings['image_size'])
+    return Images(samples[: table['images']], setup.unfitted, setup.settings['image_size'])
 
 
 def temperature(setup: Setup, model: Any, is_gap: bool) -> float:

@@ -1,4 +1,5 @@
 """The main row through the product's own commands: `castream train` with the recipe for one's own data."""
+
 from __future__ import annotations
 
 import subprocess

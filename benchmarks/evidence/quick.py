@@ -1,4 +1,5 @@
 """Settings and made data of `--quick`: the whole program on squares, circles and crosses, in seconds."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Reads the committed results: facts of pieces and streams, and paired differences of a table."""
+
 from __future__ import annotations
 
 from functools import cached_property
@@ -65,8 +66,11 @@ class Results:
         plan = self.settings['tables'][name]
         source = f'{plan.get("gap", name)}-gap'
         # Every table has the first images of the validation set.
-        gap = None if source not in self.facts else {
-            column: values[:plan['images']] for column, values in self.values(source).items()}
+        gap = (
+            None
+            if source not in self.facts
+            else {column: values[: plan['images']] for column, values in self.values(source).items()}
+        )
         streams: dict[str, dict[int, Values]] = {}
         for stream in plan['streams']:
             seeds = sorted(f['seed'] for f in self.facts.values() if (f['table'], f['stream']) == (name, stream))
@@ -90,7 +94,7 @@ class Table:
     """
 
     def __init__(
-            self, name: str, plan: dict[str, Any], gap: Values | None, streams: dict[str, dict[int, Values]],
+        self, name: str, plan: dict[str, Any], gap: Values | None, streams: dict[str, dict[int, Values]]
     ) -> None:
         self.name = name
         self.plan = plan
@@ -122,5 +126,7 @@ class Table:
         lower_is_better = None if metric == 'prob' else metric in LOWER_IS_BETTER
         count = min(len(self.gap['image']), *(len(values['image']) for values in runs))  # a table may be half rerun
         return compare(
-            scale * self.gap[gap_column or column][:count], [scale * values[column][:count] for values in runs],
-            lower_is_better)
+            scale * self.gap[gap_column or column][:count],
+            [scale * values[column][:count] for values in runs],
+            lower_is_better,
+        )

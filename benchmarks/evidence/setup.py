@@ -1,4 +1,5 @@
 """Places, settings, networks and image sets that every step of the experiments shares."""
+
 from __future__ import annotations
 
 import json
@@ -53,8 +54,12 @@ class Setup:
     def of_size(self, name: str) -> Setup:
         """The run of the main row at another size, one of `sizes` in the settings, in folders of its own."""
         return replace(
-            self, settings=self.settings | self.settings['sizes'][name], work_dir=self.work_dir / name,
-            results_dir=self.results_dir / name, base=self)
+            self,
+            settings=self.settings | self.settings['sizes'][name],
+            work_dir=self.work_dir / name,
+            results_dir=self.results_dir / name,
+            base=self,
+        )
 
     @cached_property
     def image_set(self) -> ImageSet:
@@ -94,7 +99,7 @@ class Setup:
             return self.image_set.training(0, per_class)
         if split == 'selection':
             return self.image_set.training(per_class, self.settings['select_per_class'])
-        return list(self.image_set.val[:self.settings['val_images']])
+        return list(self.image_set.val[: self.settings['val_images']])
 
     def images(self, split: str) -> Images:
         """The normalised images of a split."""
@@ -135,8 +140,13 @@ class Setup:
         for candidate in settings['tried']:
             classifier.load_state_dict(start)
             fit_classifier(
-                self.unfitted, features, train.labels, **candidate, weight_decay=settings['weight_decay'],
-                batch_size=self.settings['batch_size'])
+                self.unfitted,
+                features,
+                train.labels,
+                **candidate,
+                weight_decay=settings['weight_decay'],
+                batch_size=self.settings['batch_size'],
+            )
             score = accuracy(head(self.unfitted, held_out), selection.labels)
             tried.append(candidate | {'selection_accuracy': score})
             if best is None or score > best[0]:
@@ -150,8 +160,15 @@ class Setup:
         self.write(path, facts)
         return facts
 
-    def stream(self, kind: str, seed: int, recipe: Mapping[str, Any], name: str, per_class: int | None = None,
-               classes: range | None = None) -> tuple[Any, dict[str, Any]]:
+    def stream(
+        self,
+        kind: str,
+        seed: int,
+        recipe: Mapping[str, Any],
+        name: str,
+        per_class: int | None = None,
+        classes: range | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
         """The network with a trained stream, trained at the first call.
 
         Args:
@@ -165,12 +182,16 @@ class Setup:
         Returns:
             The model, and the facts of its training.
         """
-        model = self.stream_model(kind, seed, stream_drop=recipe.get('stream_drop', 0.))
+        model = self.stream_model(kind, seed, stream_drop=recipe.get('stream_drop', 0.0))
         weights = self.work_dir / 'streams' / f'{name}.safetensors'
         path = self.results_dir / 'streams' / f'{name}.json'
         facts: dict[str, Any] = {
-            'kind': kind, 'seed': seed, 'recipe': dict(recipe), 'per_class': per_class,
-            'classes': None if classes is None else [classes.start, classes.stop, classes.step]}
+            'kind': kind,
+            'seed': seed,
+            'recipe': dict(recipe),
+            'per_class': per_class,
+            'classes': None if classes is None else [classes.start, classes.stop, classes.step],
+        }
         if weights.is_file() and path.is_file() and facts.items() <= read_json(path).items():
             load_stream(model, weights)
             return model, read_json(path)
@@ -178,8 +199,14 @@ class Setup:
         indices = self.training_indices(per_class, classes)
         start = time.monotonic()
         history = train_stream(
-            model, maps, indices, {'batch_size': self.settings['batch_size'], 'weight_decay': 0.} | recipe,
-            seed, f'stream {name}', self.maps('selection'))
+            model,
+            maps,
+            indices,
+            {'batch_size': self.settings['batch_size'], 'weight_decay': 0.0} | recipe,
+            seed,
+            f'stream {name}',
+            self.maps('selection'),
+        )
         facts |= {
             'history': history,
             'val_images': len(val),

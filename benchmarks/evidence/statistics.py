@@ -1,4 +1,5 @@
 """Paired differences with bootstrap intervals, over the values of every image."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -81,5 +82,8 @@ def compare(gap: np.ndarray, ca: Sequence[np.ndarray], lower_is_better: bool | N
     """
     triples = [interval(values - gap) for values in ca]
     return Difference(
-        float(np.nanmean(gap)), tuple(float(np.nanmean(values)) for values in ca),
-        *(tuple(triple[i] for triple in triples) for i in range(3)), lower_is_better)
+        float(np.nanmean(gap)),
+        tuple(float(np.nanmean(values)) for values in ca),
+        *(tuple(triple[i] for triple in triples) for i in range(3)),
+        lower_is_better,
+    )

@@ -1,4 +1,5 @@
 """Training beside the frozen network: the classifier under GAP, the streams on cached maps, temperatures."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -21,8 +22,14 @@ def head(model: Any, vectors: Tensor) -> Tensor:
 
 
 def fit_classifier(
-        model: Any, features: Tensor, labels: Tensor, epochs: int, lr: float, weight_decay: float, batch_size: int,
-        seed: int = 0,
+    model: Any,
+    features: Tensor,
+    labels: Tensor,
+    epochs: int,
+    lr: float,
+    weight_decay: float,
+    batch_size: int,
+    seed: int = 0,
 ) -> None:
     """Fits the model's classifier to pooled features, with AdamW and a cosine.
 
@@ -50,8 +57,13 @@ def fit_classifier(
 
 
 def train_stream(
-        model: Any, maps: Maps, indices: Tensor, settings: Mapping[str, Any], seed: int, description: str,
-        check: Maps | None = None,
+    model: Any,
+    maps: Maps,
+    indices: Tensor,
+    settings: Mapping[str, Any],
+    seed: int,
+    description: str,
+    check: Maps | None = None,
 ) -> list[dict[str, float]]:
     """Trains the stream of a model on cached maps, with AdamW and a cosine; everything else stays frozen.
 
@@ -82,11 +94,10 @@ def train_stream(
         for epoch in range(epochs):
             stream.train()
             order = indices[torch.randperm(len(indices), generator=generator)]
-            total = 0.
+            total = 0.0
             for features, labels in maps.batches(order, size, start):
                 query = stream(features, labels if stream.class_specific else None)
-                loss = F.cross_entropy(
-                    head(model, query), labels, label_smoothing=settings.get('label_smoothing', 0.))
+                loss = F.cross_entropy(head(model, query), labels, label_smoothing=settings.get('label_smoothing', 0.0))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -1,4 +1,5 @@
 """The page in a real browser: Chromium, headless, driven by Playwright."""
+
 from __future__ import annotations
 
 import io
@@ -42,12 +43,23 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope='module')
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    flags = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-             '--disable-component-update', '--disable-sync']
+    flags = [
+        '--no-sandbox',
+        '--disable-gpu',
+        '--disable-quic',
+        '--no-first-run',
+        '--disable-background-networking',
+        '--disable-component-update',
+        '--disable-sync',
+    ]
     with playwright.sync_playwright() as driver:
         context = driver.chromium.launch_persistent_context(
-            str(tmp_path_factory.mktemp('profile')), executable_path=BROWSER, headless=True, args=flags,
-            viewport={'width': 1280, 'height': 900})
+            str(tmp_path_factory.mktemp('profile')),
+            executable_path=BROWSER,
+            headless=True,
+            args=flags,
+            viewport={'width': 1280, 'height': 900},
+        )
         context.set_default_timeout(PATIENCE)
         yield context
         context.close()
@@ -86,7 +98,8 @@ def choose(page: Any, label: str) -> None:
     page.get_by_role('option', name=label, exact=True).click()
     page.wait_for_function(
         '(old) => { const image = document.querySelector("#cs-maps img"); return image && image.src !== old; }',
-        arg=before[0])
+        arg=before[0],
+    )
 
 
 def pixels(page: Any, selector: str) -> np.ndarray:
@@ -123,7 +136,8 @@ def test_the_slider_blends_the_maps_with_the_image_without_a_request(page: Any) 
         page.fill('#cs-opacity input[type=number]', value)
         page.press('#cs-opacity input[type=number]', 'Tab')
         page.wait_for_function(
-            '(value) => getComputedStyle(document.querySelector("#cs-maps img")).opacity === value', arg=value)
+            '(value) => getComputedStyle(document.querySelector("#cs-maps img")).opacity === value', arg=value
+        )
         drawn[value] = pixels(page, '#cs-maps .cs-picture')
     assert [address for address in page.requests[before:] if not address.startswith(('data:', 'blob:'))] == []
     inner = (slice(8, -8), slice(8, -8))  # the corners are round

@@ -1,4 +1,5 @@
 """The running page, through its client: answers, sessions, errors and files."""
+
 from __future__ import annotations
 
 import base64
@@ -126,7 +127,7 @@ def test_the_maps_are_the_colours_of_the_saliency(user: User, opened: PageModel,
     maps = heat_maps(user.explain(path)['Maps'])
     for url, saliency in zip(maps, expected.maps(METHODS, expected.predicted).values(), strict=True):
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(',')[2]))))
-        assert np.array_equal(pixels, overlay(np.zeros_like(pixels), saliency, 1.))
+        assert np.array_equal(pixels, overlay(np.zeros_like(pixels), saliency, 1.0))
 
 
 def test_another_class_changes_the_maps_and_not_the_attention(user: User, folder: Path) -> None:
@@ -196,13 +197,17 @@ def test_a_model_is_opened_for_one_session_alone(url: str, folder: Path) -> None
     assert second.figures(3)['model'] == 'test_resnet_castream'
 
 
-@pytest.mark.parametrize(('name', 'checkpoint', 'words'), [
-    ('test_resnet_castream', 'missing.pth.tar', 'There is no file missing.pth.tar'),
-    ('no_network', '', 'no_network'),
-    ('', 'missing.pth.tar', 'need the name of the model'),
-])
+@pytest.mark.parametrize(
+    ('name', 'checkpoint', 'words'),
+    [
+        ('test_resnet_castream', 'missing.pth.tar', 'There is no file missing.pth.tar'),
+        ('no_network', '', 'no_network'),
+        ('', 'missing.pth.tar', 'need the name of the model'),
+    ],
+)
 def test_a_model_that_cannot_be_opened_gives_a_sentence_and_the_page_goes_on(
-        user: User, folder: Path, name: str, checkpoint: str, words: str) -> None:
+    user: User, folder: Path, name: str, checkpoint: str, words: str
+) -> None:
     path = photograph(folder)
     before = user.explain(path)
     failed = user.call('open', name, checkpoint, False, gradio_client.handle_file(path), METHODS)
@@ -210,13 +215,17 @@ def test_a_model_that_cannot_be_opened_gives_a_sentence_and_the_page_goes_on(
     assert user.figures(before['Class to explain']['value'])['model'] == 'test_resnet_castream'
 
 
-@pytest.mark.parametrize(('content', 'words'), [
-    (b'no image', 'The file is not an image that can be read.'),
-    (b'', 'The file is not an image that can be read.'),
-    ('huge', 'The image has 9000 x 8000 pixels'),
-])
+@pytest.mark.parametrize(
+    ('content', 'words'),
+    [
+        (b'no image', 'The file is not an image that can be read.'),
+        (b'', 'The file is not an image that can be read.'),
+        ('huge', 'The image has 9000 x 8000 pixels'),
+    ],
+)
 def test_an_upload_that_cannot_be_read_gives_a_sentence_and_the_page_goes_on(
-        user: User, folder: Path, content: bytes | str, words: str) -> None:
+    user: User, folder: Path, content: bytes | str, words: str
+) -> None:
     path = folder / 'upload.png'
     if content == 'huge':
         Image.new('1', (9000, 8000)).save(path)
@@ -278,7 +287,8 @@ def test_every_request_waits_for_the_one_before_it(opened: PageModel) -> None:
 
 
 def test_uploads_and_files_are_deleted(
-        opened: PageModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: PageModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path / 'gradio'))
     app = create_app(opened)
     _, address, _ = serve(app, prevent_thread_lock=True, quiet=True)
@@ -321,14 +331,18 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return calls
 
 
-@pytest.mark.parametrize(('options', 'call'), [
-    ([], (True, '127.0.0.1', None)),
-    (['--port', '7999'], (True, '127.0.0.1', 7999)),
-    (['--host', '0.0.0.0'], (False, '0.0.0.0', None)),
-    (['--model', 'test_resnet', '--multilabel'], (True, '127.0.0.1', None)),
-])
+@pytest.mark.parametrize(
+    ('options', 'call'),
+    [
+        ([], (True, '127.0.0.1', None)),
+        (['--port', '7999'], (True, '127.0.0.1', 7999)),
+        (['--host', '0.0.0.0'], (False, '0.0.0.0', None)),
+        (['--model', 'test_resnet', '--multilabel'], (True, '127.0.0.1', None)),
+    ],
+)
 def test_the_command_serves_this_machine_unless_told_otherwise(
-        served: list[tuple[Any, ...]], options: list[str], call: tuple[Any, ...]) -> None:
+    served: list[tuple[Any, ...]], options: list[str], call: tuple[Any, ...]
+) -> None:
     assert cli.main(['app', *options]) == 0
     assert served == [call]
     assert not Path(os.environ['GRADIO_TEMP_DIR']).exists()
@@ -375,7 +389,8 @@ def test_the_command_names_a_port_that_is_taken(capsys: pytest.CaptureFixture[st
 
 
 def test_the_command_writes_a_space_and_serves_nothing(
-        served: list[tuple[Any, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    served: list[tuple[Any, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(['app', '--space', str(tmp_path / 'page')]) == 0
     assert (tmp_path / 'page' / 'app.py').is_file() and not served
     assert str(tmp_path / 'page') in capsys.readouterr().out

@@ -1,4 +1,5 @@
 """One image explained without a server: the numbers are those of the library's functions, each is computed once."""
+
 from __future__ import annotations
 
 import json
@@ -80,7 +81,8 @@ def test_maps_are_those_of_attribute_for_the_class_asked_for(explained: Explanat
 
 
 def test_a_map_is_computed_once_and_another_class_computes_its_own_alone(
-        explained: Explanation, monkeypatch: pytest.MonkeyPatch) -> None:
+    explained: Explanation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[tuple[tuple[str, ...], int]] = []
     original = explanation.attribute_all
 
@@ -107,7 +109,8 @@ def test_what_a_map_is_worth_is_what_the_definitions_give(explained: Explanation
             p, o = (model(images).softmax(1)[0, target].item() for images in (x, masked))
             curves = {
                 'insertion': insertion_curve(model, x, saliency, torch.tensor([target]))[0],
-                'deletion': deletion_curve(model, x, saliency, torch.tensor([target]))[0]}
+                'deletion': deletion_curve(model, x, saliency, torch.tensor([target]))[0],
+            }
         assert worth.prob == pytest.approx(p, rel=1e-5)
         assert worth.masked_prob == pytest.approx(o, rel=1e-4)
         assert worth.metrics['average_drop'] == pytest.approx(100 * max(0, p - o) / p, rel=1e-3, abs=1e-3)
@@ -125,7 +128,8 @@ def test_what_a_map_is_worth_is_what_the_definitions_give(explained: Explanation
 
 
 def test_a_measurement_is_computed_once_for_each_method_and_class(
-        explained: Explanation, monkeypatch: pytest.MonkeyPatch) -> None:
+    explained: Explanation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = explained.scores('grad_cam', 1)
     monkeypatch.setattr(explanation, 'insertion_curve', None)
     assert explained.scores('grad_cam', 1) is first
@@ -152,7 +156,8 @@ def test_progress_names_the_work_that_is_done_and_no_other(explained: Explanatio
 
 def test_both_sides_of_the_identity_are_those_of_the_library(explained: Explanation) -> None:
     for shown, expected in zip(
-            explained.identity(), attention_identity(explained.opened.model, explained.x), strict=True):
+        explained.identity(), attention_identity(explained.opened.model, explained.x), strict=True
+    ):
         torch.testing.assert_close(shown, expected)
         assert not shown.requires_grad
 
@@ -207,14 +212,21 @@ def test_a_photograph_stands_upright(opened: PageModel, tmp_path: Path) -> None:
     assert torch.equal(explain_image(opened, tmp_path / 'turned.png').x, explain_image(opened, upright).x)
 
 
-@pytest.mark.parametrize(('content', 'sentence'), [
-    (b'', 'The file is not an image that can be read.'),
-    (b'no image', 'The file is not an image that can be read.'),
-    ('truncated', 'The image file is damaged and cannot be read.'),
-    ('huge', f'The image has 9000 x 8000 pixels; at most {explanation.MAX_PIXELS // 10**6} million pixels are read.'),
-])
+@pytest.mark.parametrize(
+    ('content', 'sentence'),
+    [
+        (b'', 'The file is not an image that can be read.'),
+        (b'no image', 'The file is not an image that can be read.'),
+        ('truncated', 'The image file is damaged and cannot be read.'),
+        (
+            'huge',
+            f'The image has 9000 x 8000 pixels; at most {explanation.MAX_PIXELS // 10**6} million pixels are read.',
+        ),
+    ],
+)
 def test_a_file_that_cannot_be_read_gives_a_sentence_without_a_path(
-        opened: PageModel, tmp_path: Path, content: bytes | str, sentence: str) -> None:
+    opened: PageModel, tmp_path: Path, content: bytes | str, sentence: str
+) -> None:
     path = tmp_path / 'upload.png'
     if content == 'huge':
         Image.new('1', (9000, 8000)).save(path)
@@ -257,7 +269,8 @@ def test_the_files_hold_the_figures_that_were_computed(explained: Explanation, t
             assert figures['maps'][method][name] == explained.maps((method,), 2)[name, method].tolist()
     worth = explained.scores('grad_cam', 2)
     assert {name: value['average_drop'] for name, value in figures['worth']['grad_cam'].items()} == {
-        name: value.metrics['average_drop'] for name, value in worth.items()}
+        name: value.metrics['average_drop'] for name, value in worth.items()
+    }
     assert figures['worth']['grad_cam']['ca']['insertion_curve'] == worth['ca'].insertion_curve.tolist()
     logits, cam = (side[0].tolist() for side in explained.identity())
     assert figures['identity']['attention_logits'] == logits and figures['identity']['cam'] == cam
@@ -266,7 +279,7 @@ def test_the_files_hold_the_figures_that_were_computed(explained: Explanation, t
 
 def test_the_picture_changes_with_the_opacity(explained: Explanation, tmp_path: Path) -> None:
     pictures = []
-    for opacity in (0., 0.5):
+    for opacity in (0.0, 0.5):
         folder = tmp_path / str(opacity)
         folder.mkdir()
         pictures.append(np.asarray(Image.open(write_explanation(explained, folder, METHODS, 2, opacity)[0])))

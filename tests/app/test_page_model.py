@@ -1,4 +1,5 @@
 """Models opened for a page: the network of the package, a network by name, and the words for their weights."""
+
 from __future__ import annotations
 
 import json

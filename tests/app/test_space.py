@@ -1,4 +1,5 @@
 """The folder of a Space: complete, pinned, and enough to start the page."""
+
 from __future__ import annotations
 
 import json
@@ -41,7 +42,9 @@ def test_a_space_has_the_files_that_the_hub_expects(opened: PageModel, tmp_path:
     assert fields['app_file'] == 'app.py' and (folder / 'app.py').is_file()
     assert "It's {random}." in text
     assert sorted(path.name for path in (folder / 'examples').iterdir()) == [
-        'photograph_china.jpg', 'photograph_flower.jpg']
+        'photograph_china.jpg',
+        'photograph_flower.jpg',
+    ]
     assert list((folder / 'hf_configs').glob('*.json')) and list((folder / 'train_wrappers').rglob('*.yaml'))
     assert not list(folder.rglob('__pycache__')) and [path.name for path in tmp_path.iterdir()] == ['page']
 
@@ -73,10 +76,12 @@ def start(folder: Path, cwd: Path) -> dict[str, Any]:
         ' "name": opened.name, "weights": opened.weights,'
         ' "activation": opened.network.activation, "training": opened.model.training,'
         ' "logits": opened.model(torch.ones(1, 3, 64, 64))[0].tolist(),'
-        ' "functions": [f.api_name for f in page["app"].fns.values()]}))\n')
+        ' "functions": [f.api_name for f in page["app"].fns.values()]}))\n'
+    )
     environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'} | {'HF_HUB_OFFLINE': '1'}
     result = subprocess.run(
-        [sys.executable, '-c', code], cwd=cwd, env=environment, capture_output=True, text=True, check=True)
+        [sys.executable, '-c', code], cwd=cwd, env=environment, capture_output=True, text=True, check=True
+    )
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -114,7 +119,8 @@ def test_a_folder_that_exists_is_left_alone(opened: PageModel, tmp_path: Path) -
 
 
 def test_a_space_is_written_whole_or_not_at_all(
-        opened: PageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: PageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: Any) -> None:
         raise OSError('disk full')
 

@@ -1,4 +1,5 @@
 """The mathematics of class activation maps against float64 loops written from the papers' formulas."""
+
 from __future__ import annotations
 
 import math
@@ -16,7 +17,7 @@ from timm_castream.attribution.cam import (
 )
 from timm_castream.inference.probabilities import probabilities
 
-MEAN, STD = torch.tensor([.5, .4, .3]).view(3, 1, 1).double(), torch.tensor([.2, .3, .25]).view(3, 1, 1).double()
+MEAN, STD = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1).double(), torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1).double()
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -30,8 +31,9 @@ def resized(channel: list[list[float]], height: int, width: int) -> list[list[fl
     def at(y: float, x: float) -> float:
         top, left = min(int(y), h - 2), min(int(x), w - 2)
         dy, dx = y - top, x - left
-        return ((1 - dy) * ((1 - dx) * channel[top][left] + dx * channel[top][left + 1])
-                + dy * ((1 - dx) * channel[top + 1][left] + dx * channel[top + 1][left + 1]))
+        return (1 - dy) * ((1 - dx) * channel[top][left] + dx * channel[top][left + 1]) + dy * (
+            (1 - dx) * channel[top + 1][left] + dx * channel[top + 1][left + 1]
+        )
 
     return [[at(i * (h - 1) / (height - 1), j * (w - 1) / (width - 1)) for j in range(width)] for i in range(height)]
 
@@ -43,23 +45,22 @@ def scaled(values: list[list[float]]) -> list[list[float]]:
 
 @pytest.mark.parametrize('signed', [False, True])
 def test_both_grad_cams_are_their_formulas(signed: bool) -> None:
-    maps, gradients = draw(2, 4, 3, 5), draw(2, 2, 4, 3, 5, seed=1) + .3
+    maps, gradients = draw(2, 4, 3, 5), draw(2, 2, 4, 3, 5, seed=1) + 0.3
     maps = maps if signed else maps.abs()
     cam = class_activation_map(maps, grad_cam_weights(gradients))
     cam_pp = class_activation_map(maps, grad_cam_pp_weights(maps, gradients))
     for b in range(2):
         for k in range(2):
             for result, plus in ((cam, False), (cam_pp, True)):
-                total = [[0.] * 5 for _ in range(3)]
+                total = [[0.0] * 5 for _ in range(3)]
                 for d in range(4):
                     g = gradients[b, k, d].flatten().tolist()
                     a_sum = sum(maps[b, d].flatten().tolist())
-                    weight = (sum(max(0., v) * v ** 2 / (2 * v ** 2 + v ** 3 * a_sum) for v in g) if plus
-                              else sum(g) / len(g))
+                    weight = sum(max(0.0, v) * v**2 / (2 * v**2 + v**3 * a_sum) for v in g) if plus else sum(g) / len(g)
                     for i in range(3):
                         for j in range(5):
                             total[i][j] += weight * float(maps[b, d, i, j])
-                expected = scaled([[max(0., v) for v in row] for row in total])
+                expected = scaled([[max(0.0, v) for v in row] for row in total])
                 assert max(map(max, expected)) == 1
                 torch.testing.assert_close(result[b, k], torch.tensor(expected, dtype=torch.float64))
 
@@ -70,11 +71,11 @@ def test_grad_cam_pp_holds_for_gradients_whose_square_underflows() -> None:
 
 
 def test_grad_cam_pp_is_finite_where_its_denominator_is_zero() -> None:
-    maps, gradients = -torch.ones(1, 1, 1, 2), torch.tensor([1., 0.]).view(1, 1, 1, 1, 2)
-    assert grad_cam_pp_weights(maps, gradients).tolist() == [[[0.]]]
+    maps, gradients = -torch.ones(1, 1, 1, 2), torch.tensor([1.0, 0.0]).view(1, 1, 1, 1, 2)
+    assert grad_cam_pp_weights(maps, gradients).tolist() == [[[0.0]]]
 
 
-@pytest.mark.parametrize('value', [-3., 0., 1e-30, 7.1])
+@pytest.mark.parametrize('value', [-3.0, 0.0, 1e-30, 7.1])
 def test_a_constant_map_gives_zeros(value: float) -> None:
     assert scale_maps(torch.full((2, 1, 3, 3), value)).eq(0).all()
 
@@ -94,7 +95,8 @@ def test_scaling_reaches_zero_and_one_and_passes_nan_on() -> None:
 @pytest.mark.parametrize('activation', ['softmax', 'sigmoid'])
 @pytest.mark.parametrize('batch_size', [1000, 1, 3])
 def test_score_cam_weights_are_probabilities_of_images_masked_before_normalisation(
-        activation: str, batch_size: int) -> None:
+    activation: str, batch_size: int
+) -> None:
     maps, x = draw(2, 3, 2, 3), draw(2, 3, 4, 6, seed=1)
     targets = {'gap': torch.tensor([[0, 3], [2, 1]]), 'ca': torch.tensor([[1, 1], [0, 2]])}
     classifiers = {'gap': draw(72, 4, seed=2), 'ca': draw(72, 4, seed=3)}
@@ -108,7 +110,7 @@ def test_score_cam_weights_are_probabilities_of_images_masked_before_normalisati
         for b in range(2):
             for d in range(3):
                 mask = scaled(resized(maps[b, d].tolist(), 4, 6))
-                logits = [0.] * 4
+                logits = [0.0] * 4
                 for n, (c, i, j) in enumerate((c, i, j) for c in range(3) for i in range(4) for j in range(6)):
                     mean, std = float(MEAN[c]), float(STD[c])
                     pixel = ((float(x[b, c, i, j]) * std + mean) * mask[i][j] - mean) / std
@@ -132,7 +134,7 @@ def test_score_cam_forwards_no_channel_that_is_constant_on_an_image() -> None:
     targets = {'ca': torch.zeros(2, 1, dtype=torch.long)}
     weights = score_cam_weights(forward, draw(2, 3, 6, 6), maps, targets, MEAN, STD, batch_size=2)
     assert seen == [2, 2, 1]
-    assert weights['ca'][:, 0].tolist() == [[.5, 0, .5, .5], [.5, .5, 0, 0]]
+    assert weights['ca'][:, 0].tolist() == [[0.5, 0, 0.5, 0.5], [0.5, 0.5, 0, 0]]
 
 
 def test_score_cam_of_constant_maps_alone_forwards_nothing() -> None:

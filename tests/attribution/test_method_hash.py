@@ -1,4 +1,5 @@
 """The identity of methods of the user and of architectures: what must tell two apart, and what must not."""
+
 from __future__ import annotations
 
 import functools
@@ -59,18 +60,42 @@ class Explainer:
 
 
 WAYS: tuple[Callable[[Any], Any], ...] = (
-    closed, with_default, with_keyword_default, with_nested_function, Explainer,
-    lambda value: Explainer(value).maps, lambda value: closed(Explainer(value)), lambda value: closed(closed(value)),
-    lambda value: functools.partial(closed(0), side=value), lambda value: functools.partial(closed(0), value))
+    closed,
+    with_default,
+    with_keyword_default,
+    with_nested_function,
+    Explainer,
+    lambda value: Explainer(value).maps,
+    lambda value: closed(Explainer(value)),
+    lambda value: closed(closed(value)),
+    lambda value: functools.partial(closed(0), side=value),
+    lambda value: functools.partial(closed(0), value),
+)
 
 
 @pytest.mark.parametrize('way', WAYS)
-@pytest.mark.parametrize(('one', 'other'), [
-    (1, 2), (1, 1.), ('a', 'b'), ((1, 2), (1, 3)), ([1, [2]], [1, [3]]), ({'a': [1]}, {'a': [2]}), ({1, 2}, {1, 3}),
-    (np.arange(3), np.arange(3)[::-1]), (np.arange(4), np.arange(4).reshape(2, 2)),
-    (torch.tensor([1, 2]), torch.tensor([1, 3])), (torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)),
-    (torch.float32, torch.float16), (np.array([None, 1]), np.array([None, 2])), (torch.relu, torch.sigmoid),
-    (np.add, np.multiply), (lambda x: x, lambda x: x + 1), (Path('a'), Path('b'))])
+@pytest.mark.parametrize(
+    ('one', 'other'),
+    [
+        (1, 2),
+        (1, 1.0),
+        ('a', 'b'),
+        ((1, 2), (1, 3)),
+        ([1, [2]], [1, [3]]),
+        ({'a': [1]}, {'a': [2]}),
+        ({1, 2}, {1, 3}),
+        (np.arange(3), np.arange(3)[::-1]),
+        (np.arange(4), np.arange(4).reshape(2, 2)),
+        (torch.tensor([1, 2]), torch.tensor([1, 3])),
+        (torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)),
+        (torch.float32, torch.float16),
+        (np.array([None, 1]), np.array([None, 2])),
+        (torch.relu, torch.sigmoid),
+        (np.add, np.multiply),
+        (lambda x: x, lambda x: x + 1),
+        (Path('a'), Path('b')),
+    ],
+)
 def test_values_that_a_method_holds_tell_methods_apart(way: Callable[[Any], Any], one: Any, other: Any) -> None:
     assert identity(way(one)) != identity(way(other))
     assert identity(way(one)) == identity(way(one))
@@ -130,7 +155,8 @@ def test_code_and_variables_of_the_methods_module_count() -> None:
 
 
 def test_an_identity_is_the_same_in_another_process(tmp_path: Path) -> None:
-    (tmp_path / 'mine.py').write_text(textwrap.dedent("""
+    (tmp_path / 'mine.py').write_text(
+        textwrap.dedent("""
         from timm_castream.attribution.method_hash import identity
 
         class Explainer:
@@ -140,12 +166,19 @@ def test_an_identity_is_the_same_in_another_process(tmp_path: Path) -> None:
                 return x if target in {'a', 'b', 'c'} else self.lock
 
         print(identity(Explainer()), identity(lambda x, target, words=frozenset('abc'): (x, words)))
-    """))
+    """)
+    )
     printed = {
         subprocess.run(
-            [sys.executable, 'mine.py'], cwd=tmp_path, capture_output=True, text=True, check=True,
-            env={**os.environ, 'PYTHONHASHSEED': seed, 'PYTHONPATH': str(Path(__file__).parents[2])}).stdout
-        for seed in ('1', '2')}
+            [sys.executable, 'mine.py'],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, 'PYTHONHASHSEED': seed, 'PYTHONPATH': str(Path(__file__).parents[2])},
+        ).stdout
+        for seed in ('1', '2')
+    }
     assert len(printed) == 1 and printed != {''}
 
 
@@ -161,8 +194,10 @@ def test_the_working_state_of_pytorch_grad_cam_does_not_count() -> None:
     assert identity(eigen_cam) == before
 
 
-@pytest.mark.parametrize(('name', 'arguments'), [
-    ('test_resnet', {'output_stride': 8}), ('test_vit', {'num_heads': 4}), ('test_vit', {'global_pool': 'avg'})])
+@pytest.mark.parametrize(
+    ('name', 'arguments'),
+    [('test_resnet', {'output_stride': 8}), ('test_vit', {'num_heads': 4}), ('test_vit', {'global_pool': 'avg'})],
+)
 def test_an_architecture_has_the_settings_that_weights_do_not_show(name: str, arguments: dict[str, Any]) -> None:
     plain = architecture(timm.create_model(name))
     assert plain == architecture(timm.create_model(name, drop_rate=0.1, drop_path_rate=0.1).eval())

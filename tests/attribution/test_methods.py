@@ -1,4 +1,5 @@
 """The table of methods against pytorch-grad-cam, the baselines against their formulas, and methods of the user."""
+
 from __future__ import annotations
 
 import functools
@@ -44,7 +45,7 @@ def x() -> Tensor:
 def unit_range(maps: Tensor) -> Tensor:
     maps = maps.clamp(min=0)
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return torch.where(high > low, (maps - low) / (high - low), 0.)
+    return torch.where(high > low, (maps - low) / (high - low), 0.0)
 
 
 def test_rows_are_found_by_their_names_and_titles_are_unique() -> None:
@@ -55,10 +56,12 @@ def test_rows_are_found_by_their_names_and_titles_are_unique() -> None:
 
 
 @pytest.mark.parametrize('mode', POOLINGS)
-@pytest.mark.parametrize(('method', 'peer'), [
-    ('layer_cam', LayerCAM), ('xgrad_cam', XGradCAM), ('hires_cam', HiResCAM)])
+@pytest.mark.parametrize(
+    ('method', 'peer'), [('layer_cam', LayerCAM), ('xgrad_cam', XGradCAM), ('hires_cam', HiResCAM)]
+)
 def test_gradient_methods_agree_with_pytorch_grad_cam(
-        method: str, peer: Any, mode: str, model: nn.Module, x: Tensor) -> None:
+    method: str, peer: Any, mode: str, model: nn.Module, x: Tensor
+) -> None:
     class Unresized(peer):
         """Keeps the map at the size of the layer, which pytorch-grad-cam resizes and scales."""
 
@@ -66,7 +69,8 @@ def test_gradient_methods_agree_with_pytorch_grad_cam(
             activations = self.activations_and_grads.activations[0].cpu().numpy()
             gradients = self.activations_and_grads.gradients[0].cpu().numpy()
             self.cam = self.get_cam_image(
-                input_tensor, self.target_layers[0], targets, activations, gradients, eigen_smooth)
+                input_tensor, self.target_layers[0], targets, activations, gradients, eigen_smooth
+            )
             return super().compute_cam_per_layer(input_tensor, targets, eigen_smooth)
 
     model, x = model.double(), x.double()
@@ -78,7 +82,8 @@ def test_gradient_methods_agree_with_pytorch_grad_cam(
 
 
 def test_all_gradient_methods_share_one_forward_and_one_backward_a_pooling(
-        model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forwards, backwards = [], []
     model.conv1.register_forward_hook(lambda *args: forwards.append(1))
     gradients = Activations.gradients
@@ -116,8 +121,12 @@ def test_the_centre_is_a_gaussian_of_a_quarter_of_the_image(model: nn.Module) ->
     x = torch.randn(1, 3, 96, 160, generator=torch.Generator().manual_seed(0))
     maps = attribute(model, x, 'centre')[0]
     values = [
-        [math.exp(-((i + .5) / 96 - .5) ** 2 / (2 * .25 ** 2) - ((j + .5) / 160 - .5) ** 2 / (2 * .25 ** 2))
-         for j in range(160)] for i in range(96)]
+        [
+            math.exp(-(((i + 0.5) / 96 - 0.5) ** 2) / (2 * 0.25**2) - ((j + 0.5) / 160 - 0.5) ** 2 / (2 * 0.25**2))
+            for j in range(160)
+        ]
+        for i in range(96)
+    ]
     low, high = min(map(min, values)), max(map(max, values))
     torch.testing.assert_close(maps, torch.tensor([[(v - low) / (high - low) for v in row] for row in values]))
 
@@ -144,14 +153,19 @@ def test_captum_through_a_callable_gives_the_figures_of_calling_it_by_hand(model
     with torch.no_grad():
         p, o = (model(images).softmax(1)[range(2), TARGET] for images in (x, ((x * std + mean) * masks - mean) / std))
     assert report['ca', 'IG', 'average_drop'].value == pytest.approx(
-        (100 * (p - o).clamp(min=0) / p).mean().item(), abs=1e-2)
+        (100 * (p - o).clamp(min=0) / p).mean().item(), abs=1e-2
+    )
 
 
 @pytest.mark.parametrize('shape', ['(B, h, w)', '(B, 1, h, w)', '(B, C, H, W)', 'numpy'])
 def test_a_callable_may_return_maps_of_any_size(shape: str, model: nn.Module, x: Tensor) -> None:
     signed = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
-    returned = {'(B, h, w)': signed[:, 0], '(B, 1, h, w)': signed[:, :1], '(B, C, H, W)': signed,
-                'numpy': signed[:, 0].numpy()}[shape]
+    returned = {
+        '(B, h, w)': signed[:, 0],
+        '(B, 1, h, w)': signed[:, :1],
+        '(B, C, H, W)': signed,
+        'numpy': signed[:, 0].numpy(),
+    }[shape]
     maps = attribute_all(model, x, {'mine': lambda images, target: returned}, TARGET)
     expected = unit_range(signed.sum(1) if shape == '(B, C, H, W)' else signed[:, 0])
     for mode in POOLINGS:
@@ -194,22 +208,26 @@ def test_arrays_follow_the_order_of_the_data_set(model: nn.Module) -> None:
     assert not np.allclose(reordered.values.rows, whole.values.rows)
 
 
-@pytest.mark.parametrize(('methods', 'message'), [
-    ({'mine': np.zeros((3, 4, 4))}, "method 'mine' has 3 maps, the data set has 2 images"),
-    ({'mine': {'gap': np.zeros((2, 4, 4))}}, "method 'mine' has no maps for pooling 'ca'"),
-    ({'mine': np.zeros((2, 3, 4, 4))}, r'an array of shape \(N, h, w\).*got float64 of \(2, 3, 4, 4\)'),
-    ({'grad_cam': 'score_cam'}, "method 'grad_cam' is the name of a built-in method"),
-    ({'mine': lambda x, target: (1, 2)}, r"method 'mine' returned .* for 2 images"),
-    ({'mine': 3}, "method 'mine' must be a name, a callable, an array .* got int"),
-    ({'mine': 'lime'}, "method 'lime' is unknown, valid ones: 'attention', 'grad_cam'"),
-    ({'a/b': 'grad_cam'}, "method 'a/b' has a slash"),
-    ({}, 'methods is empty'),
-    (('grad_cam', 'grad_cam'), "method 'grad_cam' is given twice"),
-    ({'mine': np.full((2, 4, 4), np.nan)}, "method 'mine' gave a map with NaN or infinity"),
-    ({'mine': lambda x, target: torch.zeros(3, 4, 4)}, r"method 'mine' returned shape \(3, 4, 4\) for 2 images"),
-])
+@pytest.mark.parametrize(
+    ('methods', 'message'),
+    [
+        ({'mine': np.zeros((3, 4, 4))}, "method 'mine' has 3 maps, the data set has 2 images"),
+        ({'mine': {'gap': np.zeros((2, 4, 4))}}, "method 'mine' has no maps for pooling 'ca'"),
+        ({'mine': np.zeros((2, 3, 4, 4))}, r'an array of shape \(N, h, w\).*got float64 of \(2, 3, 4, 4\)'),
+        ({'grad_cam': 'score_cam'}, "method 'grad_cam' is the name of a built-in method"),
+        ({'mine': lambda x, target: (1, 2)}, r"method 'mine' returned .* for 2 images"),
+        ({'mine': 3}, "method 'mine' must be a name, a callable, an array .* got int"),
+        ({'mine': 'lime'}, "method 'lime' is unknown, valid ones: 'attention', 'grad_cam'"),
+        ({'a/b': 'grad_cam'}, "method 'a/b' has a slash"),
+        ({}, 'methods is empty'),
+        (('grad_cam', 'grad_cam'), "method 'grad_cam' is given twice"),
+        ({'mine': np.full((2, 4, 4), np.nan)}, "method 'mine' gave a map with NaN or infinity"),
+        ({'mine': lambda x, target: torch.zeros(3, 4, 4)}, r"method 'mine' returned shape \(3, 4, 4\) for 2 images"),
+    ],
+)
 def test_methods_that_do_not_fit_are_refused_in_a_sentence(
-        methods: Any, message: str, model: nn.Module, x: Tensor) -> None:
+    methods: Any, message: str, model: nn.Module, x: Tensor
+) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(model, DataLoader(TensorDataset(x, TARGET), 2), methods)
 
@@ -228,8 +246,12 @@ def test_functions_that_differ_have_different_identities() -> None:
         return x[:, side]
 
     methods = {
-        'a': functools.partial(f, side=0), 'b': functools.partial(f, side=1), 'c': lambda x, t: x[:, 0],
-        'd': lambda x, t: x[:, 1], 'e': f}
+        'a': functools.partial(f, side=0),
+        'b': functools.partial(f, side=1),
+        'c': lambda x, t: x[:, 0],
+        'd': lambda x, t: x[:, 1],
+        'e': f,
+    }
     identities = [method.identity for method in resolve_methods(methods)]
     assert len(set(identities)) == 5
     assert identities == [method.identity for method in resolve_methods(dict(methods))]
@@ -274,4 +296,7 @@ def test_a_network_without_a_feature_map_takes_maps_of_ones_own() -> None:
         attribute_all(network, x, ('grad_cam',))
     maps = attribute_all(network, x, {'mine': lambda images, target: images, 'random': 'random', 'centre': 'centre'})
     assert {key: tuple(value.shape) for key, value in maps.items()} == {
-        ('gap', 'mine'): (1, 64, 64), ('gap', 'random'): (1, 2, 2), ('gap', 'centre'): (1, 64, 64)}
+        ('gap', 'mine'): (1, 64, 64),
+        ('gap', 'random'): (1, 2, 2),
+        ('gap', 'centre'): (1, 64, 64),
+    }

@@ -2,6 +2,7 @@
 
 The oracles run the model as timm does, `model(x)`, image by image and channel by channel in float64.
 """
+
 from __future__ import annotations
 
 import threading
@@ -100,7 +101,7 @@ def cam_oracle(model: nn.Module, x: Tensor, method: str, mode: str, layer: str, 
             if method == 'grad_cam':
                 weight = g.mean()
             else:
-                weight = sum(v ** 2 / (2 * v ** 2 + a.sum() * v ** 3) * v for v in g.flatten() if v > 0)
+                weight = sum(v**2 / (2 * v**2 + a.sum() * v**3) * v for v in g.flatten() if v > 0)
             total += weight * a
         cams.append(unit_range(total))
     return cams
@@ -108,7 +109,8 @@ def cam_oracle(model: nn.Module, x: Tensor, method: str, mode: str, layer: str, 
 
 @torch.no_grad()
 def score_cam_oracle(
-        model: nn.Module, x: Tensor, mode: str, layer: str, nhwc: bool, sigmoid: bool = False) -> list[np.ndarray]:
+    model: nn.Module, x: Tensor, mode: str, layer: str, nhwc: bool, sigmoid: bool = False
+) -> list[np.ndarray]:
     """One image, a map for each of its TARGETS, one mask after the other."""
     mean, std = (x.new_tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ('mean', 'std'))
     with pooling(model, mode), output_of(model, layer) as outputs:
@@ -133,7 +135,8 @@ def score_cam_oracle(
 @pytest.mark.parametrize('mode', POOLINGS)
 @pytest.mark.parametrize('name', POOLED)
 def test_grad_cams_are_those_of_autograd_through_the_whole_network(
-        name: str, mode: str, make_model: Callable[..., nn.Module], x: Tensor) -> None:
+    name: str, mode: str, make_model: Callable[..., nn.Module], x: Tensor
+) -> None:
     model, x = in_float64(make_model(name), x, 64 if name == 'swin' else 96)
     for method in CAMS:
         maps = attribute(model, x, method, TARGETS.expand(2, -1), mode)
@@ -143,7 +146,8 @@ def test_grad_cams_are_those_of_autograd_through_the_whole_network(
 
 @pytest.mark.parametrize('name', ['test_resnet', 'test_convnext', 'swin'])
 def test_score_cam_is_a_loop_over_masked_images_for_both_poolings(
-        name: str, make_model: Callable[..., nn.Module], x: Tensor) -> None:
+    name: str, make_model: Callable[..., nn.Module], x: Tensor
+) -> None:
     model, x = in_float64(decided(make_model(name)), x, 64)
     maps = attribute_all(model, x, ('score_cam',), TARGETS.expand(2, -1), batch_size=50)
     for mode in POOLINGS:
@@ -160,15 +164,19 @@ def test_score_cam_of_a_multi_label_model_weighs_by_the_sigmoid(model: nn.Module
     assert (maps - attribute(model, x, 'score_cam', TARGETS[None])).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(('name', 'layer', 'nhwc'), [
-    ('test_resnet', 'layer3', False),  # the stream reads it, and so does the next stage
-    ('test_resnet', 'layer4.0.bn2', False),  # changed in place by what follows
-    ('test_convnext', 'stages.3.blocks.0.mlp.fc2', True),  # the paper's ConvNeXt rows
-    ('test_convnext', 'stages.3.blocks.0.mlp', True),
-    ('swin', 'layers.2.blocks.0', True),
-])
+@pytest.mark.parametrize(
+    ('name', 'layer', 'nhwc'),
+    [
+        ('test_resnet', 'layer3', False),  # the stream reads it, and so does the next stage
+        ('test_resnet', 'layer4.0.bn2', False),  # changed in place by what follows
+        ('test_convnext', 'stages.3.blocks.0.mlp.fc2', True),  # the paper's ConvNeXt rows
+        ('test_convnext', 'stages.3.blocks.0.mlp', True),
+        ('swin', 'layers.2.blocks.0', True),
+    ],
+)
 def test_a_named_layer_is_explained_by_every_method_under_both_poolings(
-        name: str, layer: str, nhwc: bool, make_model: Callable[..., nn.Module], x: Tensor) -> None:
+    name: str, layer: str, nhwc: bool, make_model: Callable[..., nn.Module], x: Tensor
+) -> None:
     model, x = in_float64(decided(make_model(name)), x[1:], 64)
     maps = attribute_all(model, x, (*CAMS, 'score_cam'), TARGETS[None], layer=layer)
     for mode in POOLINGS:
@@ -187,7 +195,8 @@ def test_the_layout_of_a_layer_is_found_where_images_are_not_square(make_model: 
 
 
 def test_the_layout_of_a_linear_layer_is_known_where_all_its_sides_are_equal(
-        make_model: Callable[..., nn.Module], x: Tensor) -> None:
+    make_model: Callable[..., nn.Module], x: Tensor
+) -> None:
     model, x = in_float64(make_model('test_convnext'), x[:1])
     layer = 'stages.0.blocks.0.mlp.fc2'  # 24 channels of 24 x 24
     maps = attribute(model, x, 'grad_cam', TARGETS[None], layer=layer)
@@ -233,7 +242,8 @@ def test_models_work_unmodified_inside_torchcam_and_captum(mode: str, model: nn.
 
 
 def test_the_attention_is_the_pooled_stages_averaged_over_heads_and_the_same_for_every_class_and_pooling(
-        make_model: Callable[..., nn.Module], x: Tensor) -> None:
+    make_model: Callable[..., nn.Module], x: Tensor
+) -> None:
     model, x = in_float64(make_model('test_resnet', stream_heads=2), x)
     maps = attribute_all(model, x, ('attention',), torch.tensor([[1, 2], [3, 4]]))
     for b in range(2):
@@ -279,7 +289,8 @@ def test_an_image_gives_the_same_maps_alone_and_in_a_batch_whatever_the_batch_si
 
 
 def test_a_class_specific_stream_is_explained_with_the_query_of_the_class_that_gap_predicts(
-        make_model: Callable[..., nn.Module], x: Tensor) -> None:
+    make_model: Callable[..., nn.Module], x: Tensor
+) -> None:
     model, x = in_float64(make_model('test_resnet', stream_class_specific=True), x)
     maps = attribute_all(model, x, CAMS, TARGETS.expand(2, -1))
     for method in CAMS:
@@ -291,7 +302,8 @@ def test_a_plain_timm_model_is_explained_like_one_with_a_stream_under_gap(model:
     plain.load_state_dict({key: value for key, value in model.state_dict().items() if not key.startswith('castream.')})
     for method in (*CAMS, 'score_cam'):
         torch.testing.assert_close(
-            attribute(plain, x, method, TARGET, 'gap'), attribute(model, x, method, TARGET, 'gap'), atol=1e-5, rtol=0)
+            attribute(plain, x, method, TARGET, 'gap'), attribute(model, x, method, TARGET, 'gap'), atol=1e-5, rtol=0
+        )
     assert torch.equal(attribute(plain, x, 'grad_cam', TARGET), attribute(plain, x, 'grad_cam', TARGET, 'gap'))
     assert torch.equal(attribute(model, x, 'grad_cam', TARGET), attribute(model, x, 'grad_cam', TARGET, 'ca'))
     with pytest.raises(ValueError, match=r"ResNet has no CA-Stream; .*, or choose pooling 'gap'\."):
@@ -335,7 +347,8 @@ def test_all_grad_cams_of_both_poolings_cost_one_forward_without_a_graph(model: 
 
 
 def test_score_cam_of_both_poolings_costs_one_forward_of_each_mask_in_batches_of_the_size_given(
-        model: nn.Module, x: Tensor) -> None:
+    model: nn.Module, x: Tensor
+) -> None:
     with torch.no_grad():
         channels = model.forward_features(x)
         varying = int((channels.amax((2, 3)) > channels.amin((2, 3))).sum())
@@ -360,7 +373,8 @@ def test_a_constant_feature_map_gives_zeros_by_every_method(model: nn.Module, x:
 @pytest.mark.parametrize('caller', [nullcontext, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize('layer', [None, 'layer3'])
 def test_the_callers_gradient_mode_does_not_show_and_stays(
-        caller: Callable[[], Any], layer: str | None, model: nn.Module, x: Tensor) -> None:
+    caller: Callable[[], Any], layer: str | None, model: nn.Module, x: Tensor
+) -> None:
     expected = attribute_all(model, x, layer=layer)
     with caller():
         before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -383,7 +397,8 @@ def state_of(model: nn.Module) -> Any:
 
 @pytest.mark.parametrize('layer', [None, 'layer3'])
 def test_the_model_runs_in_eval_mode_and_is_as_before_afterwards(
-        layer: str | None, model: nn.Module, x: Tensor) -> None:
+    layer: str | None, model: nn.Module, x: Tensor
+) -> None:
     expected = attribute_all(model, x, target=TARGET, layer=layer)
     model.train()
     model.layer2.eval()
@@ -444,42 +459,53 @@ def test_half_precision_gives_float32_maps_close_to_those_of_float32(half: str, 
 
 @pytest.mark.parametrize('options', [{}, {'stream_block': 'proj_ca'}, {'stream_heads': 2}, {'stream_start': 4}])
 def test_attention_logits_are_the_class_agnostic_cam_of_eq_5(
-        options: dict[str, Any], make_model: Callable[..., nn.Module], x: Tensor) -> None:
+    options: dict[str, Any], make_model: Callable[..., nn.Module], x: Tensor
+) -> None:
     model, x = in_float64(make_model('test_resnet', **options), x)
     identity = attention_identity(model, x)
     torch.testing.assert_close(identity.attention_logits, identity.cam, rtol=1e-10, atol=1e-10)
-    assert identity.cam.shape == (2, 3, 3) and identity.cam.std() > .1
+    assert identity.cam.shape == (2, 3, 3) and identity.cam.std() > 0.1
     # One head's attention is the softmax of these logits.
     if 'stream_heads' not in options:
-        softmax = (identity.cam.flatten(1) / 96 ** .5).softmax(1)
+        softmax = (identity.cam.flatten(1) / 96**0.5).softmax(1)
         torch.testing.assert_close(attention_maps(model, x)[-1].flatten(1), softmax)
 
 
-@pytest.mark.parametrize(('arguments', 'message'), [
-    ({'method': 'gradcam'}, "method 'gradcam' is unknown, valid ones: 'attention', 'grad_cam'"),
-    ({'pooling': 'max'}, "pooling 'max' is unknown, valid ones: 'gap', 'ca'"),
-    ({'activation': 'relu'}, "activation 'relu' is unknown"),
-    ({'layer': 'layer9'}, "layer 'layer9' is no module of ResNet; it has conv1"),
-    ({'layer': 'castream.blocks.0'}, r'castream\.blocks\.0 of ResNet gives \(1, 32\) and not one feature map'),
-    ({'layer': 'castream'}, "layer 'castream' of ResNet runs after the pooling or not at all: .* for example 'layer4'"),
-    ({'layer': 'global_pool'}, "layer 'global_pool' of ResNet runs after the pooling or not at all"),
-    ({'layer': ''}, "layer '' is no module"),
-    ({'batch_size': 0}, 'batch_size must be a positive int, got 0'),
-    ({'target': torch.tensor([1, 10])}, 'target has classes from 1 to 10, the model has 0 to 9'),
-    ({'target': torch.tensor([-1, 1])}, 'target has classes from -1 to 1'),
-    ({'target': torch.tensor([1])}, r'target must be a tensor of shape \(2,\) or \(2, K\), a row an image, got \(1,\)'),
-    ({'target': torch.zeros(2, 1, 1).long()}, r'got \(2, 1, 1\)'),
-    ({'target': 3}, 'got int'),
-    ({'target': torch.tensor([.5, 1.])}, 'target must hold class indices, got torch.float32'),
-    ({'target': {'gap': torch.tensor([1, 1])}}, "target has no classes for pooling 'ca', only for 'gap'"),
-    ({'x': torch.zeros(3, 64, 64)}, r'got \(3, 64, 64\)'),
-    ({'x': torch.zeros(0, 3, 64, 64)}, r'got \(0, 3, 64, 64\)'),
-    ({'x': torch.zeros(2, 4, 64, 64)}, 'x has 4 channels, ResNet takes images of 3'),
-    ({'x': torch.zeros(2, 3, 64, 64).byte()}, 'of torch.uint8'),
-    ({'x': torch.full((2, 3, 64, 64), float('nan'))}, 'x must be finite, got NaN or infinity'),
-])
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ({'method': 'gradcam'}, "method 'gradcam' is unknown, valid ones: 'attention', 'grad_cam'"),
+        ({'pooling': 'max'}, "pooling 'max' is unknown, valid ones: 'gap', 'ca'"),
+        ({'activation': 'relu'}, "activation 'relu' is unknown"),
+        ({'layer': 'layer9'}, "layer 'layer9' is no module of ResNet; it has conv1"),
+        ({'layer': 'castream.blocks.0'}, r'castream\.blocks\.0 of ResNet gives \(1, 32\) and not one feature map'),
+        (
+            {'layer': 'castream'},
+            "layer 'castream' of ResNet runs after the pooling or not at all: .* for example 'layer4'",
+        ),
+        ({'layer': 'global_pool'}, "layer 'global_pool' of ResNet runs after the pooling or not at all"),
+        ({'layer': ''}, "layer '' is no module"),
+        ({'batch_size': 0}, 'batch_size must be a positive int, got 0'),
+        ({'target': torch.tensor([1, 10])}, 'target has classes from 1 to 10, the model has 0 to 9'),
+        ({'target': torch.tensor([-1, 1])}, 'target has classes from -1 to 1'),
+        (
+            {'target': torch.tensor([1])},
+            r'target must be a tensor of shape \(2,\) or \(2, K\), a row an image, got \(1,\)',
+        ),
+        ({'target': torch.zeros(2, 1, 1).long()}, r'got \(2, 1, 1\)'),
+        ({'target': 3}, 'got int'),
+        ({'target': torch.tensor([0.5, 1.0])}, 'target must hold class indices, got torch.float32'),
+        ({'target': {'gap': torch.tensor([1, 1])}}, "target has no classes for pooling 'ca', only for 'gap'"),
+        ({'x': torch.zeros(3, 64, 64)}, r'got \(3, 64, 64\)'),
+        ({'x': torch.zeros(0, 3, 64, 64)}, r'got \(0, 3, 64, 64\)'),
+        ({'x': torch.zeros(2, 4, 64, 64)}, 'x has 4 channels, ResNet takes images of 3'),
+        ({'x': torch.zeros(2, 3, 64, 64).byte()}, 'of torch.uint8'),
+        ({'x': torch.full((2, 3, 64, 64), float('nan'))}, 'x must be finite, got NaN or infinity'),
+    ],
+)
 def test_bad_input_is_refused_in_a_sentence(
-        arguments: dict[str, Any], message: str, model: nn.Module, x: Tensor) -> None:
+    arguments: dict[str, Any], message: str, model: nn.Module, x: Tensor
+) -> None:
     arguments = {'x': x, 'method': 'grad_cam', **arguments}
     with pytest.raises(ValueError, match=message) as error:
         attribute(model, **arguments)

@@ -1,4 +1,5 @@
 """The table of timm's model files: which architectures have a variant, and why the others have none."""
+
 from __future__ import annotations
 
 import pytest
@@ -14,8 +15,15 @@ def test_more_than_a_thousand_architectures_of_timm_are_covered():
     assert len(names) > 1000
     assert set(names) <= set(timm.list_models())
     assert not any(name.endswith('_castream') for name in names)
-    assert {'resnet50', 'convnext_base', 'swin_tiny_patch4_window7_224', 'vit_base_patch16_224',
-            'deit3_small_patch16_224', 'hiera_tiny_224', 'mixer_b16_224'} <= set(names)
+    assert {
+        'resnet50',
+        'convnext_base',
+        'swin_tiny_patch4_window7_224',
+        'vit_base_patch16_224',
+        'deit3_small_patch16_224',
+        'hiera_tiny_224',
+        'mixer_b16_224',
+    } <= set(names)
 
 
 def test_every_model_file_of_timm_has_a_row_once():
@@ -25,20 +33,23 @@ def test_every_model_file_of_timm_has_a_row_once():
     assert files <= set(rows), f'{sorted(files - set(rows))} are new in timm: add a row'
 
 
-@pytest.mark.parametrize('architecture, clause', [
-    ('crossvit_9_240', 'two branches'),
-    ('pit_s_224', 'class token alone'),
-    ('vgg11', 'layers stand between'),
-    ('efficientvit_b0', 'layers stand between'),
-    ('cpubone_b0_bfrobust', 'layers stand between'),
-    ('lowformer_b0', 'layers stand between'),
-    ('efficientvim_m1', 'several scales'),
-    ('coat_tiny', 'several scales'),
-    ('vit_base_patch16_siglip_224', 'attention pooling'),
-    ('vit_pe_core_base_patch16_224', 'attention pooling'),
-    ('vit_so150m_patch16_reg4_map_256', 'attention pooling'),
-    ('resnet50_clip', 'attention pooling'),
-])
+@pytest.mark.parametrize(
+    'architecture, clause',
+    [
+        ('crossvit_9_240', 'two branches'),
+        ('pit_s_224', 'class token alone'),
+        ('vgg11', 'layers stand between'),
+        ('efficientvit_b0', 'layers stand between'),
+        ('cpubone_b0_bfrobust', 'layers stand between'),
+        ('lowformer_b0', 'layers stand between'),
+        ('efficientvim_m1', 'several scales'),
+        ('coat_tiny', 'several scales'),
+        ('vit_base_patch16_siglip_224', 'attention pooling'),
+        ('vit_pe_core_base_patch16_224', 'attention pooling'),
+        ('vit_so150m_patch16_reg4_map_256', 'attention pooling'),
+        ('resnet50_clip', 'attention pooling'),
+    ],
+)
 def test_excluded_architectures_have_a_reason(architecture, clause):
     if not timm.is_model(architecture):
         pytest.skip(f'timm {timm.__version__} has no {architecture}')
@@ -46,8 +57,10 @@ def test_excluded_architectures_have_a_reason(architecture, clause):
     assert not architectures.supported(architecture)
 
 
-@pytest.mark.parametrize('architecture', [
-    'vit_base_patch16_siglip_gap_224', 'resnet50_clip_gap', 'coat_lite_tiny', 'efficientvit_m0', 'test_vit'])
+@pytest.mark.parametrize(
+    'architecture',
+    ['vit_base_patch16_siglip_gap_224', 'resnet50_clip_gap', 'coat_lite_tiny', 'efficientvit_m0', 'test_vit'],
+)
 def test_their_neighbours_are_covered(architecture):
     assert architectures.why_unsupported(architecture) == ''
     assert architectures.supported(architecture)

@@ -1,4 +1,5 @@
 """A frozen network: what trains, what stays, and what autograd keeps of a training forward beside it."""
+
 from __future__ import annotations
 
 import pytest
@@ -15,15 +16,17 @@ from timm_castream import attach, class_labels, detach, freeze_backbone
 def test_a_frozen_backbone_and_its_statistics_stay_while_the_stream_trains(name, make_model, x):
     model = freeze_backbone(make_model(name)).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(x).logsumexp(1).sum().backward()
     optimizer.step()
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed and all(key.startswith('castream.') for key in changed)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        f'castream.{key}' for key in model.castream.state_dict()}
+        f'castream.{key}' for key in model.castream.state_dict()
+    }
     assert {name for name, grad in gradients(model).items() if grad is not None} == changed | {
-        key for key in gradients(model) if key.startswith('castream.')}
+        key for key in gradients(model) if key.startswith('castream.')
+    }
 
 
 def test_an_unfrozen_model_trains_whole_and_moves_its_statistics(make_model, x):
@@ -80,8 +83,10 @@ def training_forward(model, images, labels=None):
         saved.append(tensor)
         return tensor
 
-    handles = [model.get_submodule(name).register_forward_hook(lambda module, args, output: maps.append(output))
-               for name in model.castream_stages[:-1]]
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda module, args, output: maps.append(output))
+        for name in model.castream_stages[:-1]
+    ]
     try:
         with saved_tensors_hooks(keep, lambda tensor: tensor), class_labels(model, labels):
             maps.append(model.train().forward_features(images))
@@ -98,8 +103,11 @@ def other_maps(model, saved, maps):
     locations = (m.numel() // (batch * dim) for m, dim in zip(maps, stream.dims, strict=True))
     largest = batch * stream.blocks[0].num_heads * max(*stream.dims, *locations)
     expected = {storage(tensor) for tensor in (*model.parameters(), *maps)}
-    return [tuple(tensor.shape) for tensor in saved
-            if storage(tensor) not in expected and tensor.untyped_storage().nbytes() > largest * tensor.itemsize]
+    return [
+        tuple(tensor.shape)
+        for tensor in saved
+        if storage(tensor) not in expected and tensor.untyped_storage().nbytes() > largest * tensor.itemsize
+    ]
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
@@ -112,8 +120,9 @@ def test_of_a_frozen_backbone_autograd_keeps_the_stage_maps_alone(name, memory_f
     assert other_maps(model, saved, maps) == []
 
 
-@pytest.mark.parametrize('kwargs', [
-    {'stream_class_specific': True}, {'stream_block': 'proj_ca'}, {'stream_heads': 2}, {'stream_start': 3}])
+@pytest.mark.parametrize(
+    'kwargs', [{'stream_class_specific': True}, {'stream_block': 'proj_ca'}, {'stream_heads': 2}, {'stream_start': 3}]
+)
 def test_every_kind_of_stream_keeps_its_own_stage_maps_alone(kwargs, make_model):
     model = freeze_backbone(make_model('test_resnet', **kwargs))
     saved, maps = training_forward(model, torch.randn(4, 3, 64, 64), torch.tensor([3, 1, 3, 0]))

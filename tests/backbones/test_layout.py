@@ -1,4 +1,5 @@
 """Layouts against index arithmetic written location by location."""
+
 from __future__ import annotations
 
 import pytest
@@ -8,12 +9,12 @@ from torch import Tensor
 
 from timm_castream.backbones.layout import NCHW, NHWC, Stage, Tokens
 
-PREFIX = torch.tensor([[-1., -2., -3.], [-4., -5., -6.]])
+PREFIX = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]])
 
 
 def maps(height: int = 4, width: int = 6) -> Tensor:
     """(2, 3, height, width), each entry different."""
-    return torch.arange(2. * 3 * height * width).reshape(2, 3, height, width)
+    return torch.arange(2.0 * 3 * height * width).reshape(2, 3, height, width)
 
 
 def test_maps_are_seen_with_channels_first_without_a_copy():
@@ -40,8 +41,10 @@ def test_patch_tokens_stand_row_by_row_after_the_prefix_tokens(num_prefix):
     assert column.shape == (2, 3, 24, 1) and torch.equal(column.flatten(2), maps().flatten(2))
 
 
-@pytest.mark.parametrize('layout, shape', [
-    (NCHW(), (2, 3, 1, 1)), (NHWC(), (2, 1, 1, 3)), (Tokens(0, (8, 8)), (2, 1, 3)), (Tokens(2, (8, 8)), (2, 3, 3))])
+@pytest.mark.parametrize(
+    'layout, shape',
+    [(NCHW(), (2, 3, 1, 1)), (NHWC(), (2, 1, 1, 3)), (Tokens(0, (8, 8)), (2, 1, 3)), (Tokens(2, (8, 8)), (2, 3, 3))],
+)
 def test_one_location_holds_the_vector_and_nothing_else(layout, shape):
     location = Stage('stage', 3, layout).one_location(PREFIX)
     assert location.shape == shape
@@ -50,8 +53,10 @@ def test_one_location_holds_the_vector_and_nothing_else(layout, shape):
     assert torch.equal(layout.to_nchw(location).flatten(1)[:, -3:], PREFIX)
 
 
-@pytest.mark.parametrize('image_size, grid', [
-    ((64, 64), (4, 4)), ((64, 96), (4, 6)), ((96, 64), (6, 4)), ((65, 70), (5, 5)), ((72, 95), (4, 5))])
+@pytest.mark.parametrize(
+    'image_size, grid',
+    [((64, 64), (4, 4)), ((64, 96), (4, 6)), ((96, 64), (6, 4)), ((65, 70), (5, 5)), ((72, 95), (4, 5))],
+)
 def test_the_grid_follows_the_image_size_rounded_up_or_down(image_size, grid):
     assert Tokens(1, (16, 16)).grid(grid[0] * grid[1], image_size) == grid
 

@@ -1,4 +1,5 @@
 """timm's model contract of a network with a stream, and the images that it takes."""
+
 from __future__ import annotations
 
 import copy
@@ -26,16 +27,16 @@ def test_state_dict_keys_are_the_backbones_own_and_castream(name):
     plain = make_backbone(name)
     keys = list(plain.state_dict())
     own = list(attach(plain).state_dict())
-    assert own[:len(keys)] == keys
-    assert own[len(keys):]
-    assert all(key.startswith('castream.') for key in own[len(keys):])
+    assert own[: len(keys)] == keys
+    assert own[len(keys) :]
+    assert all(key.startswith('castream.') for key in own[len(keys) :])
 
 
 @pytest.mark.parametrize('name', SMALL)
 def test_a_gap_checkpoint_loads_strictly_with_a_warning_and_leaves_the_stream(name, make_model, x):
     model, plain = make_model(name), make_backbone(name)
     for parameter in plain.parameters():
-        nn.init.normal_(parameter, std=.2)
+        nn.init.normal_(parameter, std=0.2)
     before = {k: v.clone() for k, v in model.castream.state_dict().items()}
     with pytest.warns(UserWarning, match=r'no castream\.\* keys'):
         result = model.load_state_dict(plain.state_dict())
@@ -175,7 +176,7 @@ def test_a_backbone_without_classifier_gives_the_pre_logits_of_the_query(name, m
     assert torch.equal(model(x), model.forward_head(model.forward_features(x), pre_logits=True))
     with pooling(model, 'gap'):
         gap = model(x)
-    assert not torch.allclose(model(x), gap, rtol=.01, atol=.01)
+    assert not torch.allclose(model(x), gap, rtol=0.01, atol=0.01)
 
 
 def test_a_backbone_without_pooling_gives_its_map(x):
@@ -210,8 +211,9 @@ def test_the_rest_of_timms_contract_is_the_backbones(name, make_model):
 
 def test_layer_groups_of_timms_optimisers_take_in_the_stream(make_model):
     from timm.optim import create_optimizer_v2
+
     model = make_model('test_convnext')
-    optimizer = create_optimizer_v2(model, opt='sgd', lr=.1, weight_decay=.1, layer_decay=.9)
+    optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1, weight_decay=0.1, layer_decay=0.9)
     grouped = {id(p) for group in optimizer.param_groups for p in group['params']}
     assert {id(p) for p in model.parameters()} == grouped
 
@@ -266,7 +268,7 @@ def test_autocast_stays_near_float32(name, make_model, x):
         out = model(x)
         maps = attention_maps(model, x)
     assert out.dtype == torch.bfloat16
-    assert (out - expected).abs().max() < .1 * expected.abs().max()
+    assert (out - expected).abs().max() < 0.1 * expected.abs().max()
     for attention in maps:
         assert attention.dtype == torch.float32
         torch.testing.assert_close(attention.sum((2, 3)), torch.ones(2, 1), rtol=0, atol=1e-5)

@@ -1,4 +1,5 @@
 """Threads, exceptions, copies, compilers, checkpointing and memory: what a stream survives."""
+
 from __future__ import annotations
 
 import copy
@@ -73,11 +74,12 @@ def test_a_deep_copy_has_a_stream_of_its_own(name, make_model, x):
 
 def test_timms_ema_follows_the_stream(make_model, x):
     from timm.utils import ModelEmaV3
+
     model = make_model('test_resnet')
-    ema = ModelEmaV3(model, decay=0.)
+    ema = ModelEmaV3(model, decay=0.0)
     with torch.no_grad():
         for parameter in model.castream.parameters():
-            parameter.mul_(2.)
+            parameter.mul_(2.0)
     ema.update(model)
     assert torch.equal(ema.module(x), model(x))
 
@@ -91,17 +93,19 @@ def test_pickles_load_in_a_fresh_process(make_model, x, tmp_path):
         assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected[name])
     torch.save(models, tmp_path / 'models.pt')
     torch.save((x, expected), tmp_path / 'expected.pt')
-    code = '\n'.join([
-        'import sys, torch',
-        'torch.set_num_threads(1)',
-        "models = torch.load(sys.argv[1] + '/models.pt', weights_only=False)",
-        "x, expected = torch.load(sys.argv[1] + '/expected.pt')",
-        'with torch.no_grad():',
-        '    assert all(torch.allclose(m(x), expected[n], rtol=1e-4, atol=1e-5) for n, m in models.items())',
-        'import timm_castream',
-        "assert callable(timm_castream.attach) and isinstance(models['test_resnet'].castream, timm_castream.CAStream)",
-        "assert len(timm_castream.attention_maps(models['swin'], x)) == 4",
-    ])
+    code = '\n'.join(
+        [
+            'import sys, torch',
+            'torch.set_num_threads(1)',
+            "models = torch.load(sys.argv[1] + '/models.pt', weights_only=False)",
+            "x, expected = torch.load(sys.argv[1] + '/expected.pt')",
+            'with torch.no_grad():',
+            '    assert all(torch.allclose(m(x), expected[n], rtol=1e-4, atol=1e-5) for n, m in models.items())',
+            'import timm_castream',
+            "assert callable(timm_castream.attach) and isinstance(models['test_resnet'].castream, timm_castream.CAStream)",
+            "assert len(timm_castream.attention_maps(models['swin'], x)) == 4",
+        ]
+    )
     done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -147,7 +151,7 @@ def test_onnx_runs_the_same(name, make_model, x, tmp_path):
     model = make_model(name)
     torch.onnx.export(model, (x,), tmp_path / 'model.onnx', dynamo=True, input_names=['x'], verbose=False)
     session = runtime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
-    out, = session.run(None, {'x': (2 * x).numpy()})
+    (out,) = session.run(None, {'x': (2 * x).numpy()})
     torch.testing.assert_close(torch.from_numpy(out), model(2 * x).detach(), rtol=1e-3, atol=1e-4)
 
 
@@ -303,6 +307,7 @@ def test_a_replaced_stage_is_noticed(make_model, x):
 
 def test_streams_survive_sync_batchnorm(make_model, x):
     from timm.layers import convert_sync_batchnorm
+
     for name in ('test_resnet', 'test_efficientnet'):
         model = make_model(name, freeze_backbone=True)
         expected = model(x)

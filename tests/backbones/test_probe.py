@@ -1,4 +1,5 @@
 """Forwards of one small image, which leave no trace in the network."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,5 @@
 """The stages of networks, their layouts, and how heads pool, as small forwards find them."""
+
 from __future__ import annotations
 
 import pytest
@@ -15,13 +16,16 @@ from timm_castream.backbones.layout import NCHW, NHWC, Tokens
 from timm_castream.backbones.stages import cam_layer, find_stage, find_stages, head_pooling, pooled_stage
 
 
-@pytest.mark.parametrize('name, names, dims', [
-    ('test_resnet', ('maxpool', 'layer1', 'layer2', 'layer3', 'layer4'), (32, 32, 48, 192, 96)),
-    ('test_convnext', ('stem', 'stages.0', 'stages.1', 'stages.2', 'stages.3'), (24, 24, 32, 48, 64)),
-    ('swin', ('layers.0', 'layers.1', 'layers.2', 'layers.3'), (8, 16, 32, 64)),
-    # Its last table entry gives way to the map after conv_head, which is what it pools.
-    ('test_efficientnet', ('blocks.0', 'blocks.1', 'blocks.2', 'blocks.3', 'blocks.4'), (16, 24, 32, 48, 256)),
-])
+@pytest.mark.parametrize(
+    'name, names, dims',
+    [
+        ('test_resnet', ('maxpool', 'layer1', 'layer2', 'layer3', 'layer4'), (32, 32, 48, 192, 96)),
+        ('test_convnext', ('stem', 'stages.0', 'stages.1', 'stages.2', 'stages.3'), (24, 24, 32, 48, 64)),
+        ('swin', ('layers.0', 'layers.1', 'layers.2', 'layers.3'), (8, 16, 32, 64)),
+        # Its last table entry gives way to the map after conv_head, which is what it pools.
+        ('test_efficientnet', ('blocks.0', 'blocks.1', 'blocks.2', 'blocks.3', 'blocks.4'), (16, 24, 32, 48, 256)),
+    ],
+)
 def test_the_default_stages_end_in_the_map_that_is_pooled(name, names, dims):
     stages = find_stages(make_backbone(name))
     assert tuple(stage.name for stage in stages) == names
@@ -50,20 +54,34 @@ class EqualSides(nn.Module):
         return self.stage(maps.permute(0, 2, 3, 1) if self.channels_last else maps)
 
 
-@pytest.mark.parametrize('name, names', [
-    # Thirty-two, twelve and six blocks of one resolution: at most five, at equal distances.
-    ('convmixer_768_32', ('blocks.5', 'blocks.12', 'blocks.18', 'blocks.25', 'blocks.31')),
-    ('vit_small_patch16_224', ('blocks.1', 'blocks.4', 'blocks.6', 'blocks.9', 'blocks.11')),
-    ('test_vit', ('blocks.0', 'blocks.1', 'blocks.3', 'blocks.4', 'blocks.5')),
-    ('samvit_base_patch16', ('blocks.1', 'blocks.4', 'blocks.6', 'blocks.9', 'blocks.11')),
-    # timm's table names modules that these do not have.
-    ('hrnet_w18_small', ('incre_modules.0', 'incre_modules.1', 'incre_modules.2', 'incre_modules.3', 'final_layer')),
-    ('mvitv2_tiny', ('stages.0', 'stages.1', 'stages.2', 'stages.3')),
-    ('twins_svt_small', ('blocks.0.1', 'blocks.1.1', 'blocks.2.9', 'blocks.3.3')),
-    ('coat_lite_tiny', ('serial_blocks1.1', 'serial_blocks2.1', 'serial_blocks3.1', 'serial_blocks4.1')),
-    ('densenet121', ('features.norm0', 'features.denseblock1', 'features.denseblock2', 'features.denseblock3',
-                     'features.norm5')),
-])
+@pytest.mark.parametrize(
+    'name, names',
+    [
+        # Thirty-two, twelve and six blocks of one resolution: at most five, at equal distances.
+        ('convmixer_768_32', ('blocks.5', 'blocks.12', 'blocks.18', 'blocks.25', 'blocks.31')),
+        ('vit_small_patch16_224', ('blocks.1', 'blocks.4', 'blocks.6', 'blocks.9', 'blocks.11')),
+        ('test_vit', ('blocks.0', 'blocks.1', 'blocks.3', 'blocks.4', 'blocks.5')),
+        ('samvit_base_patch16', ('blocks.1', 'blocks.4', 'blocks.6', 'blocks.9', 'blocks.11')),
+        # timm's table names modules that these do not have.
+        (
+            'hrnet_w18_small',
+            ('incre_modules.0', 'incre_modules.1', 'incre_modules.2', 'incre_modules.3', 'final_layer'),
+        ),
+        ('mvitv2_tiny', ('stages.0', 'stages.1', 'stages.2', 'stages.3')),
+        ('twins_svt_small', ('blocks.0.1', 'blocks.1.1', 'blocks.2.9', 'blocks.3.3')),
+        ('coat_lite_tiny', ('serial_blocks1.1', 'serial_blocks2.1', 'serial_blocks3.1', 'serial_blocks4.1')),
+        (
+            'densenet121',
+            (
+                'features.norm0',
+                'features.denseblock1',
+                'features.denseblock2',
+                'features.denseblock3',
+                'features.norm5',
+            ),
+        ),
+    ],
+)
 def test_the_default_stages_spread_over_the_depth(name, names):
     stages = find_stages(timm.create_model(name, device='meta'))
     assert tuple(stage.name for stage in stages) == names
@@ -86,19 +104,27 @@ def test_a_second_image_tells_channels_from_locations_where_all_sides_are_equal(
 
 
 @pytest.mark.parametrize('size', [(96, 64), (64, 96)])
-@pytest.mark.parametrize('name, layer, layout', [
-    ('swin', 'layers.1', NHWC()), ('test_convnext', 'stages.2', NCHW()),
-    ('test_convnext', 'stages.2.blocks.0.mlp', NHWC())])
+@pytest.mark.parametrize(
+    'name, layer, layout',
+    [
+        ('swin', 'layers.1', NHWC()),
+        ('test_convnext', 'stages.2', NCHW()),
+        ('test_convnext', 'stages.2.blocks.0.mlp', NHWC()),
+    ],
+)
 def test_an_image_that_is_not_square_tells_too(name, layer, layout, size):
     model = make_backbone(name, **({'img_size': size} if name == 'swin' else {}))
     assert find_stage(model, layer).layout == layout
 
 
 @pytest.mark.parametrize('stream', [False, True])
-@pytest.mark.parametrize('name, layer, dim, layout', [
-    ('test_resnet', 'layer3.0.conv1', 48, NCHW()), ('swin', 'layers.2.blocks.0.norm1', 32, NHWC())])
+@pytest.mark.parametrize(
+    'name, layer, dim, layout',
+    [('test_resnet', 'layer3.0.conv1', 48, NCHW()), ('swin', 'layers.2.blocks.0.norm1', 32, NHWC())],
+)
 def test_the_stage_of_any_module_and_of_the_pooled_tensor_is_found_with_a_stream_or_without(
-        name, layer, dim, layout, stream):
+    name, layer, dim, layout, stream
+):
     model = make_backbone(name)
     width = model.num_features
     if stream:
@@ -161,12 +187,25 @@ def test_pooling_one_location_gives_the_vector(name):
 
 
 @pytest.mark.parametrize('stream', [False, True])
-@pytest.mark.parametrize('file, layer', [
-    ('vision_transformer', 'blocks.4'), ('deit', 'blocks.4'), ('convit', 'blocks.4'), ('coat', 'serial_blocks4.0'),
-    ('tnt', 'blocks.4'), ('vision_transformer_hybrid', 'blocks.4'),
-    # The patch tokens of these enter blocks of class attention unchanged.
-    ('cait', 'blocks.5'), ('xcit', 'blocks.5'), ('volo', 'network.4'),
-    ('beit', None), ('mlp_mixer', None), ('hiera', None), ('naflexvit', None)])
+@pytest.mark.parametrize(
+    'file, layer',
+    [
+        ('vision_transformer', 'blocks.4'),
+        ('deit', 'blocks.4'),
+        ('convit', 'blocks.4'),
+        ('coat', 'serial_blocks4.0'),
+        ('tnt', 'blocks.4'),
+        ('vision_transformer_hybrid', 'blocks.4'),
+        # The patch tokens of these enter blocks of class attention unchanged.
+        ('cait', 'blocks.5'),
+        ('xcit', 'blocks.5'),
+        ('volo', 'network.4'),
+        ('beit', None),
+        ('mlp_mixer', None),
+        ('hiera', None),
+        ('naflexvit', None),
+    ],
+)
 def test_cam_methods_read_the_input_of_the_last_block_where_the_head_reads_a_class_token(file, layer, stream):
     model, _ = token_network(file)
     if stream:
@@ -182,9 +221,19 @@ def test_the_cam_layer_follows_the_pooling_and_is_known_on_the_meta_device():
     assert cam_layer(timm.create_model('test_vit', device='meta')) == 'blocks.4'
 
 
-@pytest.mark.parametrize('file, expected', [
-    ('vision_transformer', 'token'), ('deit', 'token'), ('cait', 'token'), ('volo', 'token'), ('beit', 'avg'),
-    ('levit', 'avg'), ('efficientformer', 'avg'), ('gemma4_vit', 'avg')])
+@pytest.mark.parametrize(
+    'file, expected',
+    [
+        ('vision_transformer', 'token'),
+        ('deit', 'token'),
+        ('cait', 'token'),
+        ('volo', 'token'),
+        ('beit', 'avg'),
+        ('levit', 'avg'),
+        ('efficientformer', 'avg'),
+        ('gemma4_vit', 'avg'),
+    ],
+)
 def test_heads_of_token_networks_tell_too(file, expected):
     model, _ = token_network(file)
     assert head_pooling(model, pooled_stage(model), model.forward_head) == expected
@@ -202,10 +251,21 @@ def test_blocks_of_hiera_are_the_only_modules_whose_order_is_known():
         find_stage(model, 'blocks.1.norm1')
 
 
-@pytest.mark.parametrize('layer, expected', [
-    (nn.BatchNorm2d(4), True), (nn.SyncBatchNorm(4), True), (BatchNormAct2d(4), True), (FrozenBatchNormAct2d(4), True),
-    (nn.LayerNorm(4), True), (LayerNorm2d(4), True), (nn.GroupNorm(2, 4), True), (nn.InstanceNorm2d(4), True),
-    (nn.Conv2d(4, 4, 1), False), (nn.Sequential(nn.BatchNorm2d(4)), False), (nn.Dropout(), False),
-])
+@pytest.mark.parametrize(
+    'layer, expected',
+    [
+        (nn.BatchNorm2d(4), True),
+        (nn.SyncBatchNorm(4), True),
+        (BatchNormAct2d(4), True),
+        (FrozenBatchNormAct2d(4), True),
+        (nn.LayerNorm(4), True),
+        (LayerNorm2d(4), True),
+        (nn.GroupNorm(2, 4), True),
+        (nn.InstanceNorm2d(4), True),
+        (nn.Conv2d(4, 4, 1), False),
+        (nn.Sequential(nn.BatchNorm2d(4)), False),
+        (nn.Dropout(), False),
+    ],
+)
 def test_normalisation_layers_are_known(layer, expected):
     assert is_norm(layer) is expected

@@ -1,4 +1,5 @@
 """A stream beside networks of patch tokens: all that holds for feature maps."""
+
 from __future__ import annotations
 
 import copy
@@ -38,7 +39,7 @@ def test_every_family_keeps_the_contract(file):
         gap, ca = plain(x), model(x)
         both = forward_both(model, x)
         assert torch.equal(both['gap'], gap) and torch.equal(both['ca'], ca)
-        assert not torch.allclose(gap, ca, rtol=.01, atol=.01)
+        assert not torch.allclose(gap, ca, rtol=0.01, atol=0.01)
         with pooling(model, 'gap'):
             assert torch.equal(model(x), gap)
         assert torch.equal(model.forward_head(model.forward_features(x)), ca)
@@ -65,8 +66,10 @@ def test_every_family_keeps_the_contract(file):
 def test_the_last_query_is_that_of_equation_10_without_prefix_tokens(file):
     model, x = sharpened(file)
     outputs: list[Tensor] = []
-    handles = [block.register_forward_pre_hook(lambda module, args: outputs.append(args[1].detach()))
-               for block in model.castream.blocks]
+    handles = [
+        block.register_forward_pre_hook(lambda module, args: outputs.append(args[1].detach()))
+        for block in model.castream.blocks
+    ]
     with torch.no_grad():
         features = model.forward_features(x)
         logits = model.forward_head(features)
@@ -75,20 +78,39 @@ def test_the_last_query_is_that_of_equation_10_without_prefix_tokens(file):
         query = model.castream.cls_token.expand(2, -1)
         for block, maps in zip(model.castream.blocks, outputs, strict=True):
             locations = maps.flatten(2).transpose(1, 2)
-            weights = (locations @ query[:, :, None] / query.shape[1] ** .5).softmax(1)
+            weights = (locations @ query[:, :, None] / query.shape[1] ** 0.5).softmax(1)
             query = block.proj((weights * locations).sum(1))
         # The head of the plain network reads the query at the patch tokens and at its class token alike.
         everywhere = query.reshape(2, *([1] * (features.ndim - 2)), -1).expand(features.shape)
         torch.testing.assert_close(model.forward_gap_head(everywhere), logits, rtol=1e-3, atol=1e-4)
     prefix = getattr(model, 'num_prefix_tokens', 0) or 0
-    assert all(maps[0, 0].numel() == attention[0, 0].numel()
-               for maps, attention in zip(outputs, attention_maps(model, x), strict=True))
+    assert all(
+        maps[0, 0].numel() == attention[0, 0].numel()
+        for maps, attention in zip(outputs, attention_maps(model, x), strict=True)
+    )
     if file in ('vision_transformer', 'deit', 'eva', 'beit'):
         assert outputs[-1].shape[2] == features.shape[1] - prefix and prefix > 0
 
 
-@pytest.mark.parametrize('file', [file for file in FAMILIES if file not in (
-    'cait', 'coat', 'convit', 'deit', 'tnt', 'vision_transformer', 'vision_transformer_hybrid', 'volo', 'xcit')])
+@pytest.mark.parametrize(
+    'file',
+    [
+        file
+        for file in FAMILIES
+        if file
+        not in (
+            'cait',
+            'coat',
+            'convit',
+            'deit',
+            'tnt',
+            'vision_transformer',
+            'vision_transformer_hybrid',
+            'volo',
+            'xcit',
+        )
+    ],
+)
 @pytest.mark.parametrize('kwargs', [{}, {'stream_start': 2}, {'stream_block': 'proj_ca', 'stream_heads': 2}])
 def test_the_gap_initialisation_gives_the_logits_of_gap_where_tokens_are_averaged(file, kwargs):
     model, size = token_network(file)
@@ -137,13 +159,13 @@ def test_training_moves_the_stream_alone_and_checkpointing_changes_no_gradient(f
 
 def test_autocast_stays_near_float32():
     model, size = token_network('vision_transformer')
-    model = sharpen(attach(model), (3, *size), spread=1.)
+    model = sharpen(attach(model), (3, *size), spread=1.0)
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
     expected = model(x)
     with torch.autocast('cpu', torch.bfloat16):
         out = model(x)
         maps = attention_maps(model, x)
-    assert (out - expected).abs().max() < .1 * expected.abs().max()
+    assert (out - expected).abs().max() < 0.1 * expected.abs().max()
     assert {attention.dtype for attention in maps} == {torch.float32}
 
 

@@ -1,4 +1,5 @@
 """Patch tokens of every family are seen in image order: by gradients, and as timm's own maps have them."""
+
 from __future__ import annotations
 
 import pytest
@@ -20,13 +21,18 @@ def stage_maps(model: nn.Module, x: Tensor) -> list[tuple[Stage, Tensor]]:
     """The stages and their maps, (B, D, H, W)."""
     stages = find_stages(model)
     outputs = []
-    handles = [hook_target(model.get_submodule(stage.name)).register_forward_hook(
-        lambda module, args, output: outputs.append(output)) for stage in stages[:-1]]
+    handles = [
+        hook_target(model.get_submodule(stage.name)).register_forward_hook(
+            lambda module, args, output: outputs.append(output)
+        )
+        for stage in stages[:-1]
+    ]
     outputs.append(model.forward_features(x))
     for handle in handles:
         handle.remove()
-    return [(stage, stage.to_nchw(stage.tensor(output), x.shape[2:]))
-            for stage, output in zip(stages, outputs, strict=True)]
+    return [
+        (stage, stage.to_nchw(stage.tensor(output), x.shape[2:])) for stage, output in zip(stages, outputs, strict=True)
+    ]
 
 
 def test_every_file_of_token_networks_has_a_network_here():
@@ -51,11 +57,11 @@ def check_order(model: nn.Module, size: tuple[int, int], only_first: bool = Fals
     stages = stage_maps(model, x)
     assert any(isinstance(stage.layout, Tokens) for stage, _ in stages)
     for _, maps in stages[:1] if only_first else stages:
-        query = torch.randn(maps.shape[1], generator=generator) / maps.detach().std() / maps.shape[1] ** .5
+        query = torch.randn(maps.shape[1], generator=generator) / maps.detach().std() / maps.shape[1] ** 0.5
         rows, columns = maps.shape[2:]
         attention = torch.einsum('d,dhw->hw', query, maps[0]).flatten().log_softmax(0).view(rows, columns)
         for row, column in ((0, columns - 1), (rows - 1, 0), (rows // 2, columns // 3)):
-            gradient, = torch.autograd.grad(attention[row, column], x, retain_graph=True)
+            (gradient,) = torch.autograd.grad(attention[row, column], x, retain_graph=True)
             patches = nn.functional.adaptive_avg_pool2d(gradient.abs().sum(1), (rows, columns))[0]
             most = divmod(int(patches.argmax()), columns)
             # Overlapping patches and convolutions reach the neighbours.

@@ -1,4 +1,5 @@
 """The command line as its users type it: what it prints, writes and returns."""
+
 from __future__ import annotations
 
 import configparser
@@ -42,7 +43,15 @@ def test_list_prints_the_parameters_of_the_papers_table(capsys):
     heading, row = capsys.readouterr().out.splitlines()
     assert heading.split() == ['model', 'stream', 'total', 'stages']
     assert row.split() == [
-        'resnet50_castream', '6,969,152', '32,526,184', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4']
+        'resnet50_castream',
+        '6,969,152',
+        '32,526,184',
+        'maxpool',
+        'layer1',
+        'layer2',
+        'layer3',
+        'layer4',
+    ]
 
 
 def test_list_shows_every_registered_variant(capsys):
@@ -69,25 +78,36 @@ def test_the_training_commands_show_their_own_half_even_without_a_script(command
     assert 'none.py' in captured.out + captured.err
 
 
-@pytest.mark.parametrize(('argv', 'words'), [
-    (['list', 'nothing*'], 'nothing*'),
-    (['list', 'vgg16'], 'vgg16 takes no CA-Stream: layers stand between'),
-    (['evaluate', '--model', 'vgg16_castream', '--dataset', 'digits'], 'vgg16 takes no CA-Stream: layers stand'),
-    (['evaluate', '--model', 'test_resnet', '--dataset', 'digits', '--poolings', 'ca'], 'open test_resnet_castream'),
-    (['evaluate', '--model', 'test_resnet', '--dataset', 'digits', '--seed', '-1'], '--seed must be at least 0'),
-    (['evaluate', '--model', 'test_resnet', '--dataset', 'digits', '--maps', 'a=none.npy'], 'no file none.npy'),
-    (['evaluate', '--model', 'test_resnet', '--dataset', 'digits', '--methods', 'a=no_module:f'], 'cannot be imported'),
-    (['evaluate', '--model', 'test_resnet', '--dataset', 'digits', '--methods', 'lime'], "'lime' is unknown"),
-    (['evaluate', '--model', 'test_resnet_castream', '--checkpoint', 'missing.pth'], 'missing.pth'),
-    (['evaluate', '--model', 'no_such_castream', '--dataset', 'digits'], 'no_such_castream'),
-    (['evaluate', '--model', 'test_resnet', '--model-kwargs', 'foo=1', '--dataset', 'digits'],
-     "test_resnet takes no argument 'foo'."),
-    (['explain', '--model', 'test_resnet_castream'], '--images'),
-    (['explain', '--model', 'test_resnet_castream', '--images', 'no_folder'], 'no_folder'),
-    (['app', '--checkpoint', 'missing.pth'], 'need the name of the model'),
-    (['app', '--model', 'test_resnet_castream', '--checkpoint', 'missing.pth'], 'missing.pth'),
-    (['push', 'missing.pth', '--model', 'test_resnet_castream', '--repo', 'a/b'], 'missing.pth'),
-])
+@pytest.mark.parametrize(
+    ('argv', 'words'),
+    [
+        (['list', 'nothing*'], 'nothing*'),
+        (['list', 'vgg16'], 'vgg16 takes no CA-Stream: layers stand between'),
+        (['evaluate', '--model', 'vgg16_castream', '--dataset', 'digits'], 'vgg16 takes no CA-Stream: layers stand'),
+        (
+            ['evaluate', '--model', 'test_resnet', '--dataset', 'digits', '--poolings', 'ca'],
+            'open test_resnet_castream',
+        ),
+        (['evaluate', '--model', 'test_resnet', '--dataset', 'digits', '--seed', '-1'], '--seed must be at least 0'),
+        (['evaluate', '--model', 'test_resnet', '--dataset', 'digits', '--maps', 'a=none.npy'], 'no file none.npy'),
+        (
+            ['evaluate', '--model', 'test_resnet', '--dataset', 'digits', '--methods', 'a=no_module:f'],
+            'cannot be imported',
+        ),
+        (['evaluate', '--model', 'test_resnet', '--dataset', 'digits', '--methods', 'lime'], "'lime' is unknown"),
+        (['evaluate', '--model', 'test_resnet_castream', '--checkpoint', 'missing.pth'], 'missing.pth'),
+        (['evaluate', '--model', 'no_such_castream', '--dataset', 'digits'], 'no_such_castream'),
+        (
+            ['evaluate', '--model', 'test_resnet', '--model-kwargs', 'foo=1', '--dataset', 'digits'],
+            "test_resnet takes no argument 'foo'.",
+        ),
+        (['explain', '--model', 'test_resnet_castream'], '--images'),
+        (['explain', '--model', 'test_resnet_castream', '--images', 'no_folder'], 'no_folder'),
+        (['app', '--checkpoint', 'missing.pth'], 'need the name of the model'),
+        (['app', '--model', 'test_resnet_castream', '--checkpoint', 'missing.pth'], 'missing.pth'),
+        (['push', 'missing.pth', '--model', 'test_resnet_castream', '--repo', 'a/b'], 'missing.pth'),
+    ],
+)
 def test_a_mistake_is_one_line_and_exit_code_2(argv, words, capsys):
     assert cli.main(argv) == 2
     error = capsys.readouterr().err
@@ -137,27 +157,36 @@ def test_the_commands_are_the_modules_and_each_is_in_the_help(capsys):
 @pytest.mark.slow
 def test_a_reader_that_stops_early_is_no_error():
     done = subprocess.run(
-        f'{sys.executable} -m timm_castream.cli list | head -n 1; echo ${{PIPESTATUS[0]}}', shell=True, text=True,
-        executable='/bin/bash', capture_output=True)
+        f'{sys.executable} -m timm_castream.cli list | head -n 1; echo ${{PIPESTATUS[0]}}',
+        shell=True,
+        text=True,
+        executable='/bin/bash',
+        capture_output=True,
+    )
     assert done.stderr == '' and len(done.stdout.splitlines()) == 2
 
 
 @pytest.mark.slow
 def test_a_command_imports_the_heavy_modules_only_when_it_needs_them():
-    code = ("import sys; from timm_castream import cli; cli.main(['list', 'test_*']); "
-            "assert not {'torchmetrics', 'matplotlib', 'sklearn', 'scipy'} & sys.modules.keys()")
+    code = (
+        "import sys; from timm_castream import cli; cli.main(['list', 'test_*']); "
+        "assert not {'torchmetrics', 'matplotlib', 'sklearn', 'scipy'} & sys.modules.keys()"
+    )
     subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize(('module', 'words'), [
-    ('torchmetrics.utilities', 'needs torchmetrics: pip install "timm_castream[eval]"'),
-    ('scipy', 'needs scipy: pip install "timm_castream[eval]"'),
-    ('matplotlib.figure', 'needs matplotlib: pip install "timm_castream[eval]"'),
-    ('sklearn.datasets', 'needs sklearn: pip install "timm_castream[demo]"'),
-    ('gradio', 'needs gradio: pip install "timm_castream[app]"'),
-    ('datasets', 'needs datasets: pip install datasets'),
-    ('nonexistent_lib.part', 'needs nonexistent_lib: pip install nonexistent_lib'),
-])
+@pytest.mark.parametrize(
+    ('module', 'words'),
+    [
+        ('torchmetrics.utilities', 'needs torchmetrics: pip install "timm_castream[eval]"'),
+        ('scipy', 'needs scipy: pip install "timm_castream[eval]"'),
+        ('matplotlib.figure', 'needs matplotlib: pip install "timm_castream[eval]"'),
+        ('sklearn.datasets', 'needs sklearn: pip install "timm_castream[demo]"'),
+        ('gradio', 'needs gradio: pip install "timm_castream[app]"'),
+        ('datasets', 'needs datasets: pip install datasets'),
+        ('nonexistent_lib.part', 'needs nonexistent_lib: pip install nonexistent_lib'),
+    ],
+)
 def test_a_missing_library_is_named_with_the_package_that_has_it(module, words, capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise ModuleNotFoundError(f'No module named {module!r}', name=module)
@@ -175,7 +204,8 @@ def test_the_extras_hold_the_libraries_that_an_error_names():
         lines = setup['options.extras_require'][extra].split('\n')
         packages = {re.split('[>=<]', line)[0] for line in lines if line and 'timm_castream' not in line}
         assert {names.get(package, package) for package in packages} == {
-            library for library, name in cli.EXTRAS.items() if name == extra}
+            library for library, name in cli.EXTRAS.items() if name == extra
+        }
 
 
 def test_debug_shows_the_traceback():
@@ -193,7 +223,8 @@ def test_ctrl_c_is_one_line_and_exit_code_130(capsys, monkeypatch):
 
 
 def test_sigterm_ends_a_command_as_ctrl_c_and_a_second_one_does_not_stop_the_removal_of_its_files(
-        capsys, monkeypatch, tmp_path):
+    capsys, monkeypatch, tmp_path
+):
     def run(*args, **kwargs):
         (tmp_path / 'scratch').touch()
         try:
@@ -212,8 +243,24 @@ def test_sigterm_ends_a_command_as_ctrl_c_and_a_second_one_does_not_stop_the_rem
 
 
 def test_evaluate_writes_the_table_and_a_row_an_image(model_options, tmp_path, capsys):
-    argv = ['evaluate', *model_options, '--dataset', 'digits', '--img-size', '64', '--num-samples', '5', '-j', '0',
-            '--device', 'cpu', '--methods', 'grad_cam', '--output', str(tmp_path)]
+    argv = [
+        'evaluate',
+        *model_options,
+        '--dataset',
+        'digits',
+        '--img-size',
+        '64',
+        '--num-samples',
+        '5',
+        '-j',
+        '0',
+        '--device',
+        'cpu',
+        '--methods',
+        'grad_cam',
+        '--output',
+        str(tmp_path),
+    ]
     assert cli.main(argv) == 0
     printed = capsys.readouterr().out
     assert 'Grad-CAM' in printed and 'AD' in printed and '5 images' in printed
@@ -252,8 +299,18 @@ def test_push_of_a_plain_model_names_the_model_with_a_stream(tmp_path, capsys):
 
 def test_push_writes_a_folder_that_loads_by_its_name(checkpoint, tmp_path):
     folder = tmp_path / 'repository'
-    argv = ['push', str(checkpoint), '--model', 'test_resnet_castream', '--model-kwargs', 'num_classes=10',
-            '--repo', 'me/test', '--dry-run', str(folder)]
+    argv = [
+        'push',
+        str(checkpoint),
+        '--model',
+        'test_resnet_castream',
+        '--model-kwargs',
+        'num_classes=10',
+        '--repo',
+        'me/test',
+        '--dry-run',
+        str(folder),
+    ]
     assert cli.main(argv) == 0
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
     saved = torch.load(checkpoint, weights_only=True)['state_dict']
@@ -263,5 +320,5 @@ def test_push_writes_a_folder_that_loads_by_its_name(checkpoint, tmp_path):
 def test_the_installed_command_is_this_one():
     from importlib.metadata import entry_points
 
-    command, = entry_points(group='console_scripts', name='castream')
+    (command,) = entry_points(group='console_scripts', name='castream')
     assert command.load() is cli.main

@@ -1,4 +1,5 @@
 """Boxes of data sets: read from files, and carried through the transforms as the pixels are."""
+
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ PIPELINES = {
 def white_box(size, box):
     """A black image of a size (width, height) that is white inside a box of whole pixels."""
     pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)
-    pixels[box[1]:box[3], box[0]:box[2]] = 255
+    pixels[box[1] : box[3], box[0] : box[2]] = 255
     return Image.fromarray(pixels)
 
 
@@ -50,8 +51,11 @@ def test_boxes_end_where_timms_evaluation_pipelines_put_the_pixels(size, options
     """The image is white inside the box, so the white that is left must fill the box that is predicted."""
     transform = create_transform(**{'input_size': (3, 56, 56), 'mean': (0, 0, 0), 'std': (1, 1, 1)} | options)
     width, height = size
-    for box in ([width // 4, height // 3, 3 * width // 4, 2 * height // 3], [0, 0, width // 2, height],
-                [width // 2, 0, width, height // 2]):
+    for box in (
+        [width // 4, height // 3, 3 * width // 4, 2 * height // 3],
+        [0, 0, width // 2, height],
+        [width // 2, 0, width, height // 2],
+    ):
         pixels = np.asarray(transform(white_box(size, box)), dtype=np.float64)
         white = pixels[0] / (255 if options.get('use_prefetcher') else 1)
         found = input_boxes([box], size, transform)
@@ -70,7 +74,8 @@ def test_known_corners_of_resize_and_crop():
     transform = create_transform(224)
     x, y = 341 / 500, 256 / 375
     assert input_boxes([[100, 100, 400, 300]], (500, 375), transform).tolist() == [
-        pytest.approx([100 * x - 58, 100 * y - 16, min(400 * x - 58, 224), 300 * y - 16])]
+        pytest.approx([100 * x - 58, 100 * y - 16, min(400 * x - 58, 224), 300 * y - 16])
+    ]
 
 
 def test_boxes_are_clipped_to_the_input_and_those_outside_become_nan():
@@ -92,9 +97,16 @@ def test_without_a_transform_boxes_are_those_of_the_stored_image():
     assert input_boxes(np.empty((0, 4)), (10, 10), transforms.Compose([transforms.ToTensor()])).shape == (0, 4)
 
 
-@pytest.mark.parametrize('transform', [
-    transforms.RandomCrop(8), transforms.RandomHorizontalFlip(), create_transform(32, is_training=True), np.asarray,
-    timm_transforms.ResizeKeepRatio(8, random_scale_prob=0.5)])
+@pytest.mark.parametrize(
+    'transform',
+    [
+        transforms.RandomCrop(8),
+        transforms.RandomHorizontalFlip(),
+        create_transform(32, is_training=True),
+        np.asarray,
+        timm_transforms.ResizeKeepRatio(8, random_scale_prob=0.5),
+    ],
+)
 def test_transforms_that_may_move_pixels_anywhere_are_refused(transform):
     with pytest.raises(ValueError, match='boxes cannot follow the'):
         input_boxes([[1, 2, 3, 4]], (10, 10), transform)
@@ -104,8 +116,9 @@ class TestBoxesFor:
     def test_rows_are_padded_with_nan_and_follow_the_transform_of_the_loader(self):
         data = DigitScenes('validation', num_images=6, seed=1)
         assert boxes_for(data, [0, 5], [3, 3]).tolist() == data.boxes[[0, 5]][:, None].tolist()
-        timm.data.create_loader(data, (3, 32, 32), 2, crop_pct=1., num_workers=0, device=torch.device('cpu'),
-                                persistent_workers=False)
+        timm.data.create_loader(
+            data, (3, 32, 32), 2, crop_pct=1.0, num_workers=0, device=torch.device('cpu'), persistent_workers=False
+        )
         assert boxes_for(data, [4], [0]).tolist() == (data.boxes[[4]][:, None] / 2).tolist()
         data.boxes = [np.array([[0, 0, 8, 8], [8, 8, 64, 64]]), np.empty((0, 4)), [0, 0, 2, 4]] * 2
         boxes = boxes_for(data, [0, 1, 2], [0, 0, 0])
@@ -116,8 +129,11 @@ class TestBoxesFor:
 
     def test_subsets_and_data_sets_without_substitutes_have_the_boxes_of_their_images(self):
         data = DigitScenes('validation', num_images=6, seed=1)
-        for wrapped in (Subset(data, [4, 2]), without_substitutes(Subset(data, [4, 2])),
-                        Subset(without_substitutes(data), [4, 2])):
+        for wrapped in (
+            Subset(data, [4, 2]),
+            without_substitutes(Subset(data, [4, 2])),
+            Subset(without_substitutes(data), [4, 2]),
+        ):
             assert has_boxes(wrapped)
             assert boxes_for(wrapped, [1, 0], [0, 0])[:, 0].tolist() == data.boxes[[2, 4]].tolist()
 
@@ -125,7 +141,7 @@ class TestBoxesFor:
         for i, size in enumerate(((40, 20), (20, 40))):
             Path(tmp_path, 'a').mkdir(exist_ok=True)
             Image.new('RGB', size).save(tmp_path / 'a' / f'{i}.png')
-        transform = create_transform((3, 10, 10), crop_pct=1.)
+        transform = create_transform((3, 10, 10), crop_pct=1.0)
         for data in (timm.data.ImageDataset(tmp_path, transform=transform), ImageFolder(tmp_path, transform)):
             assert not has_boxes(data)
             data.boxes = [[10, 0, 30, 20], [0, 10, 20, 30]]
@@ -140,7 +156,8 @@ def annotation(objects, root='annotation'):
     boxes = ''.join(
         f'<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin>'
         f'<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox><part><bndbox><xmin>0</xmin></bndbox></part></object>'
-        for name, x0, y0, x1, y1, difficult in objects)
+        for name, x0, y0, x1, y1, difficult in objects
+    )
     return f'<{root}><size><width>12</width></size>{boxes}</{root}>'
 
 
@@ -156,8 +173,16 @@ class TestVOC:
             label = {'cat': 1, 'person': 1, 'dog': 0}.get(name, -1)
             (lists / f'{name}_val.txt').write_text(f'2008_000001 {label}\n')
         Image.new('RGB', (12, 10)).save(tmp_path / 'JPEGImages' / '2008_000001.jpg')
-        (tmp_path / 'Annotations' / '2008_000001.xml').write_text(annotation([
-            ('person', 1, 1, 12, 10, 0), ('cat', 3, 4, 5.5, 6, 0), ('person', 2, 2, 2, 2, 1), ('dog', 1, 1, 2, 2, 1)]))
+        (tmp_path / 'Annotations' / '2008_000001.xml').write_text(
+            annotation(
+                [
+                    ('person', 1, 1, 12, 10, 0),
+                    ('cat', 3, 4, 5.5, 6, 0),
+                    ('person', 2, 2, 2, 2, 1),
+                    ('dog', 1, 1, 2, 2, 1),
+                ]
+            )
+        )
         return tmp_path
 
     def test_boxes_are_those_of_one_class_counted_from_0(self, voc):
@@ -168,7 +193,7 @@ class TestVOC:
         assert data.boxes_of(0, bird).shape == (0, 4)
 
     def test_an_image_of_several_classes_has_a_row_for_each(self, voc):
-        data = VOC2012(voc, 'val', transform=create_transform((3, 20, 20), crop_pct=1.))
+        data = VOC2012(voc, 'val', transform=create_transform((3, 20, 20), crop_pct=1.0))
         target = data[0][1]
         labels = np.flatnonzero(target == 1)
         boxes = boxes_for(data, [0] * len(labels), labels)
@@ -179,13 +204,21 @@ class TestVOC:
 
     def test_each_positive_label_of_an_image_is_evaluated_with_the_boxes_of_its_class(self, voc):
         """A map that grows from column 0 to 19: 6 of 20 rows and columns 2 to 8 are the cat's, all are the persons'."""
+
         def ramp(x, target):
             return torch.linspace(0, 1, 20).expand(len(x), 20, 20)
 
         model = timm.create_model('test_resnet', num_classes=20).eval()
         loader = timm.data.create_loader(
-            VOC2012(voc, 'val'), (3, 20, 20), 1, crop_pct=1., num_workers=0, device=torch.device('cpu'),
-            persistent_workers=False, collate_fn=default_collate)
+            VOC2012(voc, 'val'),
+            (3, 20, 20),
+            1,
+            crop_pct=1.0,
+            num_workers=0,
+            device=torch.device('cpu'),
+            persistent_workers=False,
+            collate_fn=default_collate,
+        )
         report = evaluate(model, loader, {'ramp': ramp}, metrics=('energy_pointing_game', 'pointing_game'))
         cat = 100 * 6 * sum(range(2, 9)) / (20 * sum(range(20)))
         assert report['gap', 'ramp', 'energy_pointing_game'].value == pytest.approx((cat + 100) / 2, rel=1e-5)
@@ -220,8 +253,13 @@ class TestReadBoxes:
     @pytest.mark.parametrize('prefix', ['', 'val/', 'some/where/images/val/'])
     def test_a_text_file_has_a_line_a_box_with_paths_from_any_folder(self, folder, prefix):
         prefix = prefix.replace('some/where', str(folder).lstrip('/')) if prefix.startswith('some') else prefix
-        lines = [f'{prefix}n01/a.JPEG,1,2,3,4', f'{prefix}n02/c,d.JPEG,0.5,0,7,8', f'{prefix}n01/a.JPEG,5,6,7,8', '',
-                 f'{prefix}n99/other.JPEG,1,1,2,2']
+        lines = [
+            f'{prefix}n01/a.JPEG,1,2,3,4',
+            f'{prefix}n02/c,d.JPEG,0.5,0,7,8',
+            f'{prefix}n01/a.JPEG,5,6,7,8',
+            '',
+            f'{prefix}n99/other.JPEG,1,1,2,2',
+        ]
         (folder / 'localization.txt').write_text('\n'.join(lines), encoding='utf-8-sig')
         for data in (timm.data.ImageDataset(folder / 'images' / 'val'), ImageFolder(folder / 'images' / 'val')):
             boxes = read_boxes(folder / 'localization.txt', data)
@@ -229,15 +267,22 @@ class TestReadBoxes:
             data.boxes = boxes
             assert boxes_for(data, [2, 0], [0, 0]).isnan().all(-1).tolist() == [[False, True], [False, False]]
 
-    @pytest.mark.parametrize(('lines', 'message'), [
-        (['a.JPEG,1,2,3,4'], r'lists a\.JPEG, which may be .*n01/a\.JPEG or .*n02/a\.JPEG'),
-        (['n01/a.JPEG,1,2,3,4', 'val/n01/a.JPEG,1,2,3,4'],
-         r'lists n01/a\.JPEG and val/n01/a\.JPEG, either of which may'),
-        *((['n02/a.JPEG,1,2,3,4', line], r'boxes\.txt, line 2: .* is not of the form str, number, number')
-          for line in ('a.JPEG,1,2,3', 'a.JPEG,1,2,3,x', 'a.JPEG,1,2,nan,4', 'a.JPEG 1 2 3 4')),
-        (['n01/a.JPEG,3,2,3,4'], r'boxes\.txt: the box \[3.0, 2.0, 3.0, 4.0\] of n01/a\.JPEG has no area'),
-        (['n01/b.JPEG,1,2,3,4'], r'boxes\.txt lists none of the 3 images, such as val/n01/a\.JPEG'),
-    ])
+    @pytest.mark.parametrize(
+        ('lines', 'message'),
+        [
+            (['a.JPEG,1,2,3,4'], r'lists a\.JPEG, which may be .*n01/a\.JPEG or .*n02/a\.JPEG'),
+            (
+                ['n01/a.JPEG,1,2,3,4', 'val/n01/a.JPEG,1,2,3,4'],
+                r'lists n01/a\.JPEG and val/n01/a\.JPEG, either of which may',
+            ),
+            *(
+                (['n02/a.JPEG,1,2,3,4', line], r'boxes\.txt, line 2: .* is not of the form str, number, number')
+                for line in ('a.JPEG,1,2,3', 'a.JPEG,1,2,3,x', 'a.JPEG,1,2,nan,4', 'a.JPEG 1 2 3 4')
+            ),
+            (['n01/a.JPEG,3,2,3,4'], r'boxes\.txt: the box \[3.0, 2.0, 3.0, 4.0\] of n01/a\.JPEG has no area'),
+            (['n01/b.JPEG,1,2,3,4'], r'boxes\.txt lists none of the 3 images, such as val/n01/a\.JPEG'),
+        ],
+    )
     def test_text_files_that_are_damaged_or_ambiguous_or_list_no_image_are_refused(self, folder, lines, message):
         (folder / 'boxes.txt').write_text('\n'.join(lines))
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,5 @@
 """The data sets in the layouts of their archives, made by name, and through timm's loader."""
+
 import inspect
 import os
 import re
@@ -46,14 +47,33 @@ def cub(tmp_path):
     """Three classes, five images, ids neither sorted nor grouped by class; the archive's own column layout."""
     folder = tmp_path / 'CUB_200_2011'
     write(folder / 'classes.txt', '1 001.Black_footed_Albatross', '2 002.Laysan_Albatross', '3 003.Sooty_Albatross')
-    write(folder / 'images.txt', '1 001.Black_footed_Albatross/a.jpg', '2 001.Black_footed_Albatross/b.jpg',
-          '4 003.Sooty_Albatross/d.jpg', '3 002.Laysan_Albatross/c.jpg', '10 003.Sooty_Albatross/e.jpg')
+    write(
+        folder / 'images.txt',
+        '1 001.Black_footed_Albatross/a.jpg',
+        '2 001.Black_footed_Albatross/b.jpg',
+        '4 003.Sooty_Albatross/d.jpg',
+        '3 002.Laysan_Albatross/c.jpg',
+        '10 003.Sooty_Albatross/e.jpg',
+    )
     write(folder / 'image_class_labels.txt', '1 1', '2 1', '3 2', '4 3', '10 3')
     write(folder / 'train_test_split.txt', '1 0', '2 1', '3 1', '4 0', '10 1')
-    write(folder / 'bounding_boxes.txt', '1 60.0 27.0 325.0 304.0', '2 1.0 2.0 3.0 4.0', '3 0.0 0.0 12.0 10.0',
-          '4 5.0 5.0 1.5 2.5', '10 2.0 3.0 4.0 6.0')
-    for i, name in enumerate(('001.Black_footed_Albatross/a', '001.Black_footed_Albatross/b', '002.Laysan_Albatross/c',
-                              '003.Sooty_Albatross/d', '003.Sooty_Albatross/e')):
+    write(
+        folder / 'bounding_boxes.txt',
+        '1 60.0 27.0 325.0 304.0',
+        '2 1.0 2.0 3.0 4.0',
+        '3 0.0 0.0 12.0 10.0',
+        '4 5.0 5.0 1.5 2.5',
+        '10 2.0 3.0 4.0 6.0',
+    )
+    for i, name in enumerate(
+        (
+            '001.Black_footed_Albatross/a',
+            '001.Black_footed_Albatross/b',
+            '002.Laysan_Albatross/c',
+            '003.Sooty_Albatross/d',
+            '003.Sooty_Albatross/e',
+        )
+    ):
         write_image(folder / 'images' / f'{name}.jpg', 10 * i, mode='L' if i == 1 else 'RGB')
     return folder
 
@@ -92,12 +112,23 @@ def tiny(tmp_path):
     folder = tmp_path / 'tiny-imagenet-200'
     write(folder / 'wnids.txt', 'n02124075', 'n01443537')
     write(folder / 'train/n02124075/n02124075_boxes.txt', 'n02124075_7.JPEG\t0\t10\t63\t58')
-    write(folder / 'train/n01443537/n01443537_boxes.txt', 'n01443537_2.JPEG\t0\t0\t63\t63',
-          'n01443537_0.JPEG\t3\t4\t3\t5')
-    write(folder / 'val/val_annotations.txt', 'val_0.JPEG\tn02124075\t0\t32\t44\t62',
-          'val_1.JPEG\tn01443537\t52\t55\t57\t59')
-    for i, name in enumerate(('train/n02124075/images/n02124075_7', 'train/n01443537/images/n01443537_2',
-                              'train/n01443537/images/n01443537_0', 'val/images/val_0', 'val/images/val_1')):
+    write(
+        folder / 'train/n01443537/n01443537_boxes.txt', 'n01443537_2.JPEG\t0\t0\t63\t63', 'n01443537_0.JPEG\t3\t4\t3\t5'
+    )
+    write(
+        folder / 'val/val_annotations.txt',
+        'val_0.JPEG\tn02124075\t0\t32\t44\t62',
+        'val_1.JPEG\tn01443537\t52\t55\t57\t59',
+    )
+    for i, name in enumerate(
+        (
+            'train/n02124075/images/n02124075_7',
+            'train/n01443537/images/n01443537_2',
+            'train/n01443537/images/n01443537_0',
+            'val/images/val_0',
+            'val/images/val_1',
+        )
+    ):
         write_image(folder / f'{name}.JPEG', 30 * i)
     return folder
 
@@ -116,15 +147,26 @@ class TestCUB200:
         assert test.boxes.tolist() == [[60, 27, 385, 331], [5, 5, 6.5, 7.5]]
         assert train.classes == ['001.Black_footed_Albatross', '002.Laysan_Albatross', '003.Sooty_Albatross']
         assert train.filenames() == [
-            'images/001.Black_footed_Albatross/b.jpg', 'images/002.Laysan_Albatross/c.jpg',
-            'images/003.Sooty_Albatross/e.jpg']
+            'images/001.Black_footed_Albatross/b.jpg',
+            'images/002.Laysan_Albatross/c.jpg',
+            'images/003.Sooty_Albatross/e.jpg',
+        ]
         assert Path(train.filename(0, absolute=True)).is_file() and train.filename(0, basename=True) == 'b.jpg'
 
     def test_images_without_colour_become_rgb(self, cub):
         assert CUB200(cub, 'train')[0][0].mode == 'RGB'
 
-    @pytest.mark.parametrize('name', ['classes.txt', 'images.txt', 'image_class_labels.txt', 'train_test_split.txt',
-                                      'bounding_boxes.txt', 'images/001.Black_footed_Albatross/b.jpg'])
+    @pytest.mark.parametrize(
+        'name',
+        [
+            'classes.txt',
+            'images.txt',
+            'image_class_labels.txt',
+            'train_test_split.txt',
+            'bounding_boxes.txt',
+            'images/001.Black_footed_Albatross/b.jpg',
+        ],
+    )
     def test_a_missing_file_is_named(self, cub, name):
         (cub / name).unlink()
         with pytest.raises(FileNotFoundError, match=name):
@@ -145,15 +187,23 @@ class TestCUB200:
         with pytest.raises(ValueError, match="no images for split 'train'"):
             CUB200(cub)
 
-    @pytest.mark.parametrize('name, lines, message', [
-        ('images', ['1 a.jpg', '2 b.jpg', '1 c.jpg'], r'images\.txt, line 3: 1 is listed a second time'),
-        ('classes', ['1 a', '', '1 b'], r'classes\.txt, line 3: 1 is listed a second time'),
-        ('bounding_boxes', ['1 0 0 2 2', '2 nan 0 2 2'], r"boxes\.txt, line 2: '2 nan 0 2 2' is not of the form"),
-        ('bounding_boxes', ['1 0 0 inf 2'], r"line 1: '1 0 0 inf 2' is not of the form int, number, number, positive"),
-        ('bounding_boxes', ['1 0 0 0 2'], r"line 1: '1 0 0 0 2' is not of the form"),
-    ])
+    @pytest.mark.parametrize(
+        'name, lines, message',
+        [
+            ('images', ['1 a.jpg', '2 b.jpg', '1 c.jpg'], r'images\.txt, line 3: 1 is listed a second time'),
+            ('classes', ['1 a', '', '1 b'], r'classes\.txt, line 3: 1 is listed a second time'),
+            ('bounding_boxes', ['1 0 0 2 2', '2 nan 0 2 2'], r"boxes\.txt, line 2: '2 nan 0 2 2' is not of the form"),
+            (
+                'bounding_boxes',
+                ['1 0 0 inf 2'],
+                r"line 1: '1 0 0 inf 2' is not of the form int, number, number, positive",
+            ),
+            ('bounding_boxes', ['1 0 0 0 2'], r"line 1: '1 0 0 0 2' is not of the form"),
+        ],
+    )
     def test_images_listed_twice_and_boxes_that_are_none_are_refused_with_file_and_line(
-            self, cub, name, lines, message):
+        self, cub, name, lines, message
+    ):
         write(cub / f'{name}.txt', *lines)
         with pytest.raises(ValueError, match=message):
             CUB200(cub)
@@ -188,8 +238,9 @@ class TestVOC2012:
         scores = torch.tensor([0.9, 0.8, 0.1, 0.7])
         assert BinaryAveragePrecision(ignore_index=int(VOC_IGNORE))(scores, cats) == 1
 
-    @pytest.mark.parametrize('name', ['ImageSets/Main/train.txt', 'ImageSets/Main/sofa_train.txt',
-                                      'JPEGImages/2008_000002.jpg'])
+    @pytest.mark.parametrize(
+        'name', ['ImageSets/Main/train.txt', 'ImageSets/Main/sofa_train.txt', 'JPEGImages/2008_000002.jpg']
+    )
     def test_a_missing_file_is_named(self, voc, name):
         (voc / name).unlink()
         with pytest.raises(FileNotFoundError, match=name):
@@ -239,9 +290,15 @@ class TestTinyImageNet:
         assert validation.boxes.tolist() == [[0, 32, 45, 63], [52, 55, 58, 60]]
         assert train.filename(2) == 'train/n02124075/images/n02124075_7.JPEG'
 
-    @pytest.mark.parametrize('name, split', [
-        ('train/n01443537/n01443537_boxes.txt', 'train'), ('train/n01443537/images/n01443537_0.JPEG', 'train'),
-        ('val/val_annotations.txt', 'val'), ('val/images/val_1.JPEG', 'val')])
+    @pytest.mark.parametrize(
+        'name, split',
+        [
+            ('train/n01443537/n01443537_boxes.txt', 'train'),
+            ('train/n01443537/images/n01443537_0.JPEG', 'train'),
+            ('val/val_annotations.txt', 'val'),
+            ('val/images/val_1.JPEG', 'val'),
+        ],
+    )
     def test_a_missing_file_is_named(self, tiny, name, split):
         (tiny / name).unlink()
         with pytest.raises(FileNotFoundError, match=f'{name} is missing'):
@@ -263,9 +320,15 @@ class TestTinyImageNet:
             TinyImageNet(tiny, 'test')
 
 
-@pytest.mark.parametrize('fixture, data_set, roots', [
-    ('cub', CUB200, ('.', '..')), ('voc', VOC2012, ('.', '..', '../..')), ('mit', MIT67, ('Images', '.', '..')),
-    ('tiny', TinyImageNet, ('.', '..'))])
+@pytest.mark.parametrize(
+    'fixture, data_set, roots',
+    [
+        ('cub', CUB200, ('.', '..')),
+        ('voc', VOC2012, ('.', '..', '../..')),
+        ('mit', MIT67, ('Images', '.', '..')),
+        ('tiny', TinyImageNet, ('.', '..')),
+    ],
+)
 def test_root_is_the_unpacked_folder_or_its_parent(request, fixture, data_set, roots):
     folder = request.getfixturevalue(fixture)
     expected = [grey(image) for image, _ in data_set(folder)]
@@ -273,9 +336,15 @@ def test_root_is_the_unpacked_folder_or_its_parent(request, fixture, data_set, r
         assert [grey(image) for image, _ in data_set(os.path.normpath(folder / root))] == expected
 
 
-@pytest.mark.parametrize('data_set, file, archive', [
-    (CUB200, 'images.txt', 'CUB_200_2011.tgz'), (VOC2012, 'ImageSets/Main', 'VOCtrainval_11-May-2012.tar'),
-    (MIT67, 'TrainImages.txt', 'indoorCVPR_09.tar'), (TinyImageNet, 'wnids.txt', 'tiny-imagenet-200.zip')])
+@pytest.mark.parametrize(
+    'data_set, file, archive',
+    [
+        (CUB200, 'images.txt', 'CUB_200_2011.tgz'),
+        (VOC2012, 'ImageSets/Main', 'VOCtrainval_11-May-2012.tar'),
+        (MIT67, 'TrainImages.txt', 'indoorCVPR_09.tar'),
+        (TinyImageNet, 'wnids.txt', 'tiny-imagenet-200.zip'),
+    ],
+)
 def test_a_root_that_holds_something_else_is_refused_naming_file_and_archive(tmp_path, data_set, file, archive):
     with pytest.raises(FileNotFoundError, match=f'no {file}: .*{tmp_path.name}.*{archive}'):
         data_set(tmp_path)
@@ -304,21 +373,41 @@ class TestCreateDataset:
     def test_it_takes_the_calls_of_timms_train_and_validate_scripts(self, cub, mit, voc, tiny):
         """The keywords that train.py and validate.py of timm v1.0.28 pass, with their scripts' defaults."""
         train_call = dict(
-            is_training=True, class_map='', download=False, batch_size=128, seed=42, repeats=0, input_img_mode='RGB',
-            input_key=None, target_key=None, num_samples=None, trust_remote_code=False)
+            is_training=True,
+            class_map='',
+            download=False,
+            batch_size=128,
+            seed=42,
+            repeats=0,
+            input_img_mode='RGB',
+            input_key=None,
+            target_key=None,
+            num_samples=None,
+            trust_remote_code=False,
+        )
         data = create_dataset('cub200', root=str(cub.parent), split='train', **train_call)
         assert isinstance(data, CUB200) and len(data) == 3
         data = create_dataset('voc2012', root=str(voc), split='trainval', **train_call)
         assert isinstance(data, VOC2012) and len(data) == 4
         assert isinstance(create_dataset('tiny_imagenet', root=str(tiny), split='train', **train_call), TinyImageNet)
         validate_call = dict(
-            download=False, load_bytes=False, class_map='', num_samples=None, input_key=None, input_img_mode='L',
-            target_key=None, trust_remote_code=False, seed=42)
+            download=False,
+            load_bytes=False,
+            class_map='',
+            num_samples=None,
+            input_key=None,
+            input_img_mode='L',
+            target_key=None,
+            trust_remote_code=False,
+            seed=42,
+        )
         data = create_dataset(root=str(mit), name='mit67', split='validation', **validate_call)
         assert isinstance(data, MIT67) and len(data) == 2 and data[0][0].mode == 'L'
 
-    @pytest.mark.parametrize('word, official', [
-        ('train', 'train'), ('training', 'train'), ('validation', 'test'), ('val', 'test'), ('test', 'test')])
+    @pytest.mark.parametrize(
+        'word, official',
+        [('train', 'train'), ('training', 'train'), ('validation', 'test'), ('val', 'test'), ('test', 'test')],
+    )
     def test_timms_words_for_splits_mean_the_official_ones(self, cub, word, official):
         assert create_dataset('cub200', cub, word).filenames() == CUB200(cub, official).filenames()
 
@@ -338,18 +427,33 @@ class TestCreateDataset:
 
     @pytest.mark.parametrize('name', ['cub', 'imagenet', 'CUB200', 'nothing/cub200', 'folder'])
     def test_unknown_names_are_refused_with_the_known_ones(self, cub, name):
-        with pytest.raises(ValueError, match=f"there is no data set '{name}'; known are cub200, voc2012, mit67, "
-                                             'tiny_imagenet, digits, the names of timm that begin with torch/, hfds/'):
+        with pytest.raises(
+            ValueError,
+            match=f"there is no data set '{name}'; known are cub200, voc2012, mit67, "
+            'tiny_imagenet, digits, the names of timm that begin with torch/, hfds/',
+        ):
             create_dataset(name, cub)
 
-    @pytest.mark.parametrize('present, split', [
-        (('train', 'test'), 'validation'), (('train',), 'val'), (('val',), 'train'), (('train', 'val'), 'test'),
-        (('train', 'val'), 'vlaidation'), (('valid', 'train'), 'dev[:10%]')])
+    @pytest.mark.parametrize(
+        'present, split',
+        [
+            (('train', 'test'), 'validation'),
+            (('train',), 'val'),
+            (('val',), 'train'),
+            (('train', 'val'), 'test'),
+            (('train', 'val'), 'vlaidation'),
+            (('valid', 'train'), 'dev[:10%]'),
+        ],
+    )
     def test_a_split_that_a_folder_lacks_is_refused_where_timm_would_read_all_others(self, tmp_path, present, split):
         for folder in present:
             write_image(tmp_path / folder / 'a' / '0.png', 1)
-        with pytest.raises(ValueError, match=rf'has no split .{re.escape(split)}., it has ({"|".join(present)}), ?'
-                           if len(present) > 1 else f'has no split .{split}., it has {present[0]}'):
+        with pytest.raises(
+            ValueError,
+            match=rf'has no split .{re.escape(split)}., it has ({"|".join(present)}), ?'
+            if len(present) > 1
+            else f'has no split .{split}., it has {present[0]}',
+        ):
             create_dataset('', tmp_path, split)
         assert len(create_dataset('', tmp_path, split, search_split=False)) == len(present)
 
@@ -388,9 +492,11 @@ class TestCreateDataset:
             create_dataset('voc2012', split='train')
 
     def test_it_accepts_every_argument_of_the_installed_timm(self, cub):
-        defaults = {name: parameter.default for name, parameter in
-                    inspect.signature(timm.data.create_dataset).parameters.items()
-                    if parameter.default is not inspect.Parameter.empty}
+        defaults = {
+            name: parameter.default
+            for name, parameter in inspect.signature(timm.data.create_dataset).parameters.items()
+            if parameter.default is not inspect.Parameter.empty
+        }
         defaults |= {'root': cub, 'split': 'test'}
         assert len(create_dataset('cub200', **defaults)) == 2
 
@@ -401,24 +507,45 @@ class TestTimmLoader:
         mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
         data = DigitScenes('train', num_images=64, seed=3)
         loader = timm.data.create_loader(
-            data, (3, 64, 64), 32, crop_pct=1., mean=mean, std=std, num_workers=num_workers, device=torch.device('cpu'),
-            persistent_workers=False)
+            data,
+            (3, 64, 64),
+            32,
+            crop_pct=1.0,
+            mean=mean,
+            std=std,
+            num_workers=num_workers,
+            device=torch.device('cpu'),
+            persistent_workers=False,
+        )
         images, labels = (torch.cat(part) for part in zip(*loader, strict=True))
-        expected = torch.from_numpy((scenes.images / 255. - mean) / std).permute(0, 3, 1, 2)
+        expected = torch.from_numpy((scenes.images / 255.0 - mean) / std).permute(0, 3, 1, 2)
         torch.testing.assert_close(images.double(), expected, atol=1e-5, rtol=1e-5)
         assert labels.tolist() == scenes.labels.tolist()
 
-    @pytest.mark.parametrize('options', [
-        {'use_prefetcher': False},
-        {'collate_fn': default_collate},
-        pytest.param({}, marks=pytest.mark.skipif(
-            not hasattr(timm.task, 'MultiLabelClassificationTask'),
-            reason='fast_collate of timm < 1.0.31 takes class indices alone')),
-    ])
+    @pytest.mark.parametrize(
+        'options',
+        [
+            {'use_prefetcher': False},
+            {'collate_fn': default_collate},
+            pytest.param(
+                {},
+                marks=pytest.mark.skipif(
+                    not hasattr(timm.task, 'MultiLabelClassificationTask'),
+                    reason='fast_collate of timm < 1.0.31 takes class indices alone',
+                ),
+            ),
+        ],
+    )
     def test_voc_targets_reach_the_batch_with_ignored_entries(self, voc, options):
         loader = timm.data.create_loader(
-            VOC2012(voc, 'trainval'), (3, 8, 8), 4, num_workers=0, device=torch.device('cpu'),
-            persistent_workers=False, **options)
+            VOC2012(voc, 'trainval'),
+            (3, 8, 8),
+            4,
+            num_workers=0,
+            device=torch.device('cpu'),
+            persistent_workers=False,
+            **options,
+        )
         images, targets = next(iter(loader))
         assert images.dtype == targets.dtype == torch.float32
         assert images.shape == (4, 3, 8, 8) and targets.shape == (4, 20)

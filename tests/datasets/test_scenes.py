@@ -1,4 +1,5 @@
 """The demo's scenes: what they are made of, and as a folder of images."""
+
 import pickle
 import sys
 
@@ -72,9 +73,14 @@ class TestDigitScenes:
     def test_it_survives_pickling_as_spawned_workers_need(self, scenes):
         assert np.array_equal(pickle.loads(pickle.dumps(scenes)).images, scenes.images)
 
-    @pytest.mark.parametrize('kwargs, message', [
-        ({'split': 'test'}, "'test' is no split of DigitScenes, which has train, validation"),
-        ({'num_images': 0}, 'num_images=0 must be at least 1'), ({'seed': -1}, 'seed=-1 at least 0')])
+    @pytest.mark.parametrize(
+        'kwargs, message',
+        [
+            ({'split': 'test'}, "'test' is no split of DigitScenes, which has train, validation"),
+            ({'num_images': 0}, 'num_images=0 must be at least 1'),
+            ({'seed': -1}, 'seed=-1 at least 0'),
+        ],
+    )
     def test_wrong_arguments_are_refused(self, kwargs, message):
         with pytest.raises(ValueError, match=message):
             DigitScenes(**kwargs)

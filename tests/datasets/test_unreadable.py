@@ -1,4 +1,5 @@
 """Images that cannot be read: named, and never replaced by another image."""
+
 import io
 import os
 import pickle
@@ -32,14 +33,22 @@ def png(value, size=(8, 8)):
 def truncated(size=(64, 64)):
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(file, 'jpeg')
-    return file.getvalue()[:len(file.getvalue()) // 2]
+    return file.getvalue()[: len(file.getvalue()) // 2]
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Two classes of four images: 0 is fine, 1 empty, 2 no image, 3 cut off, 4 to 7 are fine."""
-    contents = {'a/0.png': png(0), 'a/1.png': b'', 'a/2.png': b'no image', 'a/3.jpg': truncated(),
-                'b/6.png': png(60), 'b/7.png': png(70), 'b/4.png': png(40), 'b/5.png': png(50)}
+    contents = {
+        'a/0.png': png(0),
+        'a/1.png': b'',
+        'a/2.png': b'no image',
+        'a/3.jpg': truncated(),
+        'b/6.png': png(60),
+        'b/7.png': png(70),
+        'b/4.png': png(40),
+        'b/5.png': png(50),
+    }
     for name, content in contents.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -131,9 +140,13 @@ class TestOtherDataSets:
         assert item.name == 'a/0.png' and 'PermissionError' in item.reason
 
     def test_the_archives_are_read_without_substitutes(self, tmp_path):
-        for name, lines in {'classes.txt': ['1 a'], 'images.txt': ['1 a/x.png', '2 a/y.png'],
-                            'image_class_labels.txt': ['1 1', '2 1'], 'train_test_split.txt': ['1 1', '2 1'],
-                            'bounding_boxes.txt': ['1 0 0 2 2', '2 1 1 3 3']}.items():
+        for name, lines in {
+            'classes.txt': ['1 a'],
+            'images.txt': ['1 a/x.png', '2 a/y.png'],
+            'image_class_labels.txt': ['1 1', '2 1'],
+            'train_test_split.txt': ['1 1', '2 1'],
+            'bounding_boxes.txt': ['1 0 0 2 2', '2 1 1 3 3'],
+        }.items():
             (tmp_path / name).write_text('\n'.join(lines))
         (tmp_path / 'images' / 'a').mkdir(parents=True)
         (tmp_path / 'images/a/x.png').write_bytes(b'')
@@ -177,9 +190,13 @@ class TestOtherDataSets:
 
 
 class TestBatches:
-    @pytest.mark.parametrize('collate_fn, item', [
-        (fast_collate, (np.full((3, 2, 2), 7, dtype=np.uint8), 5)),
-        (default_collate, (torch.full((3, 2, 2), 7), np.ones(4, dtype=np.float32)))])
+    @pytest.mark.parametrize(
+        'collate_fn, item',
+        [
+            (fast_collate, (np.full((3, 2, 2), 7, dtype=np.uint8), 5)),
+            (default_collate, (torch.full((3, 2, 2), 7), np.ones(4, dtype=np.float32))),
+        ],
+    )
     def test_readable_items_are_collated_and_the_others_handed_on(self, collate_fn, item):
         lost = Unreadable(4, 'x', 'y')
         collate = pickle.loads(pickle.dumps(SeparatingCollate(collate_fn)))
@@ -189,13 +206,23 @@ class TestBatches:
         assert collate([lost, lost]) == (None, [lost, lost])
 
     @pytest.mark.parametrize('use_prefetcher', [True, False])
-    @pytest.mark.parametrize('batches', [
-        [[0, 1, 6], [1, 2], [7, 0]], [[1, 2], [3], [6]], [[6], [1, 2], [3]], [[1], [2, 3]], [[7]], []])
+    @pytest.mark.parametrize(
+        'batches', [[[0, 1, 6], [1, 2], [7, 0]], [[1, 2], [3], [6]], [[6], [1, 2], [3]], [[1], [2, 3]], [[7]], []]
+    )
     def test_chosen_batches_are_read_as_the_loader_reads_its_own(self, folder, use_prefetcher, batches):
         """Every place of a batch without a readable image: first, in between, last, all, none."""
         loader = timm.data.create_loader(
-            timm.data.ImageDataset(folder), (3, 8, 8), 2, mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1., num_workers=0,
-            use_prefetcher=use_prefetcher, device=torch.device('cpu'), persistent_workers=False)
+            timm.data.ImageDataset(folder),
+            (3, 8, 8),
+            2,
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
+            crop_pct=1.0,
+            num_workers=0,
+            use_prefetcher=use_prefetcher,
+            device=torch.device('cpu'),
+            persistent_workers=False,
+        )
         read = list(read_batches(loader, batches))
         assert len(read) == len(batches)
         for wanted, (indices, inputs, targets, unreadable) in zip(batches, read, strict=True):
@@ -211,6 +238,6 @@ class TestBatches:
 
     def test_data_without_files_is_read_too(self):
         data = DigitScenes('validation', num_images=4, transform=to_array)
-        (indices, inputs, targets, unreadable), = read_batches(DataLoader(data, 2), [[3, 1]])
+        ((indices, inputs, targets, unreadable),) = read_batches(DataLoader(data, 2), [[3, 1]])
         assert (indices, unreadable) == ([3, 1], []) and targets.tolist() == data.labels[[3, 1]].tolist()
         assert inputs.shape == (2, 3, 8, 8) and image_name(data, 3) == 'image 3'

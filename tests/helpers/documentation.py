@@ -1,4 +1,5 @@
 """Reads the code blocks of a page and runs them as a reader would: in order, in one folder, in one session."""
+
 from __future__ import annotations
 
 import contextlib
@@ -14,7 +15,8 @@ from typing import Any
 FENCE = re.compile(
     r'(?:<!-- not run: (?P<reason>.+?) -->\s*\n)?'
     r'^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```$',
-    re.MULTILINE | re.DOTALL)
+    re.MULTILINE | re.DOTALL,
+)
 
 
 @dataclass(frozen=True)

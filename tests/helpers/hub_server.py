@@ -3,6 +3,7 @@
 It speaks what huggingface_hub asks to download files and to push a folder. Large files (weights) are redirected to a
 second port, since the client follows redirects within one origin and would lose the headers of the first answer.
 """
+
 from __future__ import annotations
 
 import base64
@@ -58,8 +59,10 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.uploads: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
-        self._servers = [ThreadingHTTPServer(('127.0.0.1', 0), type('Bound', (handler,), {'hub': self}))
-                         for handler in (_HubHandler, _CdnHandler)]
+        self._servers = [
+            ThreadingHTTPServer(('127.0.0.1', 0), type('Bound', (handler,), {'hub': self}))
+            for handler in (_HubHandler, _CdnHandler)
+        ]
         self.url, self.cdn_url = (f'http://127.0.0.1:{server.server_port}' for server in self._servers)
 
     def __enter__(self) -> Hub:
@@ -159,8 +162,12 @@ class _HubHandler(_Handler):
         if repository.head_status is not None:
             return self.reply(repository.head_status)
         self.reply(
-            302, Location=f'{self.hub.cdn_url}/cdn/{repo_id}/{name}', X_Repo_Commit=repository.commit,
-            X_Linked_Etag=f'"{hashlib.sha256(content).hexdigest()}"', X_Linked_Size=str(len(content)))
+            302,
+            Location=f'{self.hub.cdn_url}/cdn/{repo_id}/{name}',
+            X_Repo_Commit=repository.commit,
+            X_Linked_Etag=f'"{hashlib.sha256(content).hexdigest()}"',
+            X_Linked_Size=str(len(content)),
+        )
 
     def do_POST(self) -> None:
         body = self.read_body()
@@ -176,14 +183,32 @@ class _HubHandler(_Handler):
         elif path == 'api/validate-yaml':
             self.reply_json({'errors': [], 'warnings': []})
         elif '/preupload/' in path:
-            self.reply_json({'files': [
-                {'path': file['path'], 'uploadMode': 'lfs' if file['path'].endswith(LARGE) else 'regular',
-                 'shouldIgnore': False} for file in json.loads(body)['files']]})
+            self.reply_json(
+                {
+                    'files': [
+                        {
+                            'path': file['path'],
+                            'uploadMode': 'lfs' if file['path'].endswith(LARGE) else 'regular',
+                            'shouldIgnore': False,
+                        }
+                        for file in json.loads(body)['files']
+                    ]
+                }
+            )
         elif path.endswith('/info/lfs/objects/batch'):
-            self.reply_json({'transfer': 'basic', 'objects': [
-                {'oid': item['oid'], 'size': item['size'],
-                 'actions': {'upload': {'href': f'{self.hub.url}/upload/{item["oid"]}'}}}
-                for item in json.loads(body)['objects']]})
+            self.reply_json(
+                {
+                    'transfer': 'basic',
+                    'objects': [
+                        {
+                            'oid': item['oid'],
+                            'size': item['size'],
+                            'actions': {'upload': {'href': f'{self.hub.url}/upload/{item["oid"]}'}},
+                        }
+                        for item in json.loads(body)['objects']
+                    ],
+                }
+            )
         elif '/commit/' in path:
             self.commit(path.removeprefix('api/models/').partition('/commit/')[0], body)
         else:
@@ -215,7 +240,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with Hub() as server:
         monkeypatch.setattr(constants, 'ENDPOINT', server.url)
         monkeypatch.setattr(
-            constants, 'HUGGINGFACE_CO_URL_TEMPLATE', server.url + '/{repo_id}/resolve/{revision}/{filename}')
+            constants, 'HUGGINGFACE_CO_URL_TEMPLATE', server.url + '/{repo_id}/resolve/{revision}/{filename}'
+        )
         monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
         monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
         monkeypatch.setattr('time.sleep', lambda seconds: None)  # between the client's retries

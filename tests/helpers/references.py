@@ -1,12 +1,31 @@
 """Calculations and names of others, written from their definitions, to hold the project's against."""
+
 from __future__ import annotations
 
 import numpy as np
 
 # The 20 classes of Pascal VOC in the order of the devkit.
 VOC_CLASSES = [
-    'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog',
-    'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor',
+    'aeroplane',
+    'bicycle',
+    'bird',
+    'boat',
+    'bottle',
+    'bus',
+    'car',
+    'cat',
+    'chair',
+    'cow',
+    'diningtable',
+    'dog',
+    'horse',
+    'motorbike',
+    'person',
+    'pottedplant',
+    'sheep',
+    'sofa',
+    'train',
+    'tvmonitor',
 ]
 
 
@@ -17,7 +36,7 @@ def devkit_average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
         chosen = scores >= threshold
         hits = int((labels[chosen] == 1).sum())
         points.append((hits / int((labels == 1).sum()), hits / int(chosen.sum())))
-    area, before = 0., 0.
+    area, before = 0.0, 0.0
     for recall, _ in points:
         area += (recall - before) * max(p for r, p in points if r >= recall)
         before = recall
@@ -36,8 +55,8 @@ def resized_bilinearly(saliency: np.ndarray, height: int, width: int) -> np.ndar
     out = np.zeros((height, width))
     for i in range(height):
         for j in range(width):
-            y = max((i + 0.5) * h / height - 0.5, 0.)
-            x = max((j + 0.5) * w / width - 0.5, 0.)
+            y = max((i + 0.5) * h / height - 0.5, 0.0)
+            x = max((j + 0.5) * w / width - 0.5, 0.0)
             y0, x0 = min(int(y), h - 1), min(int(x), w - 1)
             y1, x1 = min(y0 + 1, h - 1), min(x0 + 1, w - 1)
             top = saliency[y0, x0] * (1 - (x - x0)) + saliency[y0, x1] * (x - x0)

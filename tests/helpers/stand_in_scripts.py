@@ -1,4 +1,5 @@
 """Stand-ins for timm's scripts and for the places where they are found. Fixtures: see `pytest_plugins`."""
+
 from __future__ import annotations
 
 import hashlib
@@ -88,6 +89,7 @@ def real_scripts():
 @pytest.fixture
 def server(monkeypatch):
     """A stand-in for GitHub on the loopback address: `answers` maps paths to bodies, `requests` lists what came."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.server.requests.append(self.path)
@@ -113,8 +115,11 @@ def server(monkeypatch):
 def releases(monkeypatch, server):
     """Three known releases, with the server's file of each."""
     contents = {release: SCRIPT.encode() + b'# ' + release.encode() for release in ('1.0.27', '1.0.28', '1.0.40')}
-    monkeypatch.setattr(finder, 'KNOWN_SHA256', {
-        release: {'train.py': hashlib.sha256(content).hexdigest()} for release, content in contents.items()})
+    monkeypatch.setattr(
+        finder,
+        'KNOWN_SHA256',
+        {release: {'train.py': hashlib.sha256(content).hexdigest()} for release, content in contents.items()},
+    )
     server.answers.update({f'/v{release}/train.py': content for release, content in contents.items()})
     return contents
 

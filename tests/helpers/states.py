@@ -1,4 +1,5 @@
 """Models to compare, their state dicts, and repositories that hold them."""
+
 from __future__ import annotations
 
 import json
@@ -40,12 +41,23 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def publish_weights(hub: Hub, repo_id: str, model: Any, **config: Any) -> None:
     """Puts a whole model on the Hub without our own code."""
-    hub.add(repo_id, model__safetensors=save(model.state_dict()), config__json=json.dumps({
-        'architecture': 'test_resnet_castream', 'num_classes': model.num_classes,
-        'pretrained_cfg': {
-            'input_size': [3, 160, 160], 'first_conv': 'conv1.0', 'classifier': 'fc',
-            'hf_hub_filename': 'model.safetensors'},
-        **config}).encode())
+    hub.add(
+        repo_id,
+        model__safetensors=save(model.state_dict()),
+        config__json=json.dumps(
+            {
+                'architecture': 'test_resnet_castream',
+                'num_classes': model.num_classes,
+                'pretrained_cfg': {
+                    'input_size': [3, 160, 160],
+                    'first_conv': 'conv1.0',
+                    'classifier': 'fc',
+                    'hf_hub_filename': 'model.safetensors',
+                },
+                **config,
+            }
+        ).encode(),
+    )
 
 
 def cached_files() -> list[Path]:

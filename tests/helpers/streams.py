@@ -1,4 +1,5 @@
 """Streams beside small networks, and eq. (10) written out location by location, to hold the project's against."""
+
 from __future__ import annotations
 
 import copy
@@ -35,8 +36,10 @@ SMALL = ('test_resnet', 'test_convnext')
 def recorded(model: nn.Module, names: tuple[str, ...]) -> Iterator[list[Tensor]]:
     """The outputs of modules, through hooks of the test's own."""
     outputs: list[Tensor] = []
-    handles = [model.get_submodule(name).register_forward_hook(lambda module, args, out: outputs.append(out.detach()))
-               for name in names]
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda module, args, out: outputs.append(out.detach()))
+        for name in names
+    ]
     try:
         yield outputs
     finally:

@@ -1,4 +1,5 @@
 """The pretrained cfgs of the variants of the paper."""
+
 from __future__ import annotations
 
 import json
@@ -16,8 +17,19 @@ from timm_castream.hub.configs import read_configs
 
 GAP_TAGS = {
     **dict.fromkeys(
-        ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnext50_32x4d', 'resnext101_32x8d',
-         'wide_resnet50_2', 'wide_resnet101_2'), 'tv_in1k'),
+        (
+            'resnet18',
+            'resnet34',
+            'resnet50',
+            'resnet101',
+            'resnet152',
+            'resnext50_32x4d',
+            'resnext101_32x8d',
+            'wide_resnet50_2',
+            'wide_resnet101_2',
+        ),
+        'tv_in1k',
+    ),
     **dict.fromkeys(('convnext_tiny', 'convnext_small', 'convnext_base', 'convnext_large'), 'fb_in1k'),
     **dict.fromkeys(('test_resnet', 'test_convnext'), 'r160_in1k'),
 }
@@ -28,9 +40,25 @@ class TestConfigs:
     def test_config_says_of_the_images_what_the_gap_weights_say(self, backbone, tag):
         cfg = next(c for c in read_configs().values() if c.architecture == f'{backbone}_castream')
         reference = timm.get_pretrained_cfg(f'{backbone}.{tag}')
-        for name in ('input_size', 'test_input_size', 'min_input_size', 'fixed_input_size', 'interpolation', 'crop_pct',
-                     'test_crop_pct', 'crop_mode', 'mean', 'std', 'num_classes', 'pool_size', 'test_pool_size',
-                     'first_conv', 'classifier', 'license', 'custom_load'):
+        for name in (
+            'input_size',
+            'test_input_size',
+            'min_input_size',
+            'fixed_input_size',
+            'interpolation',
+            'crop_pct',
+            'test_crop_pct',
+            'crop_mode',
+            'mean',
+            'std',
+            'num_classes',
+            'pool_size',
+            'test_pool_size',
+            'first_conv',
+            'classifier',
+            'license',
+            'custom_load',
+        ):
             assert getattr(cfg, name) == getattr(reference, name), name
 
     def test_there_is_one_config_for_every_variant_of_the_paper_and_no_other(self):
@@ -59,11 +87,15 @@ class TestConfigs:
 
     def test_published_variants_alone_name_their_repository_and_are_listed_as_pretrained(self, monkeypatch):
         variants = {name for name, cfg in read_configs().items() if cfg.tag}
-        assert set(timm.list_pretrained('*_castream')) == set(timm.list_models('*_castream', pretrained=True)) \
+        assert (
+            set(timm.list_pretrained('*_castream'))
+            == set(timm.list_models('*_castream', pretrained=True))
             == {name for name in variants if name in hf_configs.PUBLISHED}
+        )
         monkeypatch.setattr(configs, 'PUBLISHED', {'resnet50_castream.sgd90_in1k'})
         assert {name: cfg.hf_hub_id for name, cfg in read_configs().items() if cfg.hf_hub_id} == {
-            'resnet50_castream.sgd90_in1k': 'timm-castream/resnet50_castream.sgd90_in1k'}
+            'resnet50_castream.sgd90_in1k': 'timm-castream/resnet50_castream.sgd90_in1k'
+        }
         assert read_configs()['resnet50_castream.sgd90_in1k'].has_weights
         assert not read_configs()['resnet18_castream.sgd90_in1k'].has_weights
 

@@ -1,4 +1,5 @@
 """Downloads through the real client from a Hub on the loopback address."""
+
 from __future__ import annotations
 
 import pytest
@@ -23,7 +24,7 @@ def test_a_large_file_is_read_once_in_a_process_for_its_hash(hub):
 def test_a_file_that_changed_in_the_cache_is_never_returned(hub, monkeypatch, offline):
     hub.add('org/net', model__safetensors=b'weights')
     download('org/net')
-    blob, = cached_files()
+    (blob,) = cached_files()
     blob.write_bytes(b'Weights')
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', offline)
     if offline:
@@ -52,13 +53,17 @@ def test_a_small_file_and_a_cache_without_links_are_returned_as_they_are(hub, tm
     assert download_module._is_intact(copy)
 
 
-@pytest.mark.parametrize(('config', 'error', 'message'), [
-    (None, RuntimeError, r'^org/net has no config\.json\.$'),
-    (b'{nope', ValueError, r'^config\.json of org/net names no architecture'),
-    (b'[]', ValueError, r'^config\.json of org/net names no architecture'),
-    (b'{"num_classes": 5}', ValueError, r'^config\.json of org/net names no architecture'),
-    (b'{"architecture": "nosuch"}', ValueError, "names the architecture 'nosuch', which is not registered"),
-], ids=str)
+@pytest.mark.parametrize(
+    ('config', 'error', 'message'),
+    [
+        (None, RuntimeError, r'^org/net has no config\.json\.$'),
+        (b'{nope', ValueError, r'^config\.json of org/net names no architecture'),
+        (b'[]', ValueError, r'^config\.json of org/net names no architecture'),
+        (b'{"num_classes": 5}', ValueError, r'^config\.json of org/net names no architecture'),
+        (b'{"architecture": "nosuch"}', ValueError, "names the architecture 'nosuch', which is not registered"),
+    ],
+    ids=str,
+)
 def test_repository_without_a_registered_architecture_is_told(hub, config, error, message):
     hub.add('org/net', **({} if config is None else {'config__json': config}))
     with pytest.raises(error, match=message):

@@ -1,4 +1,5 @@
 """Models opened by name, with the weights that the user names."""
+
 from __future__ import annotations
 
 import argparse
@@ -32,11 +33,20 @@ class TestCheckpoints:
         ema = timm.utils.ModelEmaV3(model)
         torch.nn.init.ones_(ema.module.castream.cls_token)
         args = argparse.Namespace(
-            model='test_resnet_castream', num_classes=5, in_chans=None, gp=None,
-            model_kwargs={'stream_start': 2, 'freeze_backbone': True, 'backbone_checkpoint': '/gone.pth'})
+            model='test_resnet_castream',
+            num_classes=5,
+            in_chans=None,
+            gp=None,
+            model_kwargs={'stream_start': 2, 'freeze_backbone': True, 'backbone_checkpoint': '/gone.pth'},
+        )
         saver = timm.utils.CheckpointSaver(
-            model, torch.optim.SGD(model.castream.parameters(), 0.1), args, model_ema=ema,
-            checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+            model,
+            torch.optim.SGD(model.castream.parameters(), 0.1),
+            args,
+            model_ema=ema,
+            checkpoint_dir=str(tmp_path),
+            recovery_dir=str(tmp_path),
+        )
         saver.save_checkpoint(0, metric=1.0)
         return tmp_path, model
 
@@ -76,10 +86,20 @@ class TestCheckpoints:
 class TestImageSettings:
     """Options of train.py that change the images which the network sees."""
 
-    OPTIONS = {'img_size': 64, 'crop_pct': 1.0, 'mean': [0.1, 0.2, 0.3], 'std': [0.4, 0.5, 0.6],
-               'interpolation': 'bicubic'}
-    SETTINGS = {'input_size': (3, 64, 64), 'crop_pct': 1.0, 'mean': (0.1, 0.2, 0.3), 'std': (0.4, 0.5, 0.6),
-                'interpolation': 'bicubic'}
+    OPTIONS = {
+        'img_size': 64,
+        'crop_pct': 1.0,
+        'mean': [0.1, 0.2, 0.3],
+        'std': [0.4, 0.5, 0.6],
+        'interpolation': 'bicubic',
+    }
+    SETTINGS = {
+        'input_size': (3, 64, 64),
+        'crop_pct': 1.0,
+        'mean': (0.1, 0.2, 0.3),
+        'std': (0.4, 0.5, 0.6),
+        'interpolation': 'bicubic',
+    }
 
     @pytest.fixture(params=['test_resnet_castream', 'test_resnet'])
     def opened(self, request, tmp_path):
@@ -142,12 +162,16 @@ class TestNames:
         with pytest.raises(ValueError, match='without a CA-Stream: open it as test_resnet, or pass it as backbone_ch'):
             open_model('test_resnet_castream', tmp_path / 'test_resnet.pth')
 
-    @pytest.mark.parametrize(('args', 'error', 'message'), [
-        (('no_such',), ValueError, 'There is no model no_such'),
-        (('local-dir:nowhere',), FileNotFoundError, 'folder nowhere has no config.json'),
-        (('test_resnet', 'missing.pth'), FileNotFoundError, r'There is no file missing\.pth'),
-        (('test_resnet', None, False, True), ValueError, 'EMA weights are part of a checkpoint'),
-    ], ids=str)
+    @pytest.mark.parametrize(
+        ('args', 'error', 'message'),
+        [
+            (('no_such',), ValueError, 'There is no model no_such'),
+            (('local-dir:nowhere',), FileNotFoundError, 'folder nowhere has no config.json'),
+            (('test_resnet', 'missing.pth'), FileNotFoundError, r'There is no file missing\.pth'),
+            (('test_resnet', None, False, True), ValueError, 'EMA weights are part of a checkpoint'),
+        ],
+        ids=str,
+    )
     def test_mistake_is_one_sentence(self, args, error, message):
         with pytest.raises(error, match=message) as caught:
             open_model(*args)
@@ -198,16 +222,28 @@ class TestStreamAlone:
 class TestFilesOfVersion01:
     """Files in the format of version 0.1, which had seven stream arguments."""
 
-    ARGS = {'stream_start': 1, 'stream_stages': None, 'stream_block': 'ca', 'stream_class_specific': False,
-            'stream_heads': 1, 'stream_drop': 0.0, 'stream_bias': True}
+    ARGS = {
+        'stream_start': 1,
+        'stream_stages': None,
+        'stream_block': 'ca',
+        'stream_class_specific': False,
+        'stream_heads': 1,
+        'stream_drop': 0.0,
+        'stream_bias': True,
+    }
 
     @pytest.fixture
     def model(self) -> Any:
         return make_model(num_classes=3, stream_start=1)
 
     def metadata(self, model: Any, **changes: Any) -> dict[str, str]:
-        return {'format': 'pt', 'castream_format': '1', 'backbone': 'test_resnet',
-                'stream_args': json.dumps(self.ARGS | changes), 'fingerprint': weights.fingerprint(model)}
+        return {
+            'format': 'pt',
+            'castream_format': '1',
+            'backbone': 'test_resnet',
+            'stream_args': json.dumps(self.ARGS | changes),
+            'fingerprint': weights.fingerprint(model),
+        }
 
     def test_stream_alone_loads(self, model, tmp_path):
         save_file(stream_of(model), tmp_path / 's.safetensors', self.metadata(model))
@@ -223,26 +259,47 @@ class TestFilesOfVersion01:
 
     def test_folder_of_a_whole_model_loads(self, model, tmp_path):
         save_file(model.state_dict(), tmp_path / 'model.safetensors', self.metadata(model))
-        (tmp_path / 'config.json').write_text(json.dumps({
-            'architecture': 'test_resnet_castream', 'num_classes': 3, 'num_features': 96, 'global_pool': 'avg',
-            'model_args': {**self.ARGS, 'num_classes': 3},
-            'pretrained_cfg': {
-                'input_size': [3, 160, 160], 'fixed_input_size': False, 'interpolation': 'bilinear', 'crop_pct': 0.95,
-                'mean': [0.5, 0.5, 0.5], 'std': [0.5, 0.5, 0.5], 'num_classes': 3, 'first_conv': 'conv1.0',
-                'classifier': 'fc', 'hf_hub_filename': 'model.safetensors'}}))
-        for name, checkpoint in ((f'local-dir:{tmp_path}', None),
-                                 ('test_resnet_castream', tmp_path / 'model.safetensors')):
+        (tmp_path / 'config.json').write_text(
+            json.dumps(
+                {
+                    'architecture': 'test_resnet_castream',
+                    'num_classes': 3,
+                    'num_features': 96,
+                    'global_pool': 'avg',
+                    'model_args': {**self.ARGS, 'num_classes': 3},
+                    'pretrained_cfg': {
+                        'input_size': [3, 160, 160],
+                        'fixed_input_size': False,
+                        'interpolation': 'bilinear',
+                        'crop_pct': 0.95,
+                        'mean': [0.5, 0.5, 0.5],
+                        'std': [0.5, 0.5, 0.5],
+                        'num_classes': 3,
+                        'first_conv': 'conv1.0',
+                        'classifier': 'fc',
+                        'hf_hub_filename': 'model.safetensors',
+                    },
+                }
+            )
+        )
+        for name, checkpoint in (
+            (f'local-dir:{tmp_path}', None),
+            ('test_resnet_castream', tmp_path / 'model.safetensors'),
+        ):
             loaded = open_model(name, checkpoint, pretrained=True, num_classes=3)
             assert same(snapshot(model), snapshot(loaded))
 
     def test_checkpoint_of_a_training_loads(self, model, tmp_path):
         args = argparse.Namespace(model='test_resnet_castream', num_classes=3, model_kwargs={'stream_start': 1})
-        torch.save({'epoch': 1, 'arch': 'test_resnet_castream', 'state_dict': model.state_dict(), 'args': args},
-                   tmp_path / 'last.pth.tar')
+        torch.save(
+            {'epoch': 1, 'arch': 'test_resnet_castream', 'state_dict': model.state_dict(), 'args': args},
+            tmp_path / 'last.pth.tar',
+        )
         assert same(snapshot(model), snapshot(open_model('test_resnet_castream', tmp_path / 'last.pth.tar')))
 
 
 # Weights of the plain backbone
+
 
 def test_pretrained_names_are_timms():
     assert timm_weights_name('resnet50', 'a1_in1k') == 'resnet50.a1_in1k'

@@ -1,4 +1,5 @@
 """Pushes through the real client to a Hub on the loopback address."""
+
 from __future__ import annotations
 
 import hashlib
@@ -28,8 +29,13 @@ GAP_REPOSITORY = 'timm/test_resnet.r160_in1k'
 def run_elsewhere(hub: Hub, home: Path, code: str, **environment: str) -> str:
     """Runs code in a fresh process whose client is told of the Hub by HF_ENDPOINT; returns what it printed."""
     environ = {
-        **os.environ, 'HF_ENDPOINT': hub.url, 'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '1', 'OMP_NUM_THREADS': '1',
-        **environment}
+        **os.environ,
+        'HF_ENDPOINT': hub.url,
+        'HF_HOME': str(home),
+        'HF_HUB_DISABLE_XET': '1',
+        'OMP_NUM_THREADS': '1',
+        **environment,
+    }
     done = subprocess.run([sys.executable, '-c', code], env=environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -47,7 +53,8 @@ class TestPush:
             'import hashlib, timm, timm_castream\n'
             "model = timm.create_model('hf-hub:org/net', pretrained=True)\n"
             "assert model.castream_config['stream_block'] == 'proj_ca'\n"
-            "print(hashlib.sha256(b''.join(v.numpy().tobytes() for v in model.state_dict().values())).hexdigest())\n")
+            "print(hashlib.sha256(b''.join(v.numpy().tobytes() for v in model.state_dict().values())).hexdigest())\n"
+        )
         assert run_elsewhere(hub, tmp_path / 'home', code) == digest
         hub.requests.clear()
         assert run_elsewhere(hub, tmp_path / 'home', code, HF_HUB_OFFLINE='1') == digest

@@ -1,4 +1,5 @@
 """Weights that a pretrained cfg names, through the real client against a Hub on the loopback address, and failures."""
+
 from __future__ import annotations
 
 import hashlib
@@ -178,25 +179,35 @@ def test_feature_maps_beside_a_stream_never_come_from_a_pickle_or_from_other_wei
 
 
 class TestFailures:
-    cfg = {'source': 'hf-hub', 'hf_hub_id': 'org/net', 'architecture': 'test_resnet_castream', 'num_classes': 5,
-           'input_size': (3, 160, 160), 'first_conv': 'conv1.0', 'classifier': 'fc'}
+    cfg = {
+        'source': 'hf-hub',
+        'hf_hub_id': 'org/net',
+        'architecture': 'test_resnet_castream',
+        'num_classes': 5,
+        'input_size': (3, 160, 160),
+        'first_conv': 'conv1.0',
+        'classifier': 'fc',
+    }
 
-    @pytest.mark.parametrize(('fault', 'error', 'message', 'cached'), [
-        ('gone', RuntimeError, 'org/net is not on the Hub, or is private', 0),
-        ('gated', RuntimeError, 'org/net asks for permission', 0),
-        ('head 403', OSError, 'of org/net is not in the cache and could not be downloaded: .*403', 0),
-        ('head 500', OSError, 'of org/net is not in the cache and could not be downloaded: .*500', 0),
-        ('head 503', OSError, 'of org/net is not in the cache and could not be downloaded: .*503', 0),
-        ('cut off', OSError, 'of org/net is not in the cache and could not be downloaded', 0),
-        ('same size', OSError, 'of org/net arrives damaged', 0),
-        ('one bit', OSError, 'of org/net arrives damaged', 0),
-        ('only a pickle', RuntimeError, r'org/net has no model\.safetensors\. Pickled weights are read only', 0),
-        ('no safetensors', ValueError, 'of org/net is damaged or no safetensors file', 1),
-        ('truncated at source', ValueError, 'of org/net is damaged or no safetensors file', 1),
-        ('wrong shape', ValueError, r'of org/net does not fit.*fc\.weight is \(6, 96\), not \(5, 96\)', 1),
-        ('wrong architecture', ValueError, r'of org/net does not fit.*lacks conv1\.0\.weight.* and \d+ more', 1),
-        ('part of a stream', ValueError, r'of org/net does not fit.*lacks castream\.blocks\.1\.proj\.weight', 1),
-    ])
+    @pytest.mark.parametrize(
+        ('fault', 'error', 'message', 'cached'),
+        [
+            ('gone', RuntimeError, 'org/net is not on the Hub, or is private', 0),
+            ('gated', RuntimeError, 'org/net asks for permission', 0),
+            ('head 403', OSError, 'of org/net is not in the cache and could not be downloaded: .*403', 0),
+            ('head 500', OSError, 'of org/net is not in the cache and could not be downloaded: .*500', 0),
+            ('head 503', OSError, 'of org/net is not in the cache and could not be downloaded: .*503', 0),
+            ('cut off', OSError, 'of org/net is not in the cache and could not be downloaded', 0),
+            ('same size', OSError, 'of org/net arrives damaged', 0),
+            ('one bit', OSError, 'of org/net arrives damaged', 0),
+            ('only a pickle', RuntimeError, r'org/net has no model\.safetensors\. Pickled weights are read only', 0),
+            ('no safetensors', ValueError, 'of org/net is damaged or no safetensors file', 1),
+            ('truncated at source', ValueError, 'of org/net is damaged or no safetensors file', 1),
+            ('wrong shape', ValueError, r'of org/net does not fit.*fc\.weight is \(6, 96\), not \(5, 96\)', 1),
+            ('wrong architecture', ValueError, r'of org/net does not fit.*lacks conv1\.0\.weight.* and \d+ more', 1),
+            ('part of a stream', ValueError, r'of org/net does not fit.*lacks castream\.blocks\.1\.proj\.weight', 1),
+        ],
+    )
     def test_failure_is_one_sentence_and_leaves_model_and_cache_clean(self, hub, fault, error, message, cached):
         publish_weights(hub, 'org/net', make_model(num_classes=5))
         # Even where the Hub has a pickle to offer.
@@ -228,9 +239,13 @@ class TestFailures:
     def test_variant_that_was_never_published_says_where_it_looked_and_what_to_do(self, hub, monkeypatch, namespace):
         monkeypatch.setenv('TIMM_CASTREAM_NAMESPACE', namespace)
         searched = r' \(looked for mirror/resnet18_castream\.sgd90_in1k on the Hub\)' if namespace else ''
-        with pytest.raises(RuntimeError, match=(
+        with pytest.raises(
+            RuntimeError,
+            match=(
                 rf'^The weights of resnet18_castream\.sgd90_in1k have not been published{searched}: '
-                r'train .* backbone_pretrained=True')) as caught:
+                r'train .* backbone_pretrained=True'
+            ),
+        ) as caught:
             make_model('resnet18_castream', pretrained=True)
         assert '\n' not in str(caught.value)
         assert bool(hub.requests) == bool(namespace)

@@ -1,4 +1,5 @@
 """Folders of Hub repositories and their model cards."""
+
 from __future__ import annotations
 
 import json
@@ -30,9 +31,16 @@ def run_snippet(card: str) -> dict:
 
 
 class TestFolders:
-    @pytest.mark.parametrize('args', [
-        {}, {'stream_class_specific': True, 'stream_start': 2}, {'stream_stages': ['layer2', 'layer4'], 'in_chans': 1},
-        {'output_stride': 8}], ids=str)
+    @pytest.mark.parametrize(
+        'args',
+        [
+            {},
+            {'stream_class_specific': True, 'stream_start': 2},
+            {'stream_stages': ['layer2', 'layer4'], 'in_chans': 1},
+            {'output_stride': 8},
+        ],
+        ids=str,
+    )
     def test_folder_loads_bit_for_bit_as_local_dir(self, args, tmp_path):
         model = make_model(num_classes=5, **args)
         publish.write_repository(model, tmp_path / 'net', 'org/net')
@@ -49,7 +57,8 @@ class TestFolders:
         gap = timm.create_model('test_resnet', num_classes=5)
         save_file(gap.state_dict(), tmp_path / 'gap.safetensors')
         model = make_model(
-            num_classes=5, freeze_backbone=True, backbone_checkpoint=tmp_path / 'gap.safetensors', stream_start=2)
+            num_classes=5, freeze_backbone=True, backbone_checkpoint=tmp_path / 'gap.safetensors', stream_start=2
+        )
         publish.write_repository(model, tmp_path / 'net', 'org/net')
         config = json.loads((tmp_path / 'net' / 'config.json').read_text())
         assert config['architecture'] == 'test_resnet_castream'
@@ -92,24 +101,35 @@ class TestCard:
             'metrics': {'average_drop': 'Average Drop', 'average_gain': 'Average Gain', 'insertion': 'Insertion'},
         },
         'rows': [
-            {'pooling': 'gap', 'method': 'grad_cam', 'accuracy': 74.55, 'average_drop': 13.04, 'average_drop_low': 12.9,
-             'average_gain': 17.56},
+            {
+                'pooling': 'gap',
+                'method': 'grad_cam',
+                'accuracy': 74.55,
+                'average_drop': 13.04,
+                'average_drop_low': 12.9,
+                'average_gain': 17.56,
+            },
             {'pooling': 'ca', 'method': 'score_cam', 'average_drop': 7.09, 'insertion': 74.91},
         ],
     }
 
     def test_card_has_the_hubs_metadata_and_the_measured_figures(self, tmp_path):
         publish.write_repository(
-            make_model(num_classes=5), tmp_path / 'net', 'org/net', metrics=self.metrics, dataset='org/birds')
+            make_model(num_classes=5), tmp_path / 'net', 'org/net', metrics=self.metrics, dataset='org/birds'
+        )
         card = ModelCard.load(tmp_path / 'net' / 'README.md')
         assert (card.data.license, card.data.library_name) == ('apache-2.0', 'timm')
         assert card.data.datasets == ['org/birds']
         assert {'image-classification', 'timm', 'castream'} <= set(card.data.tags)
         measured = {result.metric_name: result.metric_value for result in card.data.eval_results}
         assert measured == {
-            'Top-1 accuracy, GAP': 74.55, 'Top-1 accuracy, CA': 74.7, 'Average Drop, Grad-CAM, GAP': 13.04,
-            'Average Gain, Grad-CAM, GAP': 17.56, 'Average Drop, Score-CAM, CA': 7.09,
-            'Insertion, Score-CAM, CA': 74.91}
+            'Top-1 accuracy, GAP': 74.55,
+            'Top-1 accuracy, CA': 74.7,
+            'Average Drop, Grad-CAM, GAP': 13.04,
+            'Average Gain, Grad-CAM, GAP': 17.56,
+            'Average Drop, Score-CAM, CA': 7.09,
+            'Insertion, Score-CAM, CA': 74.91,
+        }
         assert card.data.eval_results[0].dataset_name == 'org/birds'
         for name, value in measured.items():
             assert f'| {name} | {value} |' in card.text
@@ -119,8 +139,13 @@ class TestCard:
         """A model, its report, and the evaluation.json that `castream evaluate` leaves."""
         model = make_model(num_classes=5)
         images = TensorDataset(torch.rand(3, 3, 64, 64), torch.arange(3))
-        report = evaluate(model, DataLoader(images, batch_size=3), ['grad_cam'], output_dir=tmp_path / 'evaluation',
-                          arguments={'dataset': 'digits', 'split': 'validation'})
+        report = evaluate(
+            model,
+            DataLoader(images, batch_size=3),
+            ['grad_cam'],
+            output_dir=tmp_path / 'evaluation',
+            arguments={'dataset': 'digits', 'split': 'validation'},
+        )
         return model, report, json.loads((tmp_path / 'evaluation' / 'evaluation.json').read_text())
 
     def test_figures_of_a_real_evaluation_say_of_which_images_they_are(self, evaluation, tmp_path):
@@ -148,8 +173,13 @@ class TestCard:
     def test_methods_and_metrics_of_an_evaluation_are_named_by_their_tables(self, tmp_path):
         model = make_model(num_classes=5)
         images = TensorDataset(torch.rand(2, 3, 64, 64), torch.arange(2))
-        evaluate(model, DataLoader(images, batch_size=2), {'random': 'random', 'mine': lambda x, target: x},
-                 output_dir=tmp_path / 'evaluation', metrics=('average_drop', 'average_gain'))
+        evaluate(
+            model,
+            DataLoader(images, batch_size=2),
+            {'random': 'random', 'mine': lambda x, target: x},
+            output_dir=tmp_path / 'evaluation',
+            metrics=('average_drop', 'average_gain'),
+        )
         metrics = json.loads((tmp_path / 'evaluation' / 'evaluation.json').read_text())
         publish.write_repository(model, tmp_path / 'net', 'org/net', metrics=metrics)
         text = (tmp_path / 'net' / 'README.md').read_text()
@@ -168,7 +198,9 @@ class TestCard:
         publish.write_repository(make_model(), tmp_path, 'org/net', metrics={'mAP': {'gap': 78.32, 'ca': 78.35}})
         results = ModelCard.load(tmp_path / 'README.md').data.eval_results
         assert [(r.metric_type, r.metric_name, r.metric_value) for r in results] == [
-            ('mAP', 'Mean average precision, GAP', 78.32), ('mAP', 'Mean average precision, CA', 78.35)]
+            ('mAP', 'Mean average precision, GAP', 78.32),
+            ('mAP', 'Mean average precision, CA', 78.35),
+        ]
         assert 'model(x).sigmoid()' in (tmp_path / 'README.md').read_text()
 
     @pytest.mark.parametrize('metrics', [{'settings': {}}, {}, [1], {'rows': [{'average_drop': 1}]}], ids=str)
@@ -182,8 +214,14 @@ class TestCard:
         publish.write_repository(model, tmp_path / 'net', 'org/net')
         card = ModelCard.load(tmp_path / 'net' / 'README.md')
         assert card.data.datasets == ['imagenet-1k'] and card.data.eval_results is None
-        for text in ('@inproceedings{', 'Torres, Felipe', 'https://arxiv.org/abs/2404.14996', '`import timm_castream`',
-                     weights.fingerprint(model), '`test_resnet`'):
+        for text in (
+            '@inproceedings{',
+            'Torres, Felipe',
+            'https://arxiv.org/abs/2404.14996',
+            '`import timm_castream`',
+            weights.fingerprint(model),
+            '`test_resnet`',
+        ):
             assert text in card.text
         assert '{{' not in card.text and '{%' not in card.text
 

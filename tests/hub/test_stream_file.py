@@ -1,4 +1,5 @@
 """Fingerprints, and streams alone in files."""
+
 from __future__ import annotations
 
 import hashlib
@@ -30,16 +31,20 @@ class TestFingerprint:
             digest.update(f'{key} {tuple(tensor.shape)}\n'.encode() + rounded.astype('<u2').tobytes())
         assert weights.fingerprint(model) == digest.hexdigest()
 
-    @pytest.mark.parametrize('change', [
-        lambda m: m.to(memory_format=torch.channels_last),
-        lambda m: m.bfloat16(),
-        lambda m: m.double(),
-        lambda m: m.reset_classifier(3) or m,
-        lambda m: m.reset_classifier(0) or m,
-        lambda m: m.bn1.num_batches_tracked.add_(5) is None or m,
-        lambda m: torch.nn.init.zeros_(m.castream.cls_token) is None or m,
-        timm_castream.detach,
-    ], ids=['channels_last', 'bfloat16', 'float64', 'other classes', 'no classes', 'counters', 'stream', 'detach'])
+    @pytest.mark.parametrize(
+        'change',
+        [
+            lambda m: m.to(memory_format=torch.channels_last),
+            lambda m: m.bfloat16(),
+            lambda m: m.double(),
+            lambda m: m.reset_classifier(3) or m,
+            lambda m: m.reset_classifier(0) or m,
+            lambda m: m.bn1.num_batches_tracked.add_(5) is None or m,
+            lambda m: torch.nn.init.zeros_(m.castream.cls_token) is None or m,
+            timm_castream.detach,
+        ],
+        ids=['channels_last', 'bfloat16', 'float64', 'other classes', 'no classes', 'counters', 'stream', 'detach'],
+    )
     def test_fingerprint_stays_for_the_same_backbone(self, change):
         model = make_model()
         before = weights.fingerprint(model)
@@ -55,9 +60,17 @@ class TestFingerprint:
 
 class TestStreamFiles:
     @pytest.mark.parametrize('backbone', ['test_resnet', 'test_convnext'])
-    @pytest.mark.parametrize('args', [
-        {}, {'stream_start': 2, 'stream_bias': False}, {'stream_block': 'proj_ca'}, {'stream_class_specific': True},
-        {'stream_heads': 2}], ids=str)
+    @pytest.mark.parametrize(
+        'args',
+        [
+            {},
+            {'stream_start': 2, 'stream_bias': False},
+            {'stream_block': 'proj_ca'},
+            {'stream_class_specific': True},
+            {'stream_heads': 2},
+        ],
+        ids=str,
+    )
     def test_stream_comes_back_bit_for_bit_and_alone(self, backbone, args, tmp_path):
         model = make_model(f'{backbone}_castream', num_classes=6, **args)
         other = make_model(f'{backbone}_castream', num_classes=6, **args)
@@ -75,21 +88,39 @@ class TestStreamFiles:
             header = file.metadata()
         assert header.pop('fingerprint') == weights.fingerprint(model)
         assert json.loads(header.pop('stream_args')) == {
-            'stream_start': 1, 'stream_stages': ['layer1', 'layer3', 'layer4'], 'stream_block': 'ca',
-            'stream_class_specific': False, 'stream_heads': 1, 'stream_drop': 0.0, 'stream_bias': True,
-            'stream_init': 'paper'}
+            'stream_start': 1,
+            'stream_stages': ['layer1', 'layer3', 'layer4'],
+            'stream_block': 'ca',
+            'stream_class_specific': False,
+            'stream_heads': 1,
+            'stream_drop': 0.0,
+            'stream_bias': True,
+            'stream_init': 'paper',
+        }
         assert header == {'format': 'pt', 'castream_format': '1', 'backbone': 'test_resnet'}
 
-    @pytest.mark.parametrize(('name', 'args', 'message'), [
-        ('test_convnext_castream', {}, 'holds a stream of test_resnet, this model is test_convnext'),
-        ('test_resnet_castream', {'stream_start': 1}, "stream_start=0, this model's has stream_start=1"),
-        ('test_resnet_castream', {'stream_stages': ['layer1', 'layer4']}, "stream_stages=None, .*'layer1', 'layer4'"),
-        ('test_resnet_castream', {'stream_block': 'proj_ca'}, 'proj_ca'),
-        ('test_resnet_castream', {'stream_heads': 2}, "stream_heads=1, this model's has stream_heads=2"),
-        ('test_resnet_castream', {'stream_bias': False}, 'stream_bias=True'),
-        ('test_resnet_castream', {'stream_class_specific': True}, 'stream_class_specific=False'),
-        ('test_resnet_castream', {'seed': 1}, "fingerprint is [0-9a-f]{64}, this model's is [0-9a-f]{64}; .*strict"),
-    ], ids=lambda value: str(value)[:40])
+    @pytest.mark.parametrize(
+        ('name', 'args', 'message'),
+        [
+            ('test_convnext_castream', {}, 'holds a stream of test_resnet, this model is test_convnext'),
+            ('test_resnet_castream', {'stream_start': 1}, "stream_start=0, this model's has stream_start=1"),
+            (
+                'test_resnet_castream',
+                {'stream_stages': ['layer1', 'layer4']},
+                "stream_stages=None, .*'layer1', 'layer4'",
+            ),
+            ('test_resnet_castream', {'stream_block': 'proj_ca'}, 'proj_ca'),
+            ('test_resnet_castream', {'stream_heads': 2}, "stream_heads=1, this model's has stream_heads=2"),
+            ('test_resnet_castream', {'stream_bias': False}, 'stream_bias=True'),
+            ('test_resnet_castream', {'stream_class_specific': True}, 'stream_class_specific=False'),
+            (
+                'test_resnet_castream',
+                {'seed': 1},
+                "fingerprint is [0-9a-f]{64}, this model's is [0-9a-f]{64}; .*strict",
+            ),
+        ],
+        ids=lambda value: str(value)[:40],
+    )
     def test_stream_of_something_else_is_refused_and_the_model_untouched(self, name, args, message, tmp_path):
         timm_castream.save_stream(make_model(), tmp_path / 's.safetensors')
         other = make_model(name, **args)
@@ -172,16 +203,30 @@ class TestStreamFiles:
         assert [path.name for path in tmp_path.iterdir()] == ['s.safetensors']
         assert (tmp_path / 's.safetensors').read_bytes() == before
 
-    @pytest.mark.parametrize(('spoil', 'message'), [
-        (lambda content: content[:-100], 'is damaged or no safetensors file'),
-        (lambda content: b'', 'is damaged or no safetensors file'),
-        (lambda content: b'\xff' * len(content), 'is damaged or no safetensors file'),
-        (lambda content: content.replace(b'castream_format":"1"', b'castream_format":"2"'), 'is of format 2, .* to 1'),
-        (lambda content: content.replace(b'castream_format', b'castream_FORMAT'), 'has no header of a CA-Stream'),
-        (lambda content: re.sub(rb'"stream_args":"(.*?})"', lambda m: b'"stream_args":"' + b'7'.ljust(len(m[1])) + b'"',
-                                content), 'has no header of a CA-Stream'),
-        (lambda content: content.replace(b'blocks.0.proj.bias', b'blocks.0.proj.BIAS'), r'lacks castream\.blocks\.0'),
-    ], ids=['truncated', 'empty', 'garbage', 'later format', 'no header', 'arguments are a number', 'a key missing'])
+    @pytest.mark.parametrize(
+        ('spoil', 'message'),
+        [
+            (lambda content: content[:-100], 'is damaged or no safetensors file'),
+            (lambda content: b'', 'is damaged or no safetensors file'),
+            (lambda content: b'\xff' * len(content), 'is damaged or no safetensors file'),
+            (
+                lambda content: content.replace(b'castream_format":"1"', b'castream_format":"2"'),
+                'is of format 2, .* to 1',
+            ),
+            (lambda content: content.replace(b'castream_format', b'castream_FORMAT'), 'has no header of a CA-Stream'),
+            (
+                lambda content: re.sub(
+                    rb'"stream_args":"(.*?})"', lambda m: b'"stream_args":"' + b'7'.ljust(len(m[1])) + b'"', content
+                ),
+                'has no header of a CA-Stream',
+            ),
+            (
+                lambda content: content.replace(b'blocks.0.proj.bias', b'blocks.0.proj.BIAS'),
+                r'lacks castream\.blocks\.0',
+            ),
+        ],
+        ids=['truncated', 'empty', 'garbage', 'later format', 'no header', 'arguments are a number', 'a key missing'],
+    )
     def test_damaged_stream_file_is_refused_in_one_sentence(self, spoil, message, tmp_path):
         path = tmp_path / 's.safetensors'
         model = make_model()

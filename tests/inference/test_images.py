@@ -1,4 +1,5 @@
 """Masked images, resized maps and normalisation against loops over pixels; sizes and formats of batches; bad input."""
+
 from __future__ import annotations
 
 import math
@@ -63,37 +64,45 @@ def test_maps_are_resized_bilinearly_with_half_pixel_centres(saliency: Tensor, s
 
 
 def test_normalisation_is_that_of_the_cfg() -> None:
-    mean, std = normalisation({'mean': (.1, .2, .3), 'std': (.5,)}, torch.zeros(1, 3, 4, 4, dtype=torch.float64))
-    assert mean.flatten().tolist() == [.1, .2, .3] and std.flatten().tolist() == [.5]
+    mean, std = normalisation({'mean': (0.1, 0.2, 0.3), 'std': (0.5,)}, torch.zeros(1, 3, 4, 4, dtype=torch.float64))
+    assert mean.flatten().tolist() == [0.1, 0.2, 0.3] and std.flatten().tolist() == [0.5]
 
 
-@pytest.mark.parametrize(('model_or_cfg', 'message'), [
-    (nn.Linear(1, 1), 'Linear has no mean for its images: pass mean='),
-    ({'mean': (0.5,)}, 'dict has no std for its images: pass std='),
-    ({'mean': (0.5, 0.5), 'std': (0.5, 0.5)}, 'mean has 2 channels, the images have 3'),
-    ({'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5)}, 'std has 2 channels, the images have 3'),
-    ({'mean': (0.5,), 'std': (0, 0, 0)}, r'std must hold positive numbers, got \(0\.0, 0\.0, 0\.0\)'),
-    ({'mean': (math.nan,), 'std': (0.5,)}, r'mean must hold finite numbers, got \(nan,\)'),
-])
+@pytest.mark.parametrize(
+    ('model_or_cfg', 'message'),
+    [
+        (nn.Linear(1, 1), 'Linear has no mean for its images: pass mean='),
+        ({'mean': (0.5,)}, 'dict has no std for its images: pass std='),
+        ({'mean': (0.5, 0.5), 'std': (0.5, 0.5)}, 'mean has 2 channels, the images have 3'),
+        ({'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5)}, 'std has 2 channels, the images have 3'),
+        ({'mean': (0.5,), 'std': (0, 0, 0)}, r'std must hold positive numbers, got \(0\.0, 0\.0, 0\.0\)'),
+        ({'mean': (math.nan,), 'std': (0.5,)}, r'mean must hold finite numbers, got \(nan,\)'),
+    ],
+)
 def test_masking_asks_for_mean_and_std_of_the_channels(
-        model_or_cfg: Any, message: str, images: Tensor, saliency: Tensor) -> None:
+    model_or_cfg: Any, message: str, images: Tensor, saliency: Tensor
+) -> None:
     with pytest.raises(ValueError, match=message):
         mask_image(model_or_cfg, images, saliency)
 
 
-@pytest.mark.parametrize(('change', 'message'), [
-    ({'x': torch.rand(3, 24, 32)}, r'x must hold normalised images of shape \(B, C, H, W\), got \(3, 24, 32\)'),
-    ({'x': torch.zeros(3, 3, 24, 32, dtype=torch.uint8)}, 'of torch.uint8'),
-    ({'x': torch.full((3, 3, 24, 32), math.nan)}, 'x must be finite'),
-    ({'x': np.zeros((3, 3, 24, 32))}, 'x must be a tensor of normalised images, .* got ndarray'),
-    ({'saliency': np.zeros((3, 6, 8))}, 'saliency must have shape .* got ndarray'),
-    ({'saliency': torch.rand(2, 6, 8)}, r'saliency must have shape \(3, h, w\), one map an image, got \(2, 6, 8\)'),
-    ({'saliency': torch.rand(3, 1, 6, 8)}, r'got \(3, 1, 6, 8\)'),
-    ({'saliency': torch.full((3, 6, 8), 1.5)}, r'saliency must lie in \[0, 1\], got 1.5'),
-    ({'saliency': torch.full((3, 6, 8), math.nan)}, r'saliency must lie in \[0, 1\], got nan'),
-])
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'x': torch.rand(3, 24, 32)}, r'x must hold normalised images of shape \(B, C, H, W\), got \(3, 24, 32\)'),
+        ({'x': torch.zeros(3, 3, 24, 32, dtype=torch.uint8)}, 'of torch.uint8'),
+        ({'x': torch.full((3, 3, 24, 32), math.nan)}, 'x must be finite'),
+        ({'x': np.zeros((3, 3, 24, 32))}, 'x must be a tensor of normalised images, .* got ndarray'),
+        ({'saliency': np.zeros((3, 6, 8))}, 'saliency must have shape .* got ndarray'),
+        ({'saliency': torch.rand(2, 6, 8)}, r'saliency must have shape \(3, h, w\), one map an image, got \(2, 6, 8\)'),
+        ({'saliency': torch.rand(3, 1, 6, 8)}, r'got \(3, 1, 6, 8\)'),
+        ({'saliency': torch.full((3, 6, 8), 1.5)}, r'saliency must lie in \[0, 1\], got 1.5'),
+        ({'saliency': torch.full((3, 6, 8), math.nan)}, r'saliency must lie in \[0, 1\], got nan'),
+    ],
+)
 def test_bad_images_and_maps_are_refused(
-        change: dict[str, Tensor], message: str, images: Tensor, saliency: Tensor) -> None:
+    change: dict[str, Tensor], message: str, images: Tensor, saliency: Tensor
+) -> None:
     with pytest.raises(ValueError, match=message):
         mask_image({'mean': (0.5,), 'std': (0.5,)}, **{'x': images, 'saliency': saliency, **change})
 

@@ -1,4 +1,5 @@
 """Average precision, against the devkit's definition one threshold at a time."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -20,8 +21,8 @@ def test_average_precision_is_the_devkits_with_ties_and_weights() -> None:
 def test_average_precision_leaves_out_negative_labels_and_is_undefined_without_positives() -> None:
     labels, scores = np.array([1, -1, 0, 1, -1]), np.array([0.3, 0.9, 0.6, 0.8, 0.1])
     assert average_precision(labels, scores, np.ones((1, 5)))[0] == pytest.approx((1 + 2 / 3) / 2)
-    assert np.isnan(average_precision(np.zeros(3), np.arange(3.), np.ones((1, 3)))).all()
-    assert np.isnan(average_precision(-np.ones(3), np.arange(3.), np.ones((2, 3)))).all()
+    assert np.isnan(average_precision(np.zeros(3), np.arange(3.0), np.ones((1, 3)))).all()
+    assert np.isnan(average_precision(-np.ones(3), np.arange(3.0), np.ones((2, 3)))).all()
 
 
 def test_the_mean_leaves_out_classes_without_a_positive_and_is_undefined_without_any() -> None:

@@ -1,4 +1,5 @@
 """Components of a map above all levels at once, against scipy's labels of every level."""
+
 from collections import Counter
 
 import numpy as np
@@ -64,7 +65,7 @@ def test_components_are_those_of_every_level(values):
 @pytest.mark.parametrize('values', MAPS.values(), ids=MAPS)
 def test_a_minimum_leaves_out_smaller_components_alone(values):
     values = scaled(values)
-    for min_area in (9., 60.5, 10_000.):
+    for min_area in (9.0, 60.5, 10_000.0):
         ks, boxes = component_boxes(values.numpy(), min_area)
         found = Counter((k, *box) for k, box in zip(ks.tolist(), boxes.tolist(), strict=True))
         expected = labelled(values)

@@ -1,4 +1,5 @@
 """The curves against float64 loops that change one pixel after the other."""
+
 from __future__ import annotations
 
 import copy
@@ -25,6 +26,7 @@ CLASSES = 5
 
 # ---------------------------------------------------------------- oracles: float64 loops
 
+
 def impulse_kernel(kernel_size, sigma):
     impulse = np.zeros((kernel_size, kernel_size))
     impulse[kernel_size // 2, kernel_size // 2] = 1
@@ -33,7 +35,7 @@ def impulse_kernel(kernel_size, sigma):
 
 def loop_blur(image, kernel_size, sigma):
     kernel = impulse_kernel(kernel_size, sigma)
-    return np.stack([scipy.ndimage.convolve(channel, kernel, mode='constant', cval=0.) for channel in image])
+    return np.stack([scipy.ndimage.convolve(channel, kernel, mode='constant', cval=0.0) for channel in image])
 
 
 def loop_probability(model, image, target, activation='softmax'):
@@ -59,12 +61,13 @@ def loop_curve(model, start, finish, saliency, target, step, activation='softmax
 
 # ---------------------------------------------------------------- fixtures
 
+
 @pytest.fixture(scope='module')
 def model():
     torch.manual_seed(0)
     model = timm.create_model('test_resnet', num_classes=CLASSES).eval()
     with torch.no_grad():  # an untrained classifier hardly tells images apart
-        model.fc.weight.normal_(std=2.)
+        model.fc.weight.normal_(std=2.0)
     return model
 
 
@@ -108,19 +111,20 @@ def pixel_order(saliency, size, **kwargs):
 
 # ---------------------------------------------------------------- blur
 
-@pytest.mark.parametrize('kernel_size, sigma', [(5, 5.), (11, 5.), (11, 1.), (3, 20.), (1, 5.), (7, 0.3)])
+
+@pytest.mark.parametrize('kernel_size, sigma', [(5, 5.0), (11, 5.0), (11, 1.0), (3, 20.0), (1, 5.0), (7, 0.3)])
 def test_the_kernel_is_an_impulse_filtered_with_mirrored_edges(kernel_size, sigma):
     np.testing.assert_allclose(blur_kernel(kernel_size, sigma).numpy(), impulse_kernel(kernel_size, sigma), atol=1e-15)
 
 
 def test_the_kernel_of_the_paper_is_nearly_a_mean_filter_and_that_of_rise_is_not():
-    assert (blur_kernel(5, 5.) - 1 / 25).abs().max() < 3e-6
-    rise = blur_kernel(11, 5.)
+    assert (blur_kernel(5, 5.0) - 1 / 25).abs().max() < 3e-6
+    rise = blur_kernel(11, 5.0)
     assert rise[5, 5].item() == pytest.approx(0.0088, abs=5e-5)
     assert rise[0, 0].item() == pytest.approx(0.0077, abs=5e-5)
 
 
-@pytest.mark.parametrize('kernel_size, sigma', [(5, 5.), (11, 5.), (3, 0.8)])
+@pytest.mark.parametrize('kernel_size, sigma', [(5, 5.0), (11, 5.0), (3, 0.8)])
 def test_blur_pads_with_zeros_after_normalisation(batch, kernel_size, sigma):
     x = batch[0][:, :, :9]  # 9 rows: smaller than the largest kernel
     blurred = blur(x, kernel_size, sigma)
@@ -136,20 +140,30 @@ def test_blur_keeps_float32_under_autocast(batch):
 
 # ---------------------------------------------------------------- curves
 
-@pytest.mark.parametrize('kwargs, step, kernel_size, sigma', [
-    ({}, 8 * 32, 5, 5.),
-    ({'setting': 'rise'}, 32, 11, 5.),
-    ({'step': 100, 'kernel_size': 3, 'sigma': 0.8}, 100, 3, 0.8),
-    ({'step': 24 * 32}, 24 * 32, 5, 5.),
-    ({'step': 10 ** 6}, 24 * 32, 5, 5.),
-])
+
+@pytest.mark.parametrize(
+    'kwargs, step, kernel_size, sigma',
+    [
+        ({}, 8 * 32, 5, 5.0),
+        ({'setting': 'rise'}, 32, 11, 5.0),
+        ({'step': 100, 'kernel_size': 3, 'sigma': 0.8}, 100, 3, 0.8),
+        ({'step': 24 * 32}, 24 * 32, 5, 5.0),
+        ({'step': 10**6}, 24 * 32, 5, 5.0),
+    ],
+)
 def test_insertion_curve_equals_the_loop_over_pixels(model, double_model, batch, kwargs, step, kernel_size, sigma):
     x, saliency, target = batch
     curve = insertion_curve(model, x, saliency, target, **kwargs)
     for b in range(3):
         image = x[b].double().numpy()
-        expected = loop_curve(double_model, loop_blur(image, kernel_size, sigma), image,
-                              resized_bilinearly(saliency[b].double().numpy(), 24, 32), target[b], step)
+        expected = loop_curve(
+            double_model,
+            loop_blur(image, kernel_size, sigma),
+            image,
+            resized_bilinearly(saliency[b].double().numpy(), 24, 32),
+            target[b],
+            step,
+        )
         assert np.ptp(expected) > 0.02  # a curve that moves
         np.testing.assert_allclose(curve[b].numpy(), expected, atol=1e-5)
     assert curve.shape == (3, -(-24 * 32 // step) + 1) and curve.dtype == torch.float32
@@ -162,8 +176,15 @@ def test_deletion_curve_equals_the_loop_over_pixels(model, double_model, batch, 
     curve = deletion_curve(model, x, saliency, target, activation=activation, **kwargs)
     for b in range(3):
         image = x[b].double().numpy()
-        expected = loop_curve(double_model, image, np.zeros_like(image),
-                              resized_bilinearly(saliency[b].double().numpy(), 24, 32), target[b], step, activation)
+        expected = loop_curve(
+            double_model,
+            image,
+            np.zeros_like(image),
+            resized_bilinearly(saliency[b].double().numpy(), 24, 32),
+            target[b],
+            step,
+            activation,
+        )
         assert np.ptp(expected) > 0.02
         np.testing.assert_allclose(curve[b].numpy(), expected, atol=1e-5)
 
@@ -177,7 +198,7 @@ def test_ties_follow_in_reading_order_alone_and_in_a_batch():
         for position, pixel in enumerate(sorted(range(42), key=lambda i: -flat[i])):
             expected[pixel] = position + 1
         assert torch.equal(together[b], expected)
-        assert torch.equal(pixel_order(levels[:, b:b + 1], (6, 7))[0], expected)
+        assert torch.equal(pixel_order(levels[:, b : b + 1], (6, 7))[0], expected)
 
 
 def test_pixels_that_the_resize_repeats_at_the_edge_tie():
@@ -196,7 +217,10 @@ def test_the_batch_size_never_shows(model, batch, batch_size):
     for curve in (insertion_curve, deletion_curve):
         torch.testing.assert_close(
             curve(model, x, saliency, target, step=50, batch_size=batch_size),
-            curve(model, x, saliency, target, step=50), atol=1e-5, rtol=0)
+            curve(model, x, saliency, target, step=50),
+            atol=1e-5,
+            rtol=0,
+        )
 
 
 def test_no_more_images_than_the_batch_size_are_forwarded_at_once():
@@ -237,8 +261,9 @@ def test_several_labels_an_image_are_rows_of_their_own(model, batch):
     image, target = torch.tensor([0, 0, 2]), torch.tensor([1, 3, 4])
     together = deletion_curve(model, x[image], saliency[image], target, activation='sigmoid')
     for row in range(3):
-        alone = deletion_curve(model, x[image[row:row + 1]], saliency[image[row:row + 1]], target[row:row + 1],
-                               activation='sigmoid')
+        alone = deletion_curve(
+            model, x[image[row : row + 1]], saliency[image[row : row + 1]], target[row : row + 1], activation='sigmoid'
+        )
         torch.testing.assert_close(together[row], alone[0], atol=1e-5, rtol=0)
 
 
@@ -259,7 +284,8 @@ def test_several_maps_and_columns_at_once_equal_curves_one_by_one(model, batch):
     torch.testing.assert_close(inner, whole, atol=1e-5, rtol=0)
     for m in range(2):
         torch.testing.assert_close(
-            whole[m, :, :, 0], deletion_curve(model, x, maps[m], target, step=100), atol=1e-5, rtol=0)
+            whole[m, :, :, 0], deletion_curve(model, x, maps[m], target, step=100), atol=1e-5, rtol=0
+        )
         first_class = deletion_curve(model, x, maps[m], torch.zeros_like(target), step=100, activation='sigmoid')
         torch.testing.assert_close(whole[m, :, :, 1], first_class, atol=1e-5, rtol=0)
 
@@ -272,7 +298,7 @@ def test_known_ends_are_not_forwarded_again():
     torch.testing.assert_close(curves, torch.tensor([0, 1 / 3, 2 / 3, 1]).expand(3, 2, 4))
     assert sum(seen.batches) == 3 * 2 * 2
     one_step = perturbation_curves(seen, start, finish, saliency, step=36, ends=(torch.zeros(2), torch.ones(2)))
-    assert torch.equal(one_step, torch.tensor([0., 1.]).expand(3, 2, 2))
+    assert torch.equal(one_step, torch.tensor([0.0, 1.0]).expand(3, 2, 2))
 
 
 def test_the_model_runs_in_eval_mode_without_gradients_and_stays_as_it_was(batch):
@@ -308,11 +334,11 @@ def test_any_module_and_number_of_channels_will_do():
 
 
 def test_both_published_settings_have_a_name():
-    assert CURVE_SETTINGS == {'paper': (8, 5, 5.), 'rise': (1, 11, 5.)}
+    assert CURVE_SETTINGS == {'paper': (8, 5, 5.0), 'rise': (1, 11, 5.0)}
 
 
 def test_a_setting_by_name_gives_the_single_arguments_and_refuses_them_beside_it(model, batch):
-    rise = {'step': 32, 'kernel_size': 11, 'sigma': 5.}
+    rise = {'step': 32, 'kernel_size': 11, 'sigma': 5.0}
     for curve, names in ((insertion_curve, ('step', 'kernel_size', 'sigma')), (deletion_curve, ('step',))):
         others = dict(zip(names, (100, 3, 0.8), strict=False))
         expected = curve(model, *batch, **{name: rise[name] for name in names})
@@ -325,13 +351,17 @@ def test_a_setting_by_name_gives_the_single_arguments_and_refuses_them_beside_it
 
 # ---------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize('saliency, message', [
-    (torch.rand(2, 6, 8), r'saliency must have shape \(3, h, w\), one map an image, got \(2, 6, 8\)'),
-    (torch.rand(3, 1, 6, 8), r'got \(3, 1, 6, 8\)'),
-    (torch.rand(6, 8), r'got \(6, 8\)'),
-    (torch.rand(3, 6, 8) + 1, r'saliency must lie in \[0, 1\]'),
-    (torch.full((3, 6, 8), float('nan')), r'saliency must lie in \[0, 1\], got nan'),
-])
+
+@pytest.mark.parametrize(
+    'saliency, message',
+    [
+        (torch.rand(2, 6, 8), r'saliency must have shape \(3, h, w\), one map an image, got \(2, 6, 8\)'),
+        (torch.rand(3, 1, 6, 8), r'got \(3, 1, 6, 8\)'),
+        (torch.rand(6, 8), r'got \(6, 8\)'),
+        (torch.rand(3, 6, 8) + 1, r'saliency must lie in \[0, 1\]'),
+        (torch.full((3, 6, 8), float('nan')), r'saliency must lie in \[0, 1\], got nan'),
+    ],
+)
 def test_bad_saliency_is_refused(model, batch, saliency, message):
     x, _, target = batch
     for call in (insertion_curve, deletion_curve):
@@ -339,23 +369,26 @@ def test_bad_saliency_is_refused(model, batch, saliency, message):
             call(model, x, saliency, target)
 
 
-@pytest.mark.parametrize('change, message', [
-    ({'target': torch.tensor([0, 1])}, r'target must be a tensor of shape \(3,\), one class an image, got \(2,\)'),
-    ({'target': torch.tensor([[0], [1], [2]])}, r'got \(3, 1\)'),
-    ({'target': 3}, r'target must be a tensor of shape \(3,\), one class an image, got int'),
-    ({'target': [0, 1, 2]}, 'got list'),
-    ({'target': torch.rand(3)}, 'class indices, got torch.float32'),
-    ({'target': torch.tensor([0, -1, 2])}, 'has classes from -1 to 2, class indices start at 0'),
-    ({'target': torch.tensor([0, 5, 2])}, 'target has classes from 0 to 5, the model has 0 to 4'),
-    ({'x': torch.rand(3, 24, 32)}, r'x must hold normalised images of shape \(B, C, H, W\), got \(3, 24, 32\)'),
-    ({'x': torch.zeros(3, 3, 24, 32, dtype=torch.uint8)}, 'of torch.uint8'),
-    ({'x': torch.full((3, 3, 24, 32), float('nan'))}, 'x must be finite'),
-    ({'step': 0}, 'step must be a positive int, got 0'),
-    ({'step': 2.5}, 'step must be a positive int, got 2.5'),
-    ({'batch_size': -1}, 'batch_size must be a positive int, got -1'),
-    ({'setting': 'rize'}, "setting 'rize' is unknown, valid ones: 'paper', 'rise'"),
-    ({'activation': 'relu'}, "activation 'relu' is unknown, valid ones: 'softmax', 'sigmoid'"),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'target': torch.tensor([0, 1])}, r'target must be a tensor of shape \(3,\), one class an image, got \(2,\)'),
+        ({'target': torch.tensor([[0], [1], [2]])}, r'got \(3, 1\)'),
+        ({'target': 3}, r'target must be a tensor of shape \(3,\), one class an image, got int'),
+        ({'target': [0, 1, 2]}, 'got list'),
+        ({'target': torch.rand(3)}, 'class indices, got torch.float32'),
+        ({'target': torch.tensor([0, -1, 2])}, 'has classes from -1 to 2, class indices start at 0'),
+        ({'target': torch.tensor([0, 5, 2])}, 'target has classes from 0 to 5, the model has 0 to 4'),
+        ({'x': torch.rand(3, 24, 32)}, r'x must hold normalised images of shape \(B, C, H, W\), got \(3, 24, 32\)'),
+        ({'x': torch.zeros(3, 3, 24, 32, dtype=torch.uint8)}, 'of torch.uint8'),
+        ({'x': torch.full((3, 3, 24, 32), float('nan'))}, 'x must be finite'),
+        ({'step': 0}, 'step must be a positive int, got 0'),
+        ({'step': 2.5}, 'step must be a positive int, got 2.5'),
+        ({'batch_size': -1}, 'batch_size must be a positive int, got -1'),
+        ({'setting': 'rize'}, "setting 'rize' is unknown, valid ones: 'paper', 'rise'"),
+        ({'activation': 'relu'}, "activation 'relu' is unknown, valid ones: 'softmax', 'sigmoid'"),
+    ],
+)
 def test_bad_arguments_of_curves_are_refused(model, batch, change, message):
     x, saliency, target = batch
     arguments = {'x': x, 'saliency': saliency, 'target': target, **change}
@@ -364,12 +397,15 @@ def test_bad_arguments_of_curves_are_refused(model, batch, change, message):
             call(model, **arguments)
 
 
-@pytest.mark.parametrize('change, message', [
-    ({'kernel_size': 4}, 'kernel_size must be odd, got 4'),
-    ({'kernel_size': 0}, 'kernel_size must be a positive int, got 0'),
-    ({'sigma': 0.}, 'sigma must be positive and finite, got 0'),
-    ({'sigma': float('nan')}, 'sigma must be positive and finite, got nan'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'kernel_size': 4}, 'kernel_size must be odd, got 4'),
+        ({'kernel_size': 0}, 'kernel_size must be a positive int, got 0'),
+        ({'sigma': 0.0}, 'sigma must be positive and finite, got 0'),
+        ({'sigma': float('nan')}, 'sigma must be positive and finite, got nan'),
+    ],
+)
 def test_a_bad_blur_is_refused(model, batch, change, message):
     with pytest.raises(ValueError, match=message):
         insertion_curve(model, *batch, **change)

@@ -1,4 +1,5 @@
 """The metrics against float64 loops written from their definitions, image by image."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -26,11 +27,11 @@ CURVE_METRICS = [Insertion, Deletion]
 
 
 def loop_drop(p, o):
-    return 100 * sum(max(0., a - b) / a if a > 0 else 0. for a, b in zip(p, o, strict=True)) / len(p)
+    return 100 * sum(max(0.0, a - b) / a if a > 0 else 0.0 for a, b in zip(p, o, strict=True)) / len(p)
 
 
 def loop_gain(p, o):
-    return 100 * sum(max(0., b - a) / (1 - a) if a < 1 else 0. for a, b in zip(p, o, strict=True)) / len(p)
+    return 100 * sum(max(0.0, b - a) / (1 - a) if a < 1 else 0.0 for a, b in zip(p, o, strict=True)) / len(p)
 
 
 def loop_increase(p, o):
@@ -48,16 +49,18 @@ def loop_area(curves):
 def probabilities(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     p, o = torch.rand(2, count, generator=generator)
-    p[:4] = torch.tensor([0., 1., 1., 0.])
-    o[:4] = torch.tensor([0.5, 1., 0.25, 0.])
+    p[:4] = torch.tensor([0.0, 1.0, 1.0, 0.0])
+    o[:4] = torch.tensor([0.5, 1.0, 0.25, 0.0])
     o[4] = p[4]
     return p, o
 
 
 # ---------------------------------------------------------------- AD, AG, AI
 
-@pytest.mark.parametrize('metric, loop', [
-    (AverageDrop, loop_drop), (AverageGain, loop_gain), (AverageIncrease, loop_increase)])
+
+@pytest.mark.parametrize(
+    'metric, loop', [(AverageDrop, loop_drop), (AverageGain, loop_gain), (AverageIncrease, loop_increase)]
+)
 def test_pair_metrics_over_unequal_batches_equal_the_loop_over_images(metric, loop):
     p, o = probabilities(23)
     metric = metric()
@@ -74,8 +77,8 @@ def test_known_values_by_hand():
 
 
 def test_no_epsilon_shows_at_probabilities_close_to_0_and_1():
-    tiny, zero, one = torch.tensor([1e-6]), torch.tensor([0.]), torch.tensor([1.])
-    below_one = torch.tensor([1 - 2 ** -24])
+    tiny, zero, one = torch.tensor([1e-6]), torch.tensor([0.0]), torch.tensor([1.0])
+    below_one = torch.tensor([1 - 2**-24])
     assert average_drop(tiny, zero).item() == 100
     assert average_gain(below_one, one).item() == 100
     assert average_drop(zero, one).item() == 0
@@ -89,6 +92,7 @@ def test_an_equal_probability_is_no_increase():
 
 # ---------------------------------------------------------------- Insertion, Deletion
 
+
 @pytest.mark.parametrize('metric', CURVE_METRICS)
 def test_curve_metrics_average_trapezoids_over_unequal_batches(metric):
     curves = torch.rand(11, 8, generator=torch.Generator().manual_seed(2))
@@ -99,17 +103,23 @@ def test_curve_metrics_average_trapezoids_over_unequal_batches(metric):
 
 
 def test_the_area_of_known_curves_by_hand():
-    assert Insertion()(torch.tensor([[0., 1.]])).item() == 50
-    assert Deletion()(torch.tensor([[1., 0.5, 0.25]])).item() == pytest.approx(56.25)
+    assert Insertion()(torch.tensor([[0.0, 1.0]])).item() == 50
+    assert Deletion()(torch.tensor([[1.0, 0.5, 0.25]])).item() == pytest.approx(56.25)
     assert Deletion()(torch.full((2, 7), 0.25)).item() == pytest.approx(25)
 
 
 # ---------------------------------------------------------------- torchmetrics contract
 
+
 def test_directions_are_declared():
     better = {metric.__name__: metric.higher_is_better for metric in PAIR_METRICS + CURVE_METRICS}
     assert better == {
-        'AverageDrop': False, 'AverageGain': True, 'AverageIncrease': True, 'Insertion': True, 'Deletion': False}
+        'AverageDrop': False,
+        'AverageGain': True,
+        'AverageIncrease': True,
+        'Insertion': True,
+        'Deletion': False,
+    }
 
 
 @pytest.mark.parametrize('metric', PAIR_METRICS + CURVE_METRICS)
@@ -181,21 +191,25 @@ def test_two_processes_with_unequal_shares_agree_on_the_mean_over_all_images(tmp
 
 # ---------------------------------------------------------------- bad input
 
+
 @pytest.mark.parametrize('metric', PAIR_METRICS)
-@pytest.mark.parametrize('p, o, message', [
-    (torch.rand(4, 1), torch.rand(4), r'shape \(B,\), got \(4, 1\) and \(4,\)'),
-    ([.5], [.2], r'prob and masked_prob must both be tensors of shape \(B,\), got list and list'),
-    (torch.rand(1), .2, 'got Tensor and float'),
-    (torch.rand(4), torch.rand(4, 1), r'shape \(B,\), got \(4,\) and \(4, 1\)'),
-    (torch.rand(4, 1), torch.rand(4, 1), r'got \(4, 1\)'),
-    (torch.rand(4), torch.rand(3), r'got \(4,\) and \(3,\)'),
-    (torch.tensor(0.5), torch.tensor(0.5), r'got \(\) and \(\)'),
-    (torch.tensor([0.5, float('nan')]), torch.rand(2), r'^prob must lie in \[0, 1\], got nan'),
-    (torch.rand(2), torch.tensor([0.5, 1.5]), r'masked_prob must lie in \[0, 1\], got 1.5'),
-    (torch.tensor([-0.25]), torch.rand(1), r'^prob must lie in \[0, 1\], got -0.25'),
-    (torch.rand(2).bfloat16(), torch.rand(2), 'prob must be float32 or float64, got torch.bfloat16'),
-    (torch.ones(2, dtype=torch.int64), torch.rand(2), 'got torch.int64'),
-])
+@pytest.mark.parametrize(
+    'p, o, message',
+    [
+        (torch.rand(4, 1), torch.rand(4), r'shape \(B,\), got \(4, 1\) and \(4,\)'),
+        ([0.5], [0.2], r'prob and masked_prob must both be tensors of shape \(B,\), got list and list'),
+        (torch.rand(1), 0.2, 'got Tensor and float'),
+        (torch.rand(4), torch.rand(4, 1), r'shape \(B,\), got \(4,\) and \(4, 1\)'),
+        (torch.rand(4, 1), torch.rand(4, 1), r'got \(4, 1\)'),
+        (torch.rand(4), torch.rand(3), r'got \(4,\) and \(3,\)'),
+        (torch.tensor(0.5), torch.tensor(0.5), r'got \(\) and \(\)'),
+        (torch.tensor([0.5, float('nan')]), torch.rand(2), r'^prob must lie in \[0, 1\], got nan'),
+        (torch.rand(2), torch.tensor([0.5, 1.5]), r'masked_prob must lie in \[0, 1\], got 1.5'),
+        (torch.tensor([-0.25]), torch.rand(1), r'^prob must lie in \[0, 1\], got -0.25'),
+        (torch.rand(2).bfloat16(), torch.rand(2), 'prob must be float32 or float64, got torch.bfloat16'),
+        (torch.ones(2, dtype=torch.int64), torch.rand(2), 'got torch.int64'),
+    ],
+)
 def test_bad_probabilities_are_refused_and_leave_no_trace(metric, p, o, message):
     metric = metric()
     with pytest.raises(ValueError, match=message):
@@ -204,15 +218,18 @@ def test_bad_probabilities_are_refused_and_leave_no_trace(metric, p, o, message)
 
 
 @pytest.mark.parametrize('metric', CURVE_METRICS)
-@pytest.mark.parametrize('curve, message', [
-    ([[.5, .2]], r'curve must be a tensor of shape \(B, n \+ 1\), got list'),
-    (torch.rand(4), r'shape \(B, n \+ 1\) with n of at least 1, got \(4,\)'),
-    (torch.rand(4, 1), r'got \(4, 1\)'),
-    (torch.rand(2, 3, 4), r'got \(2, 3, 4\)'),
-    (torch.tensor([[0.5, float('nan')]]), 'got nan'),
-    (torch.tensor([[0.5, 2.]]), r'curve must lie in \[0, 1\], got 2'),
-    (torch.rand(2, 3).half(), 'got torch.float16'),
-])
+@pytest.mark.parametrize(
+    'curve, message',
+    [
+        ([[0.5, 0.2]], r'curve must be a tensor of shape \(B, n \+ 1\), got list'),
+        (torch.rand(4), r'shape \(B, n \+ 1\) with n of at least 1, got \(4,\)'),
+        (torch.rand(4, 1), r'got \(4, 1\)'),
+        (torch.rand(2, 3, 4), r'got \(2, 3, 4\)'),
+        (torch.tensor([[0.5, float('nan')]]), 'got nan'),
+        (torch.tensor([[0.5, 2.0]]), r'curve must lie in \[0, 1\], got 2'),
+        (torch.rand(2, 3).half(), 'got torch.float16'),
+    ],
+)
 def test_bad_curves_are_refused(metric, curve, message):
     with pytest.raises(ValueError, match=message):
         metric().update(curve)

@@ -1,4 +1,5 @@
 """Localisation metrics, against their definitions written as float64 loops over pixels."""
+
 import itertools
 import math
 
@@ -14,7 +15,7 @@ from timm_castream.metrics.max_box_acc import box_accuracy_hits, max_box_acc_v2
 NAN_BOX = [math.nan] * 4
 METRICS = (pointing_game, energy_pointing_game, localization_error, box_accuracy_hits)
 # Cut at 0, .2, .4, .6 and .8 of 255, this map gives these boxes in the tests of MaxBoxAccV2's authors.
-WSOL_MAP = torch.tensor([[0, 0, 0, 0, 0], [0, .4, .4, .4, .6], [0, .4, 1, .8, .6], [0, .4, .4, .4, .6]])
+WSOL_MAP = torch.tensor([[0, 0, 0, 0, 0], [0, 0.4, 0.4, 0.4, 0.6], [0, 0.4, 1, 0.8, 0.6], [0, 0.4, 0.4, 0.4, 0.6]])
 WSOL_BOXES = {0: [1, 1, 4, 3], 51: [1, 1, 4, 3], 102: [2, 1, 4, 3], 153: [2, 2, 4, 3], 204: [2, 2, 3, 3]}
 
 
@@ -77,8 +78,11 @@ FOUR = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
 def pixels_in(box, saliency):
     """The (row, column) whose centres lie in a box."""
-    return {(row, column) for row, column in itertools.product(*map(range, saliency.shape))
-            if box[0] <= column + 0.5 < box[2] and box[1] <= row + 0.5 < box[3]}
+    return {
+        (row, column)
+        for row, column in itertools.product(*map(range, saliency.shape))
+        if box[0] <= column + 0.5 < box[2] and box[1] <= row + 0.5 < box[3]
+    }
 
 
 def as_batch(saliency, boxes):
@@ -92,8 +96,8 @@ class TestAgainstLoops:
         for seed in range(10):
             boxes = boxes_for(saliency, seed)
             expected = any(maxima & pixels_in(box, saliency) for box in boxes[:2])
-            assert pointing_game(*as_batch(saliency, boxes)).tolist() == [100. * expected]
-        for flat, expected in ((int(saliency.argmax()), 100.), (int(saliency.argmin()), 0.)):
+            assert pointing_game(*as_batch(saliency, boxes)).tolist() == [100.0 * expected]
+        for flat, expected in ((int(saliency.argmax()), 100.0), (int(saliency.argmin()), 0.0)):
             row, column = divmod(flat, saliency.shape[1])
             assert pointing_game(*as_batch(saliency, [[column, row, column + 1, row + 1]])).tolist() == [expected]
 
@@ -110,12 +114,12 @@ class TestAgainstLoops:
         predicted = [min(columns), min(rows), max(columns) + 1, max(rows) + 1]
         around = [predicted[0] - 0.4, predicted[1], predicted[2], predicted[3] + 0.3]
         halved = [predicted[0], predicted[1], (predicted[0] + predicted[2]) / 2, predicted[3]]  # IoU of exactly 0.5
-        for boxes, expected in (([around], 0.), ([halved], 100.), ([halved, NAN_BOX, around], 0.)):
+        for boxes, expected in (([around], 0.0), ([halved], 100.0), ([halved, NAN_BOX, around], 0.0)):
             assert localization_error(*as_batch(saliency, boxes)).tolist() == [expected]
         for seed in range(10):
             boxes = boxes_for(saliency, seed)
             hit = max(iou(predicted, box, inclusive=False) for box in boxes[:2]) > 0.5
-            assert localization_error(*as_batch(saliency, boxes)).tolist() == [100. * (not hit)]
+            assert localization_error(*as_batch(saliency, boxes)).tolist() == [100.0 * (not hit)]
 
     def test_box_accuracy_hits_are_those_of_every_8_connected_component_at_every_level(self, saliency):
         scaled = saliency.double().numpy()
@@ -147,14 +151,14 @@ class TestBoxAccuracy:
 
     def test_an_iou_of_8_in_27_misses_the_lowest_threshold_and_9_in_27_hits_it(self):
         saliency = torch.zeros(9, 9)
-        saliency[2:6, 1:5] = 1.  # found as [1, 2, 5, 6]
+        saliency[2:6, 1:5] = 1.0  # found as [1, 2, 5, 6]
         assert not box_accuracy_hits(*as_batch(saliency, [[3, 1, 4, 5]])).any()
         hits = box_accuracy_hits(*as_batch(saliency, [[3, 2, 4, 6]]))  # 10 of 25
         assert hits[0, 0, :255].all() and not hits[0, 1:].any() and not hits[0, 0, 255]
 
     def test_any_component_suffices_not_only_the_largest(self):
         saliency = torch.zeros(20, 20)
-        saliency[1:9, 1:9], saliency[12:15, 12:15] = 0.5, 1.
+        saliency[1:9, 1:9], saliency[12:15, 12:15] = 0.5, 1.0
         small, large = as_batch(saliency, [[12, 12, 15, 15]]), as_batch(saliency, [[1, 1, 9, 9]])
         assert box_accuracy_hits(*small)[0, 2, :255].all()
         assert box_accuracy_hits(*large)[0, 2].tolist() == [level < 127 for level in range(256)]
@@ -169,8 +173,13 @@ class TestBoxAccuracy:
         hits, weights = rng.random((7, 3, 256)) < 0.3, rng.integers(0, 4, (5, 7))
         expected = []
         for weighting in weights:
-            best = [max(sum(w * h for w, h in zip(weighting, hits[:, t, level], strict=True)) / weighting.sum()
-                        for level in range(256)) for t in range(3)]
+            best = [
+                max(
+                    sum(w * h for w, h in zip(weighting, hits[:, t, level], strict=True)) / weighting.sum()
+                    for level in range(256)
+                )
+                for t in range(3)
+            ]
             expected.append(100 * sum(best) / 3)
         found = max_box_acc_v2(torch.from_numpy(hits), torch.from_numpy(weights))
         assert found.tolist() == pytest.approx(expected)
@@ -189,10 +198,10 @@ class TestBoxAccuracy:
 class TestTiesAndConstants:
     def test_one_of_several_maxima_in_a_box_suffices(self):
         saliency = torch.zeros(8, 8)
-        saliency[1, 1] = saliency[6, 6] = 1.
+        saliency[1, 1] = saliency[6, 6] = 1.0
         assert pointing_game(*as_batch(saliency, [[6, 6, 7, 7]])).item() == 100
 
-    @pytest.mark.parametrize('value', [0., 0.1, 1 / 3, 1.])
+    @pytest.mark.parametrize('value', [0.0, 0.1, 1 / 3, 1.0])
     def test_a_constant_map_locates_nothing_whatever_its_value(self, value):
         batch = as_batch(torch.full((31, 29), value), [[0, 0, 29, 31]])
         assert pointing_game(*batch).item() == 0 and localization_error(*batch).item() == 100
@@ -201,7 +210,7 @@ class TestTiesAndConstants:
 
     def test_the_first_of_equally_large_components_is_the_prediction(self):
         saliency = torch.zeros(10, 10)
-        saliency[1:3, 5:8] = saliency[6:9, 1:3] = 1.
+        saliency[1:3, 5:8] = saliency[6:9, 1:3] = 1.0
         assert localization_error(*as_batch(saliency, [[5, 1, 8, 3]])).item() == 0
         assert localization_error(*as_batch(saliency, [[1, 6, 3, 9]])).item() == 100
 
@@ -228,20 +237,31 @@ class TestBoxes:
         maps = torch.stack([resized(7, 7, 30, 30, seed) for seed in range(4)])
         boxes = torch.tensor([boxes_for(maps[0], seed) for seed in range(4)])
         for metric in METRICS:
-            alone = torch.cat([metric(maps[i:i + 1], boxes[i:i + 1]) for i in range(4)])
+            alone = torch.cat([metric(maps[i : i + 1], boxes[i : i + 1]) for i in range(4)])
             assert torch.equal(metric(maps, boxes), alone)
 
     @pytest.mark.parametrize('metric', METRICS)
-    @pytest.mark.parametrize('saliency, boxes, message', [
-        (torch.zeros(2, 5), torch.zeros(2, 1, 4), r'saliency must have shape \(R, H, W\), .* got \(2, 5\)'),
-        (torch.full((1, 5, 5), 2.), torch.zeros(1, 1, 4), r'saliency must lie in \[0, 1\], got 2'),
-        (torch.full((1, 5, 5), math.nan), torch.zeros(1, 1, 4), r'saliency must lie in \[0, 1\], got nan'),
-        (torch.zeros(2, 5, 5), torch.zeros(3, 1, 4), r'boxes must be .* \(2, J, 4\), .*\(3, 1, 4\)'),
-        (torch.zeros(1, 5, 5), torch.zeros(1, 1, 4, dtype=torch.int64), 'boxes must be floating point .* torch.int64'),
-        (torch.zeros(1, 5, 5), torch.tensor([[[3., 0, 1, 2]]]), r'x0 <= x1 and y0 <= y1, got \[3.0, 0.0, 1.0, 2.0\]'),
-        (torch.zeros(1, 5, 5), torch.tensor([[[0, 0, math.nan, 2.]]]), 'got .*nan'),
-        (torch.zeros(1, 5, 5), torch.tensor([[[0, 0, math.inf, 2.]]]), 'got .*inf'),
-    ])
+    @pytest.mark.parametrize(
+        'saliency, boxes, message',
+        [
+            (torch.zeros(2, 5), torch.zeros(2, 1, 4), r'saliency must have shape \(R, H, W\), .* got \(2, 5\)'),
+            (torch.full((1, 5, 5), 2.0), torch.zeros(1, 1, 4), r'saliency must lie in \[0, 1\], got 2'),
+            (torch.full((1, 5, 5), math.nan), torch.zeros(1, 1, 4), r'saliency must lie in \[0, 1\], got nan'),
+            (torch.zeros(2, 5, 5), torch.zeros(3, 1, 4), r'boxes must be .* \(2, J, 4\), .*\(3, 1, 4\)'),
+            (
+                torch.zeros(1, 5, 5),
+                torch.zeros(1, 1, 4, dtype=torch.int64),
+                'boxes must be floating point .* torch.int64',
+            ),
+            (
+                torch.zeros(1, 5, 5),
+                torch.tensor([[[3.0, 0, 1, 2]]]),
+                r'x0 <= x1 and y0 <= y1, got \[3.0, 0.0, 1.0, 2.0\]',
+            ),
+            (torch.zeros(1, 5, 5), torch.tensor([[[0, 0, math.nan, 2.0]]]), 'got .*nan'),
+            (torch.zeros(1, 5, 5), torch.tensor([[[0, 0, math.inf, 2.0]]]), 'got .*inf'),
+        ],
+    )
     def test_misfits_are_refused(self, metric, saliency, boxes, message):
         with pytest.raises(ValueError, match=message):
             metric(saliency, boxes)

@@ -1,4 +1,5 @@
 """The command line that timm's scripts get."""
+
 from __future__ import annotations
 
 import argparse
@@ -30,10 +31,13 @@ def test_the_statistics_of_a_frozen_backbone_are_never_distributed(script, optio
     assert script(*options, '--model-kwargs', 'freeze_backbone=False')[1]['dist_bn'] == expected
 
 
-@pytest.mark.parametrize(('options', 'amp'), [
-    ([], False), (['--amp'], True), (['--device', 'cuda'], True), (['--device', 'cuda', '--no-amp'], False)])
+@pytest.mark.parametrize(
+    ('options', 'amp'),
+    [([], False), (['--amp'], True), (['--device', 'cuda'], True), (['--device', 'cuda', '--no-amp'], False)],
+)
 def test_mixed_precision_of_a_recipe_is_left_out_on_a_cpu_unless_the_user_asks_for_it(
-        script, tmp_path, monkeypatch, caplog, options, amp):
+    script, tmp_path, monkeypatch, caplog, options, amp
+):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     recipe = make_file(tmp_path / 'mine.yaml', 'amp: true\n')
     code, seen = script('-c', str(recipe), *options)
@@ -49,50 +53,59 @@ def test_a_recipe_is_found_by_name_among_the_packaged_ones_unless_a_file_has_tha
     assert script('-c', 'imagenet_sgd90.yaml')[1]['lr'] == 7.0
 
 
-@pytest.mark.parametrize(('name', 'content', 'message'), [
-    ('nowhere.yaml', None, 'imagenet_sgd90.yaml'),
-    ('list.yaml', '- 1', 'mapping'),
-    ('broken.yaml', 'a: [', 'not a YAML file'),
-])
+@pytest.mark.parametrize(
+    ('name', 'content', 'message'),
+    [
+        ('nowhere.yaml', None, 'imagenet_sgd90.yaml'),
+        ('list.yaml', '- 1', 'mapping'),
+        ('broken.yaml', 'a: [', 'not a YAML file'),
+    ],
+)
 def test_a_recipe_that_cannot_be_read_is_one_line(script, tmp_path, capsys, name, content, message):
     if content is not None:
         make_file(tmp_path / name, content)
     assert script('-c', str(tmp_path / name)) == (2, None)
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 
 
-@pytest.mark.parametrize(('options', 'message'), [
-    (['--test-pool'], '--test-pool'),
-    (['--torchscript'], '--torchscript'),
-    (['--clip-grad', '1', '--clip-mode', 'agc'], 'last ones of the stream'),
-    (['--mixup', '0.2', '--model-kwargs', 'stream_class_specific=True'], '--mixup'),
-    (['--cutmix', '1', '--model-kwargs', 'stream_class_specific=True'], '--cutmix'),
-    (['--cutmix-minmax', '0', '1', '--model-kwargs', 'stream_class_specific=True'], '--cutmix'),
-    (['--kd-model-name', 'resnet50', '--model-kwargs', 'stream_class_specific=True'], '--kd-model-name'),
-])
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['--test-pool'], '--test-pool'),
+        (['--torchscript'], '--torchscript'),
+        (['--clip-grad', '1', '--clip-mode', 'agc'], 'last ones of the stream'),
+        (['--mixup', '0.2', '--model-kwargs', 'stream_class_specific=True'], '--mixup'),
+        (['--cutmix', '1', '--model-kwargs', 'stream_class_specific=True'], '--cutmix'),
+        (['--cutmix-minmax', '0', '1', '--model-kwargs', 'stream_class_specific=True'], '--cutmix'),
+        (['--kd-model-name', 'resnet50', '--model-kwargs', 'stream_class_specific=True'], '--kd-model-name'),
+    ],
+)
 def test_options_that_would_skip_the_stream_are_refused_for_a_stream_alone(script, capsys, options, message):
     assert script('--model', 'resnet50_castream', *options) == (2, None)
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert script('--model', 'resnet50', *options)[0] == 0
 
 
-@pytest.mark.parametrize(('options', 'message'), [
-    (['--data-dir', 'nowhere'], 'no folder nowhere'),
-    (['--dataset', ''], '--data-dir'),
-    (['--dataset', 'cub200'], '--data-dir'),
-    (['--model', 'resnet50_castrem'], 'no model resnet50_castrem'),
-    (['--model', 'vgg16_castream'], 'vgg16 takes no CA-Stream: layers stand between'),
-    (['--model-kwargs', 'stream_start'], 'takes KEY=VALUE, not stream_start (see castream train --help)'),
-    (['--learning-rat', '1'], 'unrecognized arguments: --learning-rat 1 (see castream train --help)'),
-    (['--resume', 'nowhere.pth.tar'], 'nowhere.pth.tar, which --resume names'),
-    (['--device', 'cuda'], '--device cpu'),
-])
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['--data-dir', 'nowhere'], 'no folder nowhere'),
+        (['--dataset', ''], '--data-dir'),
+        (['--dataset', 'cub200'], '--data-dir'),
+        (['--model', 'resnet50_castrem'], 'no model resnet50_castrem'),
+        (['--model', 'vgg16_castream'], 'vgg16 takes no CA-Stream: layers stand between'),
+        (['--model-kwargs', 'stream_start'], 'takes KEY=VALUE, not stream_start (see castream train --help)'),
+        (['--learning-rat', '1'], 'unrecognized arguments: --learning-rat 1 (see castream train --help)'),
+        (['--resume', 'nowhere.pth.tar'], 'nowhere.pth.tar, which --resume names'),
+        (['--device', 'cuda'], '--device cpu'),
+    ],
+)
 def test_what_is_not_there_is_one_line(script, capsys, monkeypatch, options, message):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     assert script(*options) == (2, None)
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 
 
@@ -101,10 +114,15 @@ def test_every_name_of_a_model_that_timms_scripts_take_is_handed_on(script, name
     assert script('--model', name)[1]['model'] == name
 
 
-@pytest.mark.parametrize(('options', 'message'), [
-    ([], '--checkpoint'), (['--pretrained'], None), (['--checkpoint', 'last.pth.tar'], None),
-    (['--model', 'resnet50'], None),
-])
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ([], '--checkpoint'),
+        (['--pretrained'], None),
+        (['--checkpoint', 'last.pth.tar'], None),
+        (['--model', 'resnet50'], None),
+    ],
+)
 def test_a_validation_of_a_stream_needs_weights(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     make_file(tmp_path / 'last.pth.tar')

@@ -1,4 +1,5 @@
 """Data sets of timm's scripts against the model and the options."""
+
 from __future__ import annotations
 
 from argparse import Namespace
@@ -39,7 +40,7 @@ def test_a_data_set_without_a_list_of_classes_is_handed_on():
     assert create(dataset, 3, mixup=0.2) is dataset
 
 
-@pytest.mark.parametrize('option', [{'mixup': 0.2}, {'cutmix': 1.}, {'cutmix_minmax': [0.2, 0.8]}], ids=str)
+@pytest.mark.parametrize('option', [{'mixup': 0.2}, {'cutmix': 1.0}, {'cutmix_minmax': [0.2, 0.8]}], ids=str)
 def test_multi_label_data_are_not_mixed(option):
     dense = data_set(3, np.zeros((5, 3)))
     with pytest.raises(ValueError, match='several labels for each image'):
@@ -51,9 +52,9 @@ def test_multi_label_data_are_not_mixed(option):
 def create_loader(number: int, batch_size: int, is_training: bool) -> DataLoader:
     checks = DataChecks(Namespace(batch_size=batch_size))
     dataset = TensorDataset(torch.zeros(number))
-    return checks.create_loader(
-        lambda dataset, is_training: DataLoader(dataset, batch_size, drop_last=is_training))(
-            dataset, is_training=is_training)
+    return checks.create_loader(lambda dataset, is_training: DataLoader(dataset, batch_size, drop_last=is_training))(
+        dataset, is_training=is_training
+    )
 
 
 def test_training_images_that_fill_no_batch_are_refused_with_both_numbers():

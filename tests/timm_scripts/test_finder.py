@@ -1,4 +1,5 @@
 """Places where timm's scripts are found."""
+
 from __future__ import annotations
 
 import hashlib
@@ -54,14 +55,17 @@ def test_a_named_file_that_is_not_there_is_an_error_that_says_who_named_it(sourc
     if source == 'TIMM_TRAIN_SCRIPT':
         monkeypatch.setenv(source, missing)
     assert train.main([source, missing] if source.startswith('--') else []) == 2
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert source in line and missing in line
 
 
-@pytest.mark.parametrize(('installed', 'expected'), [
-    ('1.0.27', '1.0.27'), ('1.0.28', '1.0.28'), ('1.0.29.dev0', '1.0.28'), ('1.0.31', '1.0.28'), ('1.1.0', '1.0.40')])
+@pytest.mark.parametrize(
+    ('installed', 'expected'),
+    [('1.0.27', '1.0.27'), ('1.0.28', '1.0.28'), ('1.0.29.dev0', '1.0.28'), ('1.0.31', '1.0.28'), ('1.1.0', '1.0.40')],
+)
 def test_the_newest_release_that_the_installed_timm_can_run_is_downloaded_once(
-        installed, expected, monkeypatch, releases, server):
+    installed, expected, monkeypatch, releases, server
+):
     monkeypatch.setattr(timm, '__version__', installed)
     path = finder.find_script('train.py')
     assert path.read_bytes() == releases[expected]
@@ -81,7 +85,7 @@ def test_a_file_with_another_checksum_is_neither_run_nor_kept(monkeypatch, relea
     evil = tmp_path / 'evil'
     server.answers['/v1.0.28/train.py'] = f'open({str(evil)!r}, "w")'.encode()
     assert train.main(['--dataset', 'digits']) == 2
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert 'SHA-256' in line and '--timm-script' in line
     assert not evil.exists()
     assert not list(tmp_path.glob('cache/**/*.py'))
@@ -95,8 +99,7 @@ def test_a_cached_file_that_was_changed_is_fetched_again(monkeypatch, releases):
 
 
 @pytest.mark.parametrize('failure', ['missing', 'cut', 'down', 'unwritable'])
-def test_a_download_that_fails_is_one_line_and_exit_code_2(
-        failure, monkeypatch, releases, server, tmp_path, capsys):
+def test_a_download_that_fails_is_one_line_and_exit_code_2(failure, monkeypatch, releases, server, tmp_path, capsys):
     monkeypatch.setattr(timm, '__version__', '1.0.31')
     if failure == 'missing':
         server.answers.clear()
@@ -108,7 +111,7 @@ def test_a_download_that_fails_is_one_line_and_exit_code_2(
     else:
         (tmp_path / 'cache').write_text('a file where the folder should be')
     assert train.main(['--dataset', 'digits']) == 2
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert ('XDG_CACHE_HOME' if failure == 'unwritable' else 'clone of timm at tag v1.0.28') in line
     assert not list(tmp_path.glob('cache/**/*.*'))
 
@@ -117,7 +120,7 @@ def test_processes_that_download_at_once_leave_one_whole_file(monkeypatch, relea
     monkeypatch.setattr(timm, '__version__', '1.0.31')
     with ThreadPoolExecutor(8) as pool:
         paths = set(pool.map(lambda _: finder.find_script('train.py'), range(16)))
-    path, = paths
+    (path,) = paths
     assert path.read_bytes() == releases['1.0.28']
     assert list(path.parent.iterdir()) == [path]
 

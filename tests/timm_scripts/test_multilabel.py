@@ -1,4 +1,5 @@
 """Multi-label data in timm's scripts."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -21,23 +22,29 @@ pytest_plugins = ('stand_in_scripts',)
 def test_ignored_labels_leave_no_trace_in_loss_and_gradient():
     torch.manual_seed(0)
     output = torch.randn(3, 4, requires_grad=True)
-    target = torch.tensor([[1., 0., VOC_IGNORE, 1.], [VOC_IGNORE, 1., 0., 0.], [0., 0., 0., VOC_IGNORE]])
+    target = torch.tensor([[1.0, 0.0, VOC_IGNORE, 1.0], [VOC_IGNORE, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, VOC_IGNORE]])
     loss = BinaryCrossEntropy(smoothing=0.1, sum_classes=True)(*multilabel.leave_out_ignored(output, target))
     loss.backward()
 
     probability = output.detach().double().sigmoid()
-    expected = -sum(
-        (p if t == 1 else 1 - p).log() for p, t in zip(probability.flatten(), target.flatten(), strict=True)
-        if t != VOC_IGNORE) / 3
+    expected = (
+        -sum(
+            (p if t == 1 else 1 - p).log()
+            for p, t in zip(probability.flatten(), target.flatten(), strict=True)
+            if t != VOC_IGNORE
+        )
+        / 3
+    )
     torch.testing.assert_close(loss.double(), expected)
     assert not output.grad[target == VOC_IGNORE].any()
     torch.testing.assert_close(
-        output.grad[target != VOC_IGNORE].double(), ((probability - target) / 3)[target != VOC_IGNORE])
+        output.grad[target != VOC_IGNORE].double(), ((probability - target) / 3)[target != VOC_IGNORE]
+    )
 
 
 def test_the_loss_of_a_validation_is_binary_cross_entropy_for_dense_targets_and_torchs_for_indices():
     torch.manual_seed(0)
-    output, target = torch.randn(3, 4), torch.tensor([[1., 0., 0., 1.], [0., 1., 0., 0.], [0., 0., 0., 1.]])
+    output, target = torch.randn(3, 4), torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
     loss = multilabel.CrossEntropyLoss()
     probability = output.double().sigmoid()
     expected = -torch.where(target > 0, probability, 1 - probability).log().mean()
@@ -46,14 +53,14 @@ def test_the_loss_of_a_validation_is_binary_cross_entropy_for_dense_targets_and_
     assert torch.equal(loss(output, indices), nn.CrossEntropyLoss()(output, indices))
 
 
-@pytest.mark.parametrize('scale', [0.1, 1., 100.])
+@pytest.mark.parametrize('scale', [0.1, 1.0, 100.0])
 def test_map_is_the_devkits_whatever_the_batches_and_the_scale_of_the_logits(scale):
     rng = np.random.default_rng(0)
     output = rng.normal(size=(61, 4)).astype(np.float32) * np.float32(scale)
     if scale == 0.1:
         output += np.float32(0.5)  # a batch that looks like probabilities
-    target = rng.choice([0., 1., VOC_IGNORE], p=[0.6, 0.3, 0.1], size=output.shape).astype(np.float32)
-    target[:, 3] = 0.  # a class that never occurs is left out
+    target = rng.choice([0.0, 1.0, VOC_IGNORE], p=[0.6, 0.3, 0.1], size=output.shape).astype(np.float32)
+    target[:, 3] = 0.0  # a class that never occurs is left out
     expected = devkit_mean_average_precision(target, output.astype(np.float64))
 
     score = multilabel.MultiLabelScore()
@@ -61,7 +68,7 @@ def test_map_is_the_devkits_whatever_the_batches_and_the_scale_of_the_logits(sca
     def validate(size):
         for batch in zip(torch.from_numpy(output).split(size), torch.from_numpy(target).split(size), strict=True):
             score.accuracy(*batch, topk=(1, 5))
-        return {'top1': 0.}
+        return {'top1': 0.0}
 
     for size in (1, 7, 61):  # the second validation starts from nothing
         results = score.scored(validate)(size)
@@ -75,20 +82,22 @@ def test_the_share_of_hits_among_the_best_is_counted_for_dense_targets_and_is_ti
     assert score.accuracy(output, target, (1, 5)) == timm.utils.accuracy(output, target, (1, 5))
     dense = torch.rand(50, 7) < 0.3
     for k, hits in zip((1, 5), score.accuracy(output, dense.float(), (1, 5)), strict=True):
-        expected = sum(any(labels[c] for c in logits.argsort(descending=True)[:k]) for logits, labels in
-                       zip(output, dense, strict=True))
+        expected = sum(
+            any(labels[c] for c in logits.argsort(descending=True)[:k])
+            for logits, labels in zip(output, dense, strict=True)
+        )
         assert hits.item() == pytest.approx(100 * expected / 50)
 
 
 def test_a_validation_of_class_indices_keeps_its_results():
     score = multilabel.MultiLabelScore()
-    assert score.scored(lambda: {'top1': 3.})() == {'top1': 3.}
+    assert score.scored(lambda: {'top1': 3.0})() == {'top1': 3.0}
 
 
 @pytest.mark.parametrize('kind', [np.asarray, torch.tensor, list])
 def test_dense_targets_are_collated_as_floats_and_indices_as_timm_does(kind):
     images = [np.full((3, 2, 2), i, dtype=np.uint8) for i in range(3)]
-    rows = [[1., 0.], [0., VOC_IGNORE], [1., 1.]]
+    rows = [[1.0, 0.0], [0.0, VOC_IGNORE], [1.0, 1.0]]
     batch, target = multilabel.collate([(image, kind(row)) for image, row in zip(images, rows, strict=True)])
     assert target.dtype == torch.float32 and target.tolist() == rows
     assert batch.dtype == torch.uint8 and batch[:, 0, 0, 0].tolist() == [0, 1, 2]

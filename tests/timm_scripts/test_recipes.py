@@ -1,4 +1,5 @@
 """The recipes, read by timm's own parser: optimiser, learning rate at each epoch's start, and what is frozen."""
+
 from __future__ import annotations
 
 import math
@@ -43,8 +44,14 @@ def outline() -> ArgumentParser:
     parser.add_argument('--grad-accum-steps', type=int, default=1)
     for name in ('model_kwargs', 'opt_kwargs'):
         parser.add_argument(f'--{name.replace("_", "-")}', nargs='*', default={}, action=ParseKwargs)
-    parser.set_defaults(dataset='', train_split='train', val_split='validation', img_size=None, bce_target_thresh=None,
-                        sched_on_updates=False)
+    parser.set_defaults(
+        dataset='',
+        train_split='train',
+        val_split='validation',
+        img_size=None,
+        bce_target_thresh=None,
+        sched_on_updates=False,
+    )
     return parser
 
 
@@ -90,7 +97,7 @@ def test_every_recipe_is_tested_here():
 @pytest.mark.parametrize('name', EXPECTED)
 def test_a_recipe_opens_with_what_it_reproduces_and_how_to_run_it(name):
     text = (RECIPES / f'{name}.yaml').read_text()
-    comment = text[:text.index('\n', text.rindex('\n#') + 1)] if text.startswith('#') else ''
+    comment = text[: text.index('\n', text.rindex('\n#') + 1)] if text.startswith('#') else ''
     assert f'-c {name}.yaml' in comment
 
 
@@ -150,16 +157,24 @@ def test_the_global_batch_is_256_on_any_number_of_accelerators(parser):
 def test_the_papers_augmentation_is_crop_and_flip_alone(real_parser):
     args = parse(real_parser, 'imagenet_sgd90')
     transform = timm.data.create_transform(
-        (3, 224, 224), is_training=True, scale=args.scale, ratio=args.ratio, hflip=args.hflip, vflip=args.vflip,
-        color_jitter=args.color_jitter, auto_augment=args.aa, interpolation=args.train_interpolation,
-        re_prob=args.reprob)
+        (3, 224, 224),
+        is_training=True,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation,
+        re_prob=args.reprob,
+    )
     crop, *rest = transform.transforms
     assert (tuple(crop.scale), tuple(crop.size)) == ((0.08, 1.0), (224, 224))
     assert tuple(crop.ratio) == pytest.approx((3 / 4, 4 / 3))
     assert 'bilinear' in repr(crop)
     assert type(rest[0]).__name__ == 'RandomHorizontalFlip'
     assert not {type(step).__name__ for step in rest} & {'ColorJitter', 'RandomVerticalFlip', 'RandomErasing'}
-    assert (args.smoothing, args.mixup, args.cutmix, args.amp, args.dist_bn) == (0., 0., 0., True, '')
+    assert (args.smoothing, args.mixup, args.cutmix, args.amp, args.dist_bn) == (0.0, 0.0, 0.0, True, '')
 
 
 @pytest.mark.parametrize('name', ['cub200', 'voc2012', 'digits'])

@@ -1,4 +1,5 @@
 """timm's scripts run in this process."""
+
 from __future__ import annotations
 
 import json
@@ -20,7 +21,8 @@ pytestmark = pytest.mark.usefixtures('no_script_of_this_machine')
 
 
 def test_the_downloaded_script_runs_in_this_process_with_every_option_unchanged(
-        monkeypatch, releases, server, tmp_path):
+    monkeypatch, releases, server, tmp_path
+):
     monkeypatch.setattr(timm, '__version__', '1.0.31')
     monkeypatch.setenv('SEEN', str(tmp_path / 'seen.json'))
     options = ['--dataset', 'digits', '--model-kwargs', 'a=1', 'b=x/y', '--lr', '0.5']
@@ -36,15 +38,25 @@ def test_the_downloaded_script_runs_in_this_process_with_every_option_unchanged(
 @pytest.mark.parametrize('options', [[], ['--crash', 'ZeroDivisionError'], ['--no-such-option']])
 def test_timm_and_the_process_are_as_before_afterwards(script, options):
     def state():
-        return (list(sys.argv), timm.data.create_dataset, timm.data.loader.fast_collate, timm.task.ClassificationTask,
-                timm.utils.ParseKwargs, timm.utils.accuracy, nn.CrossEntropyLoss)
+        return (
+            list(sys.argv),
+            timm.data.create_dataset,
+            timm.data.loader.fast_collate,
+            timm.task.ClassificationTask,
+            timm.utils.ParseKwargs,
+            timm.utils.accuracy,
+            nn.CrossEntropyLoss,
+        )
+
     before = state()
     script(*options)
     assert state() == before
 
 
-@pytest.mark.parametrize(('error', 'code', 'lines'), [
-    ('ValueError', 2, 1), ('ours', 2, 1), ('ZeroDivisionError', 1, None), ('RuntimeError', 1, None)])
+@pytest.mark.parametrize(
+    ('error', 'code', 'lines'),
+    [('ValueError', 2, 1), ('ours', 2, 1), ('ZeroDivisionError', 1, None), ('RuntimeError', 1, None)],
+)
 def test_an_error_names_the_release_of_the_script_and_that_of_timm(script, capsys, error, code, lines):
     make_file(script.path.parent / 'timm' / 'version.py', "__version__ = '9.8.7'\n")
     assert script('--crash', error)[0] == code
@@ -79,15 +91,20 @@ def test_help_without_a_script_shows_its_own_half_and_how_to_get_the_other(capsy
     assert 'clone of timm' in out
 
 
-@pytest.mark.parametrize(('recipe', 'sentence'), [
-    ({'pretrained': True}, '`pretrained: true` of mine.yaml asks for the weights of resnet18.tv_in1k.'),
-    ({'model_kwargs': {'backbone_pretrained': 'a1_in1k'}},
-     '`backbone_pretrained: a1_in1k` of mine.yaml asks for the weights of resnet18.tv_in1k.'),
-    ({}, ''),
-])
+@pytest.mark.parametrize(
+    ('recipe', 'sentence'),
+    [
+        ({'pretrained': True}, '`pretrained: true` of mine.yaml asks for the weights of resnet18.tv_in1k.'),
+        (
+            {'model_kwargs': {'backbone_pretrained': 'a1_in1k'}},
+            '`backbone_pretrained: a1_in1k` of mine.yaml asks for the weights of resnet18.tv_in1k.',
+        ),
+        ({}, ''),
+    ],
+)
 def test_a_download_that_fails_names_the_option_of_the_recipe(script, tmp_path, capsys, recipe, sentence):
-    path = make_file(tmp_path / 'mine.yaml', yaml.safe_dump({'lr': 1., **recipe}))
+    path = make_file(tmp_path / 'mine.yaml', yaml.safe_dump({'lr': 1.0, **recipe}))
     assert script('-c', str(path), '--model', 'resnet18.tv_in1k', '--crash', 'offline')[0] == 2
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert 'on purpose' in line and sentence in line
     assert sentence or 'asks for' not in line

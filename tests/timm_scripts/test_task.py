@@ -1,4 +1,5 @@
 """timm's task with a stream."""
+
 from __future__ import annotations
 
 import pytest

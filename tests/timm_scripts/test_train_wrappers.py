@@ -1,4 +1,5 @@
 """Trainings of one or two epochs with timm's own scripts."""
+
 from __future__ import annotations
 
 import itertools
@@ -64,7 +65,8 @@ def gap_checkpoint(tmp_path_factory):
 def predictions(model, dataset):
     """Logits and targets of a data set, from a plain loop."""
     dataset.transform = timm.data.create_transform(
-        (3, 64, 64), **{key: model.pretrained_cfg[key] for key in ('mean', 'std', 'crop_pct', 'interpolation')})
+        (3, 64, 64), **{key: model.pretrained_cfg[key] for key in ('mean', 'std', 'crop_pct', 'interpolation')}
+    )
     output, target = zip(*((model(image[None]), torch.as_tensor(label)) for image, label in dataset), strict=True)
     return torch.cat(output), torch.stack(target)
 
@@ -82,13 +84,41 @@ def assert_only_the_stream_was_trained(checkpoint, gap_checkpoint, keys=('state_
 
 
 def test_two_epochs_with_the_real_script_train_the_stream_alone_and_resume(
-        real_scripts, images, gap_checkpoint, tmp_path, capsys):
+    real_scripts, images, gap_checkpoint, tmp_path, capsys
+):
     options = [
-        '--timm-script', real_scripts['train.py'], '--data-dir', str(images), *COMMON,
-        '--model-kwargs', 'freeze_backbone=True', f'backbone_checkpoint={gap_checkpoint}', '--opt', 'momentum',
-        '--lr', '0.1', '--weight-decay', '0.01', '--warmup-epochs', '0', '--smoothing', '0', '--output', str(tmp_path),
-        '--experiment', 'run', '--model-ema', '--model-ema-decay', '0.5', '--amp', '--amp-dtype', 'bfloat16',
-        '--channels-last', '--grad-accum-steps', '2']
+        '--timm-script',
+        real_scripts['train.py'],
+        '--data-dir',
+        str(images),
+        *COMMON,
+        '--model-kwargs',
+        'freeze_backbone=True',
+        f'backbone_checkpoint={gap_checkpoint}',
+        '--opt',
+        'momentum',
+        '--lr',
+        '0.1',
+        '--weight-decay',
+        '0.01',
+        '--warmup-epochs',
+        '0',
+        '--smoothing',
+        '0',
+        '--output',
+        str(tmp_path),
+        '--experiment',
+        'run',
+        '--model-ema',
+        '--model-ema-decay',
+        '0.5',
+        '--amp',
+        '--amp-dtype',
+        'bfloat16',
+        '--channels-last',
+        '--grad-accum-steps',
+        '2',
+    ]
     last = tmp_path / 'run' / 'last.pth.tar'
     streams = []
     for more in (['--epochs', '2'], ['--epochs', '3', '--resume', str(last)]):
@@ -102,9 +132,24 @@ def test_two_epochs_with_the_real_script_train_the_stream_alone_and_resume(
     assert not any(torch.equal(streams[0][name], streams[1][name]) for name in weights)
 
     # validate.py loads what train.py wrote, and scores it as a plain loop does
-    assert validate.main([
-        '--timm-script', real_scripts['validate.py'], '--checkpoint', str(last), '--data-dir', str(images), *COMMON,
-        '--results-file', str(tmp_path / 'results.json'), '--results-format', 'json']) == 0
+    assert (
+        validate.main(
+            [
+                '--timm-script',
+                real_scripts['validate.py'],
+                '--checkpoint',
+                str(last),
+                '--data-dir',
+                str(images),
+                *COMMON,
+                '--results-file',
+                str(tmp_path / 'results.json'),
+                '--results-format',
+                'json',
+            ]
+        )
+        == 0
+    )
     model = timm.create_model('test_resnet_castream', num_classes=CLASSES).eval()
     model.load_state_dict(checkpoint['state_dict'])
     output, target = predictions(model, timm.data.create_dataset('', str(images), 'validation'))
@@ -113,10 +158,27 @@ def test_two_epochs_with_the_real_script_train_the_stream_alone_and_resume(
 
 
 def test_the_real_script_runs_without_a_wrapper(real_scripts, images, gap_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, 'argv', [
-        'train.py', '--device-modules', 'timm_castream', '--data-dir', str(images), *COMMON,
-        '--model-kwargs', 'freeze_backbone=True', f'backbone_checkpoint="{gap_checkpoint}"',
-        '--epochs', '1', '--output', str(tmp_path), '--experiment', 'run'])
+    monkeypatch.setattr(
+        sys,
+        'argv',
+        [
+            'train.py',
+            '--device-modules',
+            'timm_castream',
+            '--data-dir',
+            str(images),
+            *COMMON,
+            '--model-kwargs',
+            'freeze_backbone=True',
+            f'backbone_checkpoint="{gap_checkpoint}"',
+            '--epochs',
+            '1',
+            '--output',
+            str(tmp_path),
+            '--experiment',
+            'run',
+        ],
+    )
     runpy.run_path(real_scripts['train.py'], run_name='__main__')
     checkpoint = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)
     assert_only_the_stream_was_trained(checkpoint, gap_checkpoint)
@@ -124,31 +186,61 @@ def test_the_real_script_runs_without_a_wrapper(real_scripts, images, gap_checkp
 
 def test_two_processes_train_a_class_specific_stream_on_cpus(real_scripts, images, gap_checkpoint, tmp_path):
     run = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-         '-m', 'train_wrappers.train', '--timm-script', real_scripts['train.py'], '--data-dir', str(images), *COMMON,
-         '--model-kwargs', 'freeze_backbone=True', 'stream_class_specific=True',
-         f'backbone_checkpoint={gap_checkpoint}',
-         '--epochs', '1', '--smoothing', '0', '--torchcompile', 'eager', '--output', str(tmp_path),
-         '--experiment', 'run'],
-        capture_output=True, text=True)
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc-per-node',
+            '2',
+            '-m',
+            'train_wrappers.train',
+            '--timm-script',
+            real_scripts['train.py'],
+            '--data-dir',
+            str(images),
+            *COMMON,
+            '--model-kwargs',
+            'freeze_backbone=True',
+            'stream_class_specific=True',
+            f'backbone_checkpoint={gap_checkpoint}',
+            '--epochs',
+            '1',
+            '--smoothing',
+            '0',
+            '--torchcompile',
+            'eager',
+            '--output',
+            str(tmp_path),
+            '--experiment',
+            'run',
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     assert 'trains without labels' not in run.stderr
     checkpoint = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)
     assert_only_the_stream_was_trained(checkpoint, gap_checkpoint)
 
 
-@pytest.mark.parametrize(('program', 'options', 'message'), [
-    (train, ['--dataset', 'cub'], "no data set 'cub'; known are cub200"),
-    (train, ['--train-split', 'tran'], "no split 'tran', it has train, validation"),
-    (train, ['--num-classes', '2'], 'The data set has 3 classes, the model has 2: pass --num-classes 3'),
-    (train, ['-b', '37'], 'The 36 training images fill no batch of 37: pass a smaller --batch-size'),
-    (validate, ['--dataset', 'cub', '--checkpoint', 'last.pth'], "no data set 'cub'; known are cub200"),
-    (validate, ['--split', 'tset', '--checkpoint', 'last.pth'], "no split 'tset', it has train, validation"),
-    (validate, ['--pretrained'], 'No pretrained weights exist for test_resnet_castream'),
-    (validate, [], 'There are no weights to validate'),
-], ids=str)
+@pytest.mark.parametrize(
+    ('program', 'options', 'message'),
+    [
+        (train, ['--dataset', 'cub'], "no data set 'cub'; known are cub200"),
+        (train, ['--train-split', 'tran'], "no split 'tran', it has train, validation"),
+        (train, ['--num-classes', '2'], 'The data set has 3 classes, the model has 2: pass --num-classes 3'),
+        (train, ['-b', '37'], 'The 36 training images fill no batch of 37: pass a smaller --batch-size'),
+        (validate, ['--dataset', 'cub', '--checkpoint', 'last.pth'], "no data set 'cub'; known are cub200"),
+        (validate, ['--split', 'tset', '--checkpoint', 'last.pth'], "no split 'tset', it has train, validation"),
+        (validate, ['--pretrained'], 'No pretrained weights exist for test_resnet_castream'),
+        (validate, [], 'There are no weights to validate'),
+    ],
+    ids=str,
+)
 def test_a_mistake_that_the_script_finds_late_is_one_line(
-        real_scripts, images, tmp_path, monkeypatch, capsys, program, options, message):
+    real_scripts, images, tmp_path, monkeypatch, capsys, program, options, message
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging, 'raiseExceptions', False)  # timm's handlers keep the stderr of an earlier test
     torch.save(timm.create_model('test_resnet_castream', num_classes=CLASSES).state_dict(), 'last.pth')
@@ -182,16 +274,47 @@ def test_voc_is_trained_and_scored_by_the_real_scripts(real_scripts, tmp_path, m
 
     # The recipe as it is, but for the size
     options = [*SMALL, '--data-dir', str(root)]
-    assert train.main(['--timm-script', real_scripts['train.py'], '-c', 'voc2012.yaml', *options, '--epochs', '1',
-                       '--model-kwargs', f'backbone_checkpoint={tmp_path / "gap.pth"}']) == 0, capsys.readouterr().err
+    assert (
+        train.main(
+            [
+                '--timm-script',
+                real_scripts['train.py'],
+                '-c',
+                'voc2012.yaml',
+                *options,
+                '--epochs',
+                '1',
+                '--model-kwargs',
+                f'backbone_checkpoint={tmp_path / "gap.pth"}',
+            ]
+        )
+        == 0
+    ), capsys.readouterr().err
     last = tmp_path / 'output' / 'train' / 'voc2012_castream' / 'last.pth.tar'
     checkpoint = torch.load(last, weights_only=False)
     assert_only_the_stream_was_trained(checkpoint, tmp_path / 'gap.pth')
     assert 'eval_map' in (last.parent / 'summary.csv').read_text().splitlines()[0]
 
-    assert validate.main([
-        '--timm-script', real_scripts['validate.py'], *options, '--dataset', 'voc2012', '--num-classes', '20',
-        '--checkpoint', str(last), '--results-file', 'results.json', '--results-format', 'json']) == 0
+    assert (
+        validate.main(
+            [
+                '--timm-script',
+                real_scripts['validate.py'],
+                *options,
+                '--dataset',
+                'voc2012',
+                '--num-classes',
+                '20',
+                '--checkpoint',
+                str(last),
+                '--results-file',
+                'results.json',
+                '--results-format',
+                'json',
+            ]
+        )
+        == 0
+    )
     model = timm.create_model('test_resnet_castream', num_classes=20).eval()
     model.load_state_dict(checkpoint['state_dict'])
     output = predictions(model, VOC2012(root, 'val'))[0].double().numpy()

@@ -1,4 +1,5 @@
 """Files written whole or not at all."""
+
 from __future__ import annotations
 
 import os
@@ -30,8 +31,10 @@ def test_an_error_leaves_the_older_file_and_nothing_else(tmp_path, error):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r'no folder .*nowhere to write a\.txt'), \
-            write_whole(tmp_path / 'nowhere' / 'a.txt'):
+    with (
+        pytest.raises(FileNotFoundError, match=r'no folder .*nowhere to write a\.txt'),
+        write_whole(tmp_path / 'nowhere' / 'a.txt'),
+    ):
         pass
 
 

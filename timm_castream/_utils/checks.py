@@ -1,4 +1,5 @@
 """Checks of arguments. Each raises a ValueError that names the bad value and the valid ones."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

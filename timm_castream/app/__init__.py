@@ -1,4 +1,5 @@
 """The page of `castream app`, and what it shows of an image without a server."""
+
 from .blocks import create_app, serve
 from .explanation import Explanation, MapScores, explain_image
 from .export import draw_explanation, draw_scores, write_explanation

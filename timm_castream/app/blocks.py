@@ -3,6 +3,7 @@
 `explain_image`, `write_explanation` and the methods of `Explanation` need no server. `create_app` makes the page around
 them, `serve` starts it. Everything that belongs to one user lies in the state of their session.
 """
+
 from __future__ import annotations
 
 import tempfile
@@ -45,7 +46,8 @@ def create_app(opened: PageModel, examples: Sequence[str | Path] = (), choose_mo
             with gr.Accordion('Another network', open=False):
                 with gr.Row():
                     name_box = gr.Textbox(
-                        label='Model', placeholder='resnet18_castream, hf-hub:ORG/NAME or local-dir:DIR')
+                        label='Model', placeholder='resnet18_castream, hf-hub:ORG/NAME or local-dir:DIR'
+                    )
                     checkpoint_box = gr.Textbox(label='Checkpoint', placeholder='a file, or ORG/NAME on the Hub')
                 published = gr.Checkbox(label='Use the published weights of the model')
                 open_button = gr.Button('Open')
@@ -60,8 +62,11 @@ def create_app(opened: PageModel, examples: Sequence[str | Path] = (), choose_mo
                 with gr.Column(visible=False) as controls:
                     class_choice = gr.Dropdown([], label='Class to explain', elem_id='cs-class')
                     method_choice = gr.CheckboxGroup(
-                        _titles(opened.class_methods), value=list(DEFAULT_METHODS), label='Methods',
-                        elem_id='cs-methods')
+                        _titles(opened.class_methods),
+                        value=list(DEFAULT_METHODS),
+                        label='Methods',
+                        elem_id='cs-methods',
+                    )
                     slider = gr.Slider(0, 1, 0.5, step=0.05, label='Opacity of the maps', elem_id='cs-opacity')
         maps = gr.HTML(label='Maps', elem_id='cs-maps')
         attention = gr.HTML(label='Attention', elem_id='cs-attention')
@@ -69,26 +74,40 @@ def create_app(opened: PageModel, examples: Sequence[str | Path] = (), choose_mo
             gr.HTML(page.measuring())
             with gr.Row(elem_id='cs-measuring'):
                 measured_choice = gr.Dropdown(
-                    _titles(opened.methods), value=DEFAULT_METHODS[0], label='Method', elem_id='cs-method')
+                    _titles(opened.methods), value=DEFAULT_METHODS[0], label='Method', elem_id='cs-method'
+                )
                 measure_button = gr.Button('Measure on this image', variant='primary')
                 save_button = gr.Button('Save picture and figures')
             worth = gr.HTML(label='MapScores', elem_id='cs-worth', min_height=90)
             files = gr.File(label='Files', visible=False, file_count='multiple', interactive=False, elem_id='cs-files')
         no_files = gr.update(visible=False, value=None)
         blank = {
-            session: None, classes: '', maps: '', attention: '', worth: '', files: no_files,
-            controls: gr.update(visible=False), measuring: gr.update(visible=False),
-            class_choice: gr.update(choices=[], value=None)}
+            session: None,
+            classes: '',
+            maps: '',
+            attention: '',
+            worth: '',
+            files: no_files,
+            controls: gr.update(visible=False),
+            measuring: gr.update(visible=False),
+            class_choice: gr.update(choices=[], value=None),
+        }
 
         def show(explanation: Explanation, target: int, methods: list[str], progress: Any) -> dict[Any, Any]:
             """The part of the page that depends on the class and the methods."""
             found = explanation.maps(methods, target, progress)
             return {
-                session: explanation, message: page.input_note(explanation), worth: '', files: no_files,
-                classes: page.predictions(explanation, target), maps: page.maps(explanation, methods, target, found)}
+                session: explanation,
+                message: page.input_note(explanation),
+                worth: '',
+                files: no_files,
+                classes: page.predictions(explanation, target),
+                maps: page.maps(explanation, methods, target, found),
+            }
 
-        def explain(image: str | None, methods: list[str], model: PageModel | None,
-                    progress: Any = gr.Progress()) -> dict[Any, Any]:  # noqa: B008
+        def explain(
+            image: str | None, methods: list[str], model: PageModel | None, progress: Any = gr.Progress()
+        ) -> dict[Any, Any]:  # noqa: B008
             """Explains an image for the class that the model predicts."""
             if image is None:
                 return blank | {message: page.status(_START)}
@@ -98,14 +117,17 @@ def create_app(opened: PageModel, examples: Sequence[str | Path] = (), choose_mo
                 progress(0, desc='Running the network')
                 explanation = explain_image(model or opened, image)
                 return show(explanation, explanation.predicted, methods, progress) | {
-                    attention: page.attention(explanation), controls: gr.update(visible=True),
+                    attention: page.attention(explanation),
+                    controls: gr.update(visible=True),
                     measuring: gr.update(visible=True),
-                    class_choice: gr.update(choices=_class_choices(explanation), value=explanation.predicted)}
+                    class_choice: gr.update(choices=_class_choices(explanation), value=explanation.predicted),
+                }
             except Exception as error:
                 return blank | {message: page.error(error)}
 
-        def choose(target: int | None, methods: list[str], explanation: Explanation | None,
-                   progress: Any = gr.Progress()) -> dict[Any, Any]:  # noqa: B008
+        def choose(
+            target: int | None, methods: list[str], explanation: Explanation | None, progress: Any = gr.Progress()
+        ) -> dict[Any, Any]:  # noqa: B008
             """Shows the maps of another class or of other methods."""
             if explanation is None or target is None:
                 return {message: page.status(_START)}
@@ -114,8 +136,9 @@ def create_app(opened: PageModel, examples: Sequence[str | Path] = (), choose_mo
             except Exception as error:
                 return {message: page.error(error)}
 
-        def measure(target: int | None, method: str, explanation: Explanation | None,
-                    progress: Any = gr.Progress()) -> dict[Any, Any]:  # noqa: B008
+        def measure(
+            target: int | None, method: str, explanation: Explanation | None, progress: Any = gr.Progress()
+        ) -> dict[Any, Any]:  # noqa: B008
             """Measures the maps of one method on the image."""
             if explanation is None or target is None:
                 return {message: page.status(_START)}
@@ -124,8 +147,14 @@ def create_app(opened: PageModel, examples: Sequence[str | Path] = (), choose_mo
             except Exception as error:
                 return {message: page.error(error), worth: ''}
 
-        def save(target: int | None, methods: list[str], method: str, opacity: float, explanation: Explanation | None,
-                 progress: Any = gr.Progress()) -> dict[Any, Any]:  # noqa: B008
+        def save(
+            target: int | None,
+            methods: list[str],
+            method: str,
+            opacity: float,
+            explanation: Explanation | None,
+            progress: Any = gr.Progress(),
+        ) -> dict[Any, Any]:  # noqa: B008
             """Writes the picture (PNG) and the figures (JSON), with the measurements of one method."""
             if explanation is None or target is None:
                 return {message: page.status(_START)}
@@ -139,38 +168,80 @@ def create_app(opened: PageModel, examples: Sequence[str | Path] = (), choose_mo
             except Exception as error:
                 return {message: page.error(error)}
 
-        def change_model(name: str, checkpoint: str, pretrained: bool, image: str | None, methods: list[str],
-                         progress: Any = gr.Progress()) -> dict[Any, Any]:  # noqa: B008
+        def change_model(
+            name: str,
+            checkpoint: str,
+            pretrained: bool,
+            image: str | None,
+            methods: list[str],
+            progress: Any = gr.Progress(),
+        ) -> dict[Any, Any]:  # noqa: B008
             """Opens another model for this session and explains the image with it."""
             try:
                 progress(0, desc='Opening the model')
                 model = open_for_page(
-                    name.strip() or None, checkpoint.strip() or None, pretrained, activation=opened.network.activation,
-                    device=next(opened.model.parameters()).device)
+                    name.strip() or None,
+                    checkpoint.strip() or None,
+                    pretrained,
+                    activation=opened.network.activation,
+                    device=next(opened.model.parameters()).device,
+                )
             except Exception as error:
                 return {message: page.error(error)}
             methods = [method for method in methods if method in model.methods]
             return explain(image, methods, model, progress) | {
-                session_model: model, heading: page.header(model),
+                session_model: model,
+                heading: page.header(model),
                 method_choice: gr.update(choices=_titles(model.class_methods), value=methods),
-                measured_choice: gr.update(choices=_titles(model.methods), value=DEFAULT_METHODS[0])}
+                measured_choice: gr.update(choices=_titles(model.methods), value=DEFAULT_METHODS[0]),
+            }
 
         # One request at a time for all sessions: pooling and evaluation mode are settings of the shared model.
         common: dict[str, Any] = {'concurrency_limit': 1, 'concurrency_id': 'castream', 'trigger_mode': 'always_last'}
         shown = [message, *blank]
-        gr.on([upload.change, app.load] if paths else [upload.change], explain,
-              [upload, method_choice, session_model], shown, api_name='explain', show_progress_on=[message], **common)
-        gr.on([class_choice.input, method_choice.input], choose, [class_choice, method_choice, session],
-              [session, message, classes, maps, worth, files], api_name='choose', show_progress_on=[message], **common)
-        measure_button.click(measure, [class_choice, measured_choice, session], [message, worth], api_name='measure',
-                             show_progress_on=[worth], **common)
-        save_button.click(save, [class_choice, method_choice, measured_choice, slider, session], [message, files],
-                          api_name='save', show_progress_on=[worth], **common)
+        gr.on(
+            [upload.change, app.load] if paths else [upload.change],
+            explain,
+            [upload, method_choice, session_model],
+            shown,
+            api_name='explain',
+            show_progress_on=[message],
+            **common,
+        )
+        gr.on(
+            [class_choice.input, method_choice.input],
+            choose,
+            [class_choice, method_choice, session],
+            [session, message, classes, maps, worth, files],
+            api_name='choose',
+            show_progress_on=[message],
+            **common,
+        )
+        measure_button.click(
+            measure,
+            [class_choice, measured_choice, session],
+            [message, worth],
+            api_name='measure',
+            show_progress_on=[worth],
+            **common,
+        )
+        save_button.click(
+            save,
+            [class_choice, method_choice, measured_choice, slider, session],
+            [message, files],
+            api_name='save',
+            show_progress_on=[worth],
+            **common,
+        )
         if choose_model:
             open_button.click(
-                change_model, [name_box, checkpoint_box, published, upload, method_choice],
-                [session_model, heading, method_choice, measured_choice, *shown], api_name='open',
-                show_progress_on=[message], **common)
+                change_model,
+                [name_box, checkpoint_box, published, upload, method_choice],
+                [session_model, heading, method_choice, measured_choice, *shown],
+                api_name='open',
+                show_progress_on=[message],
+                **common,
+            )
         # The browser blends the maps with the image, so another opacity needs no request.
         slider.input(None, slider, None, js=_OPACITY_JS, api_visibility='private')
     return app
@@ -205,8 +276,14 @@ def serve(app: Any, host: str | None = '127.0.0.1', port: int | None = None, **k
 
 def _image_file(gr: Any, paths: list[str]) -> Any:
     image = gr.Image(
-        paths[0] if paths else None, type='filepath', label='Image', sources=['upload', 'clipboard'], height=300,
-        buttons=[], elem_id='cs-image')
+        paths[0] if paths else None,
+        type='filepath',
+        label='Image',
+        sources=['upload', 'clipboard'],
+        height=300,
+        buttons=[],
+        elem_id='cs-image',
+    )
     # Gradio would decode the upload itself and fail on a broken file without a sentence.
     image.preprocess = lambda payload: payload and payload.path
     return image

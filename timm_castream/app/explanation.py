@@ -5,6 +5,7 @@ keeps it, so that another class recomputes nothing else.
 
 Letters: C classes, H x W pixels, h x w locations of a saliency map.
 """
+
 from __future__ import annotations
 
 import warnings
@@ -59,8 +60,12 @@ class MapScores:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the picture, as plain numbers and lists."""
         return {
-            'prob': self.prob, 'masked_prob': self.masked_prob, **self.metrics,
-            'insertion_curve': self.insertion_curve.tolist(), 'deletion_curve': self.deletion_curve.tolist()}
+            'prob': self.prob,
+            'masked_prob': self.masked_prob,
+            **self.metrics,
+            'insertion_curve': self.insertion_curve.tolist(),
+            'deletion_curve': self.deletion_curve.tolist(),
+        }
 
 
 class Explanation:
@@ -86,7 +91,8 @@ class Explanation:
                 maps = attention_maps(opened.model, x)
             self.attention = {
                 name: scale_maps(values.mean(1))[0]
-                for name, values in zip(opened.model.castream_stages, maps, strict=True)}
+                for name, values in zip(opened.model.castream_stages, maps, strict=True)
+            }
         self._maps: dict[tuple[str, str, int], Tensor] = {}
         self._worth: dict[tuple[str, int], dict[str, MapScores]] = {}
         self._identity: Identity | None = None
@@ -98,8 +104,7 @@ class Explanation:
 
     def best(self) -> list[int]:
         """The top classes of all poolings together, from the highest probability."""
-        found = sorted(
-            ((value, index) for name in self.probabilities for index, value in self.top(name)), reverse=True)
+        found = sorted(((value, index) for name in self.probabilities for index, value in self.top(name)), reverse=True)
         return list(dict.fromkeys(index for _, index in found))
 
     @property
@@ -108,10 +113,7 @@ class Explanation:
         return self.top(self.opened.network.poolings[-1], 1)[0][0]
 
     def maps(
-            self,
-            methods: Sequence[str],
-            target: int,
-            progress: Progress | None = None,
+        self, methods: Sequence[str], target: int, progress: Progress | None = None
     ) -> dict[tuple[str, str], Tensor]:
         """Saliency maps of a class, {(pooling, method): (h, w) in [0, 1]}.
 
@@ -131,8 +133,8 @@ class Explanation:
             if progress is not None:
                 progress(position / len(missing), METHODS[method].title)
             maps = attribute_all(
-                network.model, self.x, (method,), self._indices(target), network.poolings,
-                activation=network.activation)
+                network.model, self.x, (method,), self._indices(target), network.poolings, activation=network.activation
+            )
             self._maps.update({(name, method, target): values[0] for (name, _), values in maps.items()})
         return {(name, method): self._maps[name, method, target] for method in methods for name in network.poolings}
 
@@ -172,9 +174,11 @@ class Explanation:
         with network.pooled_by(pooling):
             curves = [
                 curve(network.model, self.x, saliency, indices, activation=network.activation)
-                for curve in (insertion_curve, deletion_curve)]
+                for curve in (insertion_curve, deletion_curve)
+            ]
         measured = Measurements(
-            self.probabilities[pooling][indices], self._probabilities(masked)[pooling][:, target], *curves)
+            self.probabilities[pooling][indices], self._probabilities(masked)[pooling][:, target], *curves
+        )
         return MapScores(
             prob=measured.prob.item(),
             masked_prob=measured.masked_prob.item(),
@@ -221,7 +225,8 @@ def _read_file(path: Path, mode: str) -> Image.Image:
         raise ValueError('The file is not an image that can be read.') from None
     if width * height > MAX_PIXELS:
         raise ValueError(
-            f'The image has {width} x {height} pixels; at most {MAX_PIXELS // 10**6} million pixels are read.')
+            f'The image has {width} x {height} pixels; at most {MAX_PIXELS // 10**6} million pixels are read.'
+        )
     try:
         return read_image(path, mode)
     except Exception:

@@ -1,4 +1,5 @@
 """The picture, the curves and the figures of one explained image, as figures of matplotlib and as files."""
+
 from __future__ import annotations
 
 import json
@@ -28,16 +29,24 @@ def draw_explanation(explanation: Explanation, methods: Sequence[str], target: i
     """
     opened = explanation.opened
     label = opened.class_name(target)
-    rows = [[Panel(opened.name[:40], explanation.pixels), *(
-        Panel(f'{METHODS["attention"].title}\n{stage}', overlay(explanation.pixels, values, opacity))
-        for stage, values in explanation.attention.items())]]
+    rows = [
+        [
+            Panel(opened.name[:40], explanation.pixels),
+            *(
+                Panel(f'{METHODS["attention"].title}\n{stage}', overlay(explanation.pixels, values, opacity))
+                for stage, values in explanation.attention.items()
+            ),
+        ]
+    ]
     maps = explanation.maps(methods, target)
     for name in opened.network.poolings if methods else ():
         title = f'{POOLING_NAMES[name]}: {label[:22]} {explanation.probabilities[name][target]:.2f}'
-        rows.append([
-            Panel(f'{METHODS[method].title}\n{title}', overlay(explanation.pixels, maps[name, method], opacity))
-            for method in methods
-        ])
+        rows.append(
+            [
+                Panel(f'{METHODS[method].title}\n{title}', overlay(explanation.pixels, maps[name, method], opacity))
+                for method in methods
+            ]
+        )
     return draw_grid(rows)
 
 
@@ -47,8 +56,9 @@ def draw_scores(worth: dict[str, MapScores]) -> Figure:
     axes = figure.subplots()
     for colour, (name, measured) in zip(('#6b7280', '#d9480f'), worth.items(), strict=False):
         for curve, style, title in (
-                (measured.insertion_curve, '-', f'insertion {measured.metrics["insertion"]:.1f} %'),
-                (measured.deletion_curve, '--', f'deletion {measured.metrics["deletion"]:.1f} %')):
+            (measured.insertion_curve, '-', f'insertion {measured.metrics["insertion"]:.1f} %'),
+            (measured.deletion_curve, '--', f'deletion {measured.metrics["deletion"]:.1f} %'),
+        ):
             share = np.linspace(0, 100, len(curve))
             axes.plot(share, curve.numpy(), style, color=colour, label=f'{POOLING_NAMES[name]}, {title}')
     axes.set(xlabel='pixels changed, most salient first (%)', ylabel='probability', xlim=(0, 100))
@@ -59,12 +69,12 @@ def draw_scores(worth: dict[str, MapScores]) -> Figure:
 
 
 def write_explanation(
-        explanation: Explanation,
-        folder: str | Path,
-        methods: Sequence[str],
-        target: int,
-        opacity: float = 0.5,
-        measured: str | None = None,
+    explanation: Explanation,
+    folder: str | Path,
+    methods: Sequence[str],
+    target: int,
+    opacity: float = 0.5,
+    measured: str | None = None,
 ) -> list[Path]:
     """Writes the picture and the figures of an explanation.
 
@@ -90,20 +100,32 @@ def write_explanation(
         'versions': {'timm_castream': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
         'input_size': list(explanation.x.shape[1:]),
         'class': {'index': target, 'name': opened.class_name(target)},
-        'top': {name: [
-            {'index': index, 'name': opened.class_name(index), 'probability': probability}
-            for index, probability in explanation.top(name)] for name in opened.network.poolings},
+        'top': {
+            name: [
+                {'index': index, 'name': opened.class_name(index), 'probability': probability}
+                for index, probability in explanation.top(name)
+            ]
+            for name in opened.network.poolings
+        },
         'attention': {stage: values.tolist() for stage, values in explanation.attention.items()},
-        'maps': {method: {name: values.tolist() for (name, row), values in explanation.maps(methods, target).items()
-                          if row == method} for method in methods},
+        'maps': {
+            method: {
+                name: values.tolist()
+                for (name, row), values in explanation.maps(methods, target).items()
+                if row == method
+            }
+            for method in methods
+        },
         'opacity': opacity,
         'worth': {measured: {name: value.to_dict() for name, value in worth.items()}} if worth else {},
     }
     if opened.network.has_stream:
         logits, cam = explanation.identity()
         figures['identity'] = {
-            'attention_logits': logits[0].tolist(), 'cam': cam[0].tolist(),
-            'largest_difference': (logits - cam).abs().max().item()}
+            'attention_logits': logits[0].tolist(),
+            'cam': cam[0].tolist(),
+            'largest_difference': (logits - cam).abs().max().item(),
+        }
     path = folder / 'explanation.json'
     path.write_text(json.dumps(figures, indent=1) + '\n', encoding='utf-8')
     return [*files, path]

@@ -1,4 +1,5 @@
 """The HTML of the page of `castream app`. Every text that comes from a model or a user is escaped."""
+
 from __future__ import annotations
 
 import base64
@@ -22,12 +23,16 @@ from .page_model import PageModel
 def header(opened: PageModel) -> str:
     """The title and the sentences on the network."""
     size = ' x '.join(str(side) for side in opened.model.pretrained_cfg['input_size'][1:])
-    poolings = ('Its CA-Stream (CA) is compared with its own average pooling (GAP).' if opened.network.has_stream else
-                'It has no CA-Stream, so there is one pooling, its own (GAP).')
+    poolings = (
+        'Its CA-Stream (CA) is compared with its own average pooling (GAP).'
+        if opened.network.has_stream
+        else 'It has no CA-Stream, so there is one pooling, its own (GAP).'
+    )
     return (
         '<header class="cs-header"><h1>Where does the network look?</h1>'
         f'<p><strong>{escape(opened.name)}</strong>, {opened.model.num_classes:,} classes, {escape(size)} pixels. '
-        f'{escape(opened.weights)} {poolings}</p></header>')
+        f'{escape(opened.weights)} {poolings}</p></header>'
+    )
 
 
 def status(text: str) -> str:
@@ -45,7 +50,8 @@ def input_note(explanation: Explanation) -> str:
     """A sentence on the image that the pictures show."""
     height, width = explanation.pixels.shape[:2]
     return status(
-        f'The pictures show the image as the network gets it: scaled and cropped to {width} x {height} pixels.')
+        f'The pictures show the image as the network gets it: scaled and cropped to {width} x {height} pixels.'
+    )
 
 
 def measuring() -> str:
@@ -53,7 +59,8 @@ def measuring() -> str:
     return (
         '<div class="cs-block"><h2>What are the maps worth on this image?</h2><p class="cs-hint">The image is masked '
         'by its map, and its most salient pixels are inserted and deleted. See how the probability of the class '
-        'changes.</p></div>')
+        'changes.</p></div>'
+    )
 
 
 def predictions(explanation: Explanation, target: int) -> str:
@@ -67,17 +74,15 @@ def predictions(explanation: Explanation, target: int) -> str:
         rows = ''.join(
             f'<li class="{"cs-chosen" if index == target else ""}" style="--cs-share: {probability:.4f}">'
             f'<span>{escape(opened.class_name(index))}</span><span>{100 * probability:.1f} %</span></li>'
-            for index, probability in top)
+            for index, probability in top
+        )
         lists.append(f'<section><h3>{POOLING_NAMES[name]}</h3><ol>{rows}</ol></section>')
     title = f'Top {NUM_TOP} classes' if opened.model.num_classes > NUM_TOP else 'Classes'
     return f'<div class="cs-block"><h2>{title}</h2><div class="cs-predictions">{"".join(lists)}</div></div>'
 
 
 def maps(
-        explanation: Explanation,
-        methods: Sequence[str],
-        target: int,
-        saliency: Mapping[tuple[str, str], Tensor],
+    explanation: Explanation, methods: Sequence[str], target: int, saliency: Mapping[tuple[str, str], Tensor]
 ) -> str:
     """Saliency of a class: one card a method, GAP beside CA."""
     label = explanation.opened.class_name(target)
@@ -85,9 +90,14 @@ def maps(
     for method in methods:
         title = METHODS[method].title
         pictures = ''.join(
-            _overlay(explanation, saliency[name, method], POOLING_NAMES[name],
-                     f'{title} of {label} under {POOLING_NAMES[name]}')
-            for name in explanation.opened.network.poolings)
+            _overlay(
+                explanation,
+                saliency[name, method],
+                POOLING_NAMES[name],
+                f'{title} of {label} under {POOLING_NAMES[name]}',
+            )
+            for name in explanation.opened.network.poolings
+        )
         cards.append(_card(title, _pictures(pictures)))
     body = ''.join(cards) or '<p class="cs-hint">Choose a method to see its maps.</p>'
     return _block(explanation, f'Saliency of “{label}”', 'Red pixels matter most for the class.', body)
@@ -99,10 +109,14 @@ def attention(explanation: Explanation) -> str:
         return ''
     pictures = ''.join(
         _overlay(explanation, values, stage, f'Attention of stage {stage}')
-        for stage, values in explanation.attention.items())
+        for stage, values in explanation.attention.items()
+    )
     return _block(
-        explanation, 'Attention of every stage', 'The stream visits the stages in this order. No class is involved.',
-        f'<div class="cs-card cs-stages">{_pictures(pictures)}</div>')
+        explanation,
+        'Attention of every stage',
+        'The stream visits the stages in this order. No class is involved.',
+        f'<div class="cs-card cs-stages">{_pictures(pictures)}</div>',
+    )
 
 
 def scores(explanation: Explanation, method: str, target: int, measured: dict[str, MapScores]) -> str:
@@ -110,7 +124,8 @@ def scores(explanation: Explanation, method: str, target: int, measured: dict[st
     title = f'{METHODS[method].title} of “{explanation.opened.class_name(target)}”'
     masked = ''.join(
         _figure(value.masked_pixels, POOLING_NAMES[name], f'The image masked by the map under {POOLING_NAMES[name]}')
-        for name, value in measured.items())
+        for name, value in measured.items()
+    )
     cards = [
         _card(title, _table(measured)),
         _card('The image masked by its map', _pictures(masked)),
@@ -120,20 +135,23 @@ def scores(explanation: Explanation, method: str, target: int, measured: dict[st
         cards.append(_card('Both sides of eq. (5)', _identity(explanation)))
     return (
         f'<div class="cs-block cs-halves"><div class="cs-cards">{"".join(cards)}</div><p class="cs-hint">'
-        'One image says little. The command castream evaluate averages these figures over a data set.</p></div>')
+        'One image says little. The command castream evaluate averages these figures over a data set.</p></div>'
+    )
 
 
 def _table(measured: dict[str, MapScores]) -> str:
     rows = {
         'Probability of the class': [f'{value.prob:.4f}' for value in measured.values()],
-        'Probability, image masked': [f'{value.masked_prob:.4f}' for value in measured.values()]}
+        'Probability, image masked': [f'{value.masked_prob:.4f}' for value in measured.values()],
+    }
     for metric in next(iter(measured.values())).metrics:
         arrow = '↑' if METRICS[metric].higher_is_better else '↓'
         rows[f'{METRICS[metric].title} {arrow}'] = [f'{value.metrics[metric]:.1f} %' for value in measured.values()]
     head = ''.join(f'<th scope="col">{POOLING_NAMES[name]}</th>' for name in measured)
     body = ''.join(
         f'<tr><th scope="row">{title}</th>{"".join(f"<td>{text}</td>" for text in texts)}</tr>'
-        for title, texts in rows.items())
+        for title, texts in rows.items()
+    )
     return f'<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
@@ -144,11 +162,13 @@ def _identity(explanation: Explanation) -> str:
     size = explanation.pixels.shape[:2]
     pictures = ''.join(
         _figure(heat_map((side - low) / (span or 1), size), title, title)
-        for side, title in zip(sides, ('attention logits F q', 'CAM Σ qₖ Fₖ'), strict=True))
+        for side, title in zip(sides, ('attention logits F q', 'CAM Σ qₖ Fₖ'), strict=True)
+    )
     difference = (sides[0] - sides[1]).abs().max().item()
     return (
         f'{_pictures(pictures)}<p class="cs-hint">The attention of the last stage is a class activation map. The sides '
-        f'differ by at most {difference:.1e}; their values span {span:.3g}.</p>')
+        f'differ by at most {difference:.1e}; their values span {span:.3g}.</p>'
+    )
 
 
 def _svg(measured: dict[str, MapScores]) -> str:
@@ -156,7 +176,7 @@ def _svg(measured: dict[str, MapScores]) -> str:
     with rc_context({'svg.fonttype': 'none', 'font.family': 'sans-serif', 'svg.hashsalt': 'castream'}):
         draw_scores(measured).savefig(text, format='svg', metadata={'Date': None})
     svg = text.getvalue()
-    return svg[svg.index('<svg'):]
+    return svg[svg.index('<svg') :]
 
 
 def _block(explanation: Explanation, title: str, hint: str, body: str) -> str:
@@ -164,7 +184,8 @@ def _block(explanation: Explanation, title: str, hint: str, body: str) -> str:
     style = f'--cs-image: url({_image_url(explanation.pixels)}); --cs-ratio: {width} / {height}'
     return (
         f'<div class="cs-block" style="{style}"><h2>{escape(title)}</h2><p class="cs-hint">{hint}</p>'
-        f'<div class="cs-cards">{body}</div></div>')
+        f'<div class="cs-cards">{body}</div></div>'
+    )
 
 
 def _card(title: str, body: str) -> str:
@@ -180,13 +201,15 @@ def _overlay(explanation: Explanation, saliency: Tensor, caption: str, alternati
     colours = _image_url(heat_map(saliency, explanation.pixels.shape[:2]))
     return (
         f'<figure><div class="cs-picture"><img src="{colours}" alt="{escape(alternative)}"></div>'
-        f'<figcaption>{escape(caption)}</figcaption></figure>')
+        f'<figcaption>{escape(caption)}</figcaption></figure>'
+    )
 
 
 def _figure(pixels: np.ndarray, caption: str, alternative: str) -> str:
     return (
         f'<figure><img class="cs-plain" src="{_image_url(pixels)}" alt="{escape(alternative)}">'
-        f'<figcaption>{escape(caption)}</figcaption></figure>')
+        f'<figcaption>{escape(caption)}</figcaption></figure>'
+    )
 
 
 def _image_url(pixels: np.ndarray) -> str:

@@ -1,4 +1,5 @@
 """A model opened for a page: the network under explanation, its name, and a sentence on its weights."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -52,13 +53,13 @@ class PageModel:
 
 
 def open_for_page(
-        name: str | None = None,
-        checkpoint: str | None = None,
-        pretrained: bool = False,
-        *,
-        activation: str = 'softmax',
-        device: str | torch.device = 'cpu',
-        **kwargs: Any,
+    name: str | None = None,
+    checkpoint: str | None = None,
+    pretrained: bool = False,
+    *,
+    activation: str = 'softmax',
+    device: str | torch.device = 'cpu',
+    **kwargs: Any,
 ) -> PageModel:
     """Opens a model.
 
@@ -83,8 +84,11 @@ def open_for_page(
         if checkpoint is not None:
             weights = f'Its weights are those of {Path(checkpoint).name if Path(checkpoint).is_file() else checkpoint}.'
         else:
-            weights = 'It has its published weights.' if pretrained else (
-                'Its weights are random, because no checkpoint was named: the maps mean nothing.')
+            weights = (
+                'It has its published weights.'
+                if pretrained
+                else ('Its weights are random, because no checkpoint was named: the maps mean nothing.')
+            )
     if not model.num_classes:
         raise ValueError(f'{name} has no classes, so there is no class to explain.')
     title = (model.pretrained_cfg or {}).get('architecture') or name

@@ -1,4 +1,5 @@
 """Write the page as a Hugging Face Space: a folder with the page, its network, its packages and pinned requirements."""
+
 from __future__ import annotations
 
 import shutil
@@ -88,8 +89,12 @@ def write_space(opened: PageModel, folder: str | Path, digits: bool = False) -> 
     folder.parent.mkdir(parents=True, exist_ok=True)
     pinned = pinned_requirements()
     words: dict[str, Any] = {
-        'name': opened.name, 'weights': opened.weights, 'activation': opened.network.activation,
-        'gradio': pinned['gradio'], 'python': '.'.join(map(str, sys.version_info[:2]))}
+        'name': opened.name,
+        'weights': opened.weights,
+        'activation': opened.network.activation,
+        'gradio': pinned['gradio'],
+        'python': '.'.join(map(str, sys.version_info[:2])),
+    }
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.castream-space-') as scratch:
         unfinished = Path(scratch, 'space')
         for name in _FOLDERS:  # the installed version may be in no index
@@ -97,9 +102,9 @@ def write_space(opened: PageModel, folder: str | Path, digits: bool = False) -> 
         _write_model(opened, unfinished / 'model', digits)
         write_examples(unfinished / 'examples', digits)
         for name, text in (
-                ('app.py', _APP.format(**words)),
-                ('README.md', _README.format(**words)),
-                ('requirements.txt', ''.join(f'{name}=={version}\n' for name, version in pinned.items())),
+            ('app.py', _APP.format(**words)),
+            ('README.md', _README.format(**words)),
+            ('requirements.txt', ''.join(f'{name}=={version}\n' for name, version in pinned.items())),
         ):
             (unfinished / name).write_text(text, encoding='utf-8')
         unfinished.rename(folder)
@@ -157,12 +162,14 @@ def write_examples(folder: str | Path, digits: bool = False) -> list[Path]:
     photographs = load_sample_images()
     images: dict[str, np.ndarray] = {
         f'photograph_{Path(name).stem}.jpg': pixels
-        for name, pixels in zip(photographs.filenames, photographs.images, strict=True)}
+        for name, pixels in zip(photographs.filenames, photographs.images, strict=True)
+    }
     if digits:
         scenes = DigitScenes('validation', NUM_SCENES)
         images |= {
             f'digit_{i}_{label}.png': pixels
-            for i, (pixels, label) in enumerate(zip(scenes.images, scenes.labels, strict=True))}
+            for i, (pixels, label) in enumerate(zip(scenes.images, scenes.labels, strict=True))
+        }
     for name, pixels in images.items():
         with write_whole(folder / name, 'wb') as file:
             Image.fromarray(pixels).save(file, format='PNG' if name.endswith('png') else 'JPEG', quality=90)

@@ -4,6 +4,7 @@ The graph is cut at the layer. The forward up to it records nothing, and a backw
 
 Letters: B images, K targets an image, C classes, D channels and h x w locations of the layer.
 """
+
 from __future__ import annotations
 
 import threading
@@ -44,7 +45,8 @@ class Activations:
         if not network.has_feature_maps:
             raise ValueError(
                 f'{network.name} is no timm model: it lacks forward_features or forward_head. Name the module whose '
-                'output gives the feature maps with layer=.')
+                'output gives the feature maps with layer=.'
+            )
         stream = attention or 'ca' in network.poolings
         self._stage = network.stage
         self._image_size = x.shape[-2:]
@@ -68,8 +70,10 @@ class Activations:
                 self.logits = dict.fromkeys(network.poolings, network.model(images))
         if network.num_classes == 0 or any(value.ndim != 2 for value in self.logits.values()):
             shape = tuple(self.logits[network.poolings[0]].shape)
-            raise ValueError(f'{network.name} gives no class scores: its logits have the shape {shape} and its '
-                             f'num_classes is {network.num_classes}.')
+            raise ValueError(
+                f'{network.name} gives no class scores: its logits have the shape {shape} and its '
+                f'num_classes is {network.num_classes}.'
+            )
         self._leaf = leaves[0]
         self.feature_maps = self._view(self._leaf.detach())
 

@@ -14,6 +14,7 @@ Two weigh each location on its own, so that their map is max(0, sum_k w_k A_k) w
 
 Letters: B images, K targets an image, C classes, D channels and h x w locations of the layer, H x W pixels.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -51,7 +52,7 @@ def grad_cam_pp_weights(maps: Tensor, gradients: Tensor) -> Tensor:
     """Grad-CAM++'s w, (B, K, D), from A, (B, D, h, w), and the gradients of the logits, (B, K, D, h, w)."""
     # g^2 cancels in alpha: an epsilon beside g^2 would show, and g^3 underflows where g is small.
     denominator = 2 + gradients * maps.sum((2, 3))[:, None, :, None, None]
-    alpha = torch.where(denominator == 0, 0., 1 / denominator)
+    alpha = torch.where(denominator == 0, 0.0, 1 / denominator)
     return (alpha * gradients.clamp(min=0)).sum((3, 4))
 
 
@@ -62,17 +63,17 @@ def xgrad_cam_weights(maps: Tensor, gradients: Tensor) -> Tensor:
     """
     total = maps.sum((2, 3))[:, None]
     weighted = (gradients * maps[:, None]).sum((3, 4))
-    return torch.where(total == 0, 0., weighted / total)
+    return torch.where(total == 0, 0.0, weighted / total)
 
 
 def score_cam_weights(
-        predict: Callable[[Tensor], Mapping[str, Tensor]],
-        x: Tensor,
-        maps: Tensor,
-        targets: Mapping[str, Tensor],
-        mean: Tensor,
-        std: Tensor,
-        batch_size: int,
+    predict: Callable[[Tensor], Mapping[str, Tensor]],
+    x: Tensor,
+    maps: Tensor,
+    targets: Mapping[str, Tensor],
+    mean: Tensor,
+    std: Tensor,
+    batch_size: int,
 ) -> dict[str, Tensor]:
     """Score-CAM's w: the probability of a class on the image masked by each channel, resized and scaled to [0, 1].
 
@@ -94,7 +95,7 @@ def score_cam_weights(
     weights = {pooling: maps.new_zeros(*maps.shape[:2], t.shape[1]) for pooling, t in targets.items()}
     images, channels = is_not_constant(maps).nonzero(as_tuple=True)
     for start in range(0, len(images), batch_size):
-        image, channel = images[start:start + batch_size], channels[start:start + batch_size]
+        image, channel = images[start : start + batch_size], channels[start : start + batch_size]
         # The authors resize with align_corners=True and scale afterwards; other orders give other maps.
         masks = F.interpolate(maps[image, channel][:, None], x.shape[2:], mode='bilinear', align_corners=True)
         masked = mask_normalised(x[image], scale_maps(masks).to(x.dtype), mean, std)
@@ -107,7 +108,7 @@ def score_cam_weights(
 def scale_maps(maps: Tensor) -> Tensor:
     """(..., h, w) scaled to [0, 1] by each map's own minimum and maximum, zeros where it is constant."""
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    return torch.where(high == low, 0., (maps - low) / (high - low))
+    return torch.where(high == low, 0.0, (maps - low) / (high - low))
 
 
 def is_not_constant(maps: Tensor) -> Tensor:

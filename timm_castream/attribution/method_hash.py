@@ -2,6 +2,7 @@
 
 An evaluation goes on from its finished batches only where these texts are equal.
 """
+
 from __future__ import annotations
 
 import functools
@@ -18,8 +19,23 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 _PLAIN = (
-    type(None), bool, int, float, complex, str, bytes, range, slice, type(...), Enum, PurePath, np.generic, np.dtype,
-    torch.dtype, torch.device)
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    slice,
+    type(...),
+    Enum,
+    PurePath,
+    np.generic,
+    np.dtype,
+    torch.dtype,
+    torch.device,
+)
 _ITERABLE = (tuple, list, set, frozenset)
 # Modules and attributes that change nothing in evaluation mode.
 _PASSING_ON = (nn.Identity, nn.modules.dropout._DropoutNd, DropPath)
@@ -63,8 +79,10 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, str, list[tuple[str, Any]]
     for name, module in model.named_modules():
         if not isinstance(module, _PASSING_ON):
             plain = [
-                (key, value) for key, value in sorted(vars(module).items())
-                if not key.startswith('_') and 'drop' not in key and key not in _WITHOUT_EFFECT and _is_plain(value)]
+                (key, value)
+                for key, value in sorted(vars(module).items())
+                if not key.startswith('_') and 'drop' not in key and key not in _WITHOUT_EFFECT and _is_plain(value)
+            ]
             yield name, _name(type(module)), plain
 
 
@@ -156,8 +174,10 @@ def _globals(function: FunctionType) -> dict[str, Any]:
     found = {name: function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__}
     return {
         name: _name(value)
-        if isinstance(value, (FunctionType, type)) and value.__module__ != function.__module__ else value
-        for name, value in found.items()}
+        if isinstance(value, (FunctionType, type)) and value.__module__ != function.__module__
+        else value
+        for name, value in found.items()
+    }
 
 
 def _names(code: CodeType) -> list[str]:

@@ -5,6 +5,7 @@ once, when a method first asks for them.
 
 Letters: B images, K targets an image, D channels and h x w locations of the layer, H x W pixels.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -62,12 +63,7 @@ class Batch:
     """
 
     def __init__(
-            self,
-            network: Predictor,
-            x: Tensor,
-            methods: Sequence[Method],
-            indices: Tensor | None = None,
-            seed: int = 0,
+        self, network: Predictor, x: Tensor, methods: Sequence[Method], indices: Tensor | None = None, seed: int = 0
     ) -> None:
         self.network = network
         self.x = x
@@ -92,7 +88,8 @@ class Batch:
 
         mean, std = network.normalisation(self.x)
         return cam.score_cam_weights(
-            predict, self.x, self.activations.feature_maps, self.targets, mean, std, network.batch_size(self.x))
+            predict, self.x, self.activations.feature_maps, self.targets, mean, std, network.batch_size(self.x)
+        )
 
     def gradients(self, pooling: str) -> Tensor:
         """Gradients of the logits of the targets with respect to the feature maps, (B, K, D, h, w)."""
@@ -167,17 +164,20 @@ def _centre(batch: Batch, pooling: str) -> Tensor:
 _CAM = frozenset({'feature maps'})
 _GRADIENT = _CAM | {'gradients'}
 
-METHODS: dict[str, Method] = {method.name: method for method in (
-    Method('attention', 'Attention', _attention, _CAM | {'stream'}, in_paper=True),
-    Method('grad_cam', 'Grad-CAM', _grad_cam, _GRADIENT, in_paper=True),
-    Method('grad_cam_pp', 'Grad-CAM++', _grad_cam_pp, _GRADIENT, in_paper=True),
-    Method('score_cam', 'Score-CAM', _score_cam, _CAM | {'masked forwards'}, in_paper=True),
-    Method('layer_cam', 'Layer-CAM', _layer_cam, _GRADIENT),
-    Method('xgrad_cam', 'XGrad-CAM', _xgrad_cam, _GRADIENT),
-    Method('hires_cam', 'HiResCAM', _hires_cam, _GRADIENT),
-    Method('random', 'Random', _random, frozenset({'seed'})),
-    Method('centre', 'Centre', _centre),
-)}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method('attention', 'Attention', _attention, _CAM | {'stream'}, in_paper=True),
+        Method('grad_cam', 'Grad-CAM', _grad_cam, _GRADIENT, in_paper=True),
+        Method('grad_cam_pp', 'Grad-CAM++', _grad_cam_pp, _GRADIENT, in_paper=True),
+        Method('score_cam', 'Score-CAM', _score_cam, _CAM | {'masked forwards'}, in_paper=True),
+        Method('layer_cam', 'Layer-CAM', _layer_cam, _GRADIENT),
+        Method('xgrad_cam', 'XGrad-CAM', _xgrad_cam, _GRADIENT),
+        Method('hires_cam', 'HiResCAM', _hires_cam, _GRADIENT),
+        Method('random', 'Random', _random, frozenset({'seed'})),
+        Method('centre', 'Centre', _centre),
+    )
+}
 PAPER_METHODS = tuple(method.name for method in METHODS.values() if method.in_paper)
 # The methods of the paper's tables: those that explain a class.
 TABLE_METHODS = tuple(name for name in PAPER_METHODS if 'stream' not in METHODS[name].needs)

@@ -2,6 +2,7 @@
 
 `methods` has the table of methods. Letters: B images, K targets an image, C classes, h x w locations.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -23,16 +24,16 @@ Target = Tensor | Mapping[str, Tensor | None] | None
 
 
 def attribute(
-        model: nn.Module,
-        x: Tensor,
-        method: str,
-        target: Target = None,
-        pooling: str | None = None,
-        layer: str | None = None,
-        batch_size: int | None = None,
-        *,
-        activation: str = 'softmax',
-        seed: int = 0,
+    model: nn.Module,
+    x: Tensor,
+    method: str,
+    target: Target = None,
+    pooling: str | None = None,
+    layer: str | None = None,
+    batch_size: int | None = None,
+    *,
+    activation: str = 'softmax',
+    seed: int = 0,
 ) -> Tensor:
     """Saliency maps of a batch by one method under one pooling.
 
@@ -54,16 +55,16 @@ def attribute(
 
 
 def attribute_all(
-        model: nn.Module,
-        x: Tensor,
-        methods: Sequence[str] | Mapping[str, UserMethod] = PAPER_METHODS,
-        target: Target = None,
-        poolings: Sequence[str] | None = None,
-        layer: str | None = None,
-        batch_size: int | None = None,
-        *,
-        activation: str = 'softmax',
-        seed: int = 0,
+    model: nn.Module,
+    x: Tensor,
+    methods: Sequence[str] | Mapping[str, UserMethod] = PAPER_METHODS,
+    target: Target = None,
+    poolings: Sequence[str] | None = None,
+    layer: str | None = None,
+    batch_size: int | None = None,
+    *,
+    activation: str = 'softmax',
+    seed: int = 0,
 ) -> dict[tuple[str, str], Tensor]:
     """Saliency maps of a batch by several methods under several poolings, with shared forwards and backwards.
 
@@ -106,12 +107,12 @@ def attribute_all(
 
 
 def saliency_maps(
-        network: Predictor,
-        x: Tensor,
-        methods: Sequence[Method],
-        target: Target = None,
-        indices: Tensor | None = None,
-        seed: int = 0,
+    network: Predictor,
+    x: Tensor,
+    methods: Sequence[Method],
+    target: Target = None,
+    indices: Tensor | None = None,
+    seed: int = 0,
 ) -> dict[tuple[str, str], Tensor]:
     """Maps of a batch by every method under every pooling of a network that is in evaluation mode.
 
@@ -140,7 +141,9 @@ def saliency_maps(
             batch.targets[pooling] = logits[pooling].argmax(1, keepdim=True)
         else:
             batch.targets[pooling] = _class_indices(of_pooling, len(x), network.num_classes).to(x.device)
-    return {(pooling, method.name): method.saliency(batch, pooling) for method in methods for pooling in network.poolings}
+    return {
+        (pooling, method.name): method.saliency(batch, pooling) for method in methods for pooling in network.poolings
+    }
 
 
 class Identity(NamedTuple):

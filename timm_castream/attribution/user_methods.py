@@ -2,6 +2,7 @@
 
 Letters: B images, K targets an image, N images of a data set, h x w locations.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +70,8 @@ def _user_method(label: str, value: Any) -> Method:
     if not fits:
         raise ValueError(
             f'method {label!r} must be a name, a callable, an array of shape (N, h, w) or a mapping from a pooling to '
-            f'such arrays, got {given}.')
+            f'such arrays, got {given}.'
+        )
     return Method(label, label, _SavedMaps(label, arrays), source=arrays)
 
 
@@ -112,8 +114,10 @@ class _UserFunction:
         if values.ndim == 4:
             values = values.sum(1)
         if values.ndim != 3 or len(values) != count:
-            raise ValueError(f'method {self.label!r} returned {given} for {count} images, valid ones: ({count}, h, w), '
-                             f'({count}, 1, h, w) and ({count}, C, H, W).')
+            raise ValueError(
+                f'method {self.label!r} returned {given} for {count} images, valid ones: ({count}, h, w), '
+                f'({count}, 1, h, w) and ({count}, C, H, W).'
+            )
         return _scaled(self.label, values)
 
 

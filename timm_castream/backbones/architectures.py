@@ -3,6 +3,7 @@
 timm registers an architecture under the file that defines it, so a new architecture of a known file is covered without
 a change here. Nothing is built.
 """
+
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
@@ -13,25 +14,108 @@ from timm.models import model_entrypoint
 from torch import nn
 
 # Files of `timm.models` whose networks average a feature map, (B, D, H, W) or (B, H, W, D).
-MAPS = frozenset({
-    'byoanet', 'byobnet', 'convmixer', 'convnext', 'csatv2', 'cspnet', 'cspnext', 'davit', 'densenet', 'dla', 'dpn',
-    'edgenext', 'efficientformer_v2', 'efficientnet', 'efficientvit_msra', 'fasternet', 'fastvit', 'focalnet',
-    'gcvit', 'ghostnet', 'hardcorenas', 'hgnet', 'hieradet_sam2', 'hrnet', 'iformer', 'inception_next',
-    'inception_resnet_v2', 'inception_v3', 'inception_v4', 'lcnetv2', 'mambaout', 'maxxvit', 'metaformer',
-    'mobilenetv3', 'mobilenetv5', 'mobilevit', 'nasnet', 'nest', 'nextvit', 'nfnet', 'pnasnet', 'pvt_v2', 'rdnet',
-    'regnet', 'repghost', 'repvit', 'res2net', 'resnest', 'resnet', 'resnetv2', 'rexnet', 'selecsls', 'senet',
-    'sequencer', 'shvit', 'sknet', 'starnet', 'swiftformer', 'swin_transformer', 'swin_transformer_v2',
-    'swin_transformer_v2_cr', 'tiny_vit', 'tresnet', 'vision_transformer_sam', 'visformer', 'vovnet', 'xception',
-    'xception_aligned',
-})
+MAPS = frozenset(
+    {
+        'byoanet',
+        'byobnet',
+        'convmixer',
+        'convnext',
+        'csatv2',
+        'cspnet',
+        'cspnext',
+        'davit',
+        'densenet',
+        'dla',
+        'dpn',
+        'edgenext',
+        'efficientformer_v2',
+        'efficientnet',
+        'efficientvit_msra',
+        'fasternet',
+        'fastvit',
+        'focalnet',
+        'gcvit',
+        'ghostnet',
+        'hardcorenas',
+        'hgnet',
+        'hieradet_sam2',
+        'hrnet',
+        'iformer',
+        'inception_next',
+        'inception_resnet_v2',
+        'inception_v3',
+        'inception_v4',
+        'lcnetv2',
+        'mambaout',
+        'maxxvit',
+        'metaformer',
+        'mobilenetv3',
+        'mobilenetv5',
+        'mobilevit',
+        'nasnet',
+        'nest',
+        'nextvit',
+        'nfnet',
+        'pnasnet',
+        'pvt_v2',
+        'rdnet',
+        'regnet',
+        'repghost',
+        'repvit',
+        'res2net',
+        'resnest',
+        'resnet',
+        'resnetv2',
+        'rexnet',
+        'selecsls',
+        'senet',
+        'sequencer',
+        'shvit',
+        'sknet',
+        'starnet',
+        'swiftformer',
+        'swin_transformer',
+        'swin_transformer_v2',
+        'swin_transformer_v2_cr',
+        'tiny_vit',
+        'tresnet',
+        'vision_transformer_sam',
+        'visformer',
+        'vovnet',
+        'xception',
+        'xception_aligned',
+    }
+)
 
 # Files whose networks average patch tokens, (B, N, D), or read a class token beside them. In all of them the patch
 # tokens stand row by row, or `layout.Tokens` puts them back: tests/test_token_order.py shows it for each file.
-TOKENS = frozenset({
-    'beit', 'cait', 'coat', 'convit', 'deepseek_vit', 'deit', 'efficientformer', 'eva', 'gemma4_vit', 'hiera', 'levit',
-    'mlp_mixer', 'mvitv2', 'naflexvit', 'qwen3_vit', 'tnt', 'twins', 'vision_transformer', 'vision_transformer_hybrid',
-    'vision_transformer_relpos', 'vitamin', 'volo', 'xcit',
-})
+TOKENS = frozenset(
+    {
+        'beit',
+        'cait',
+        'coat',
+        'convit',
+        'deepseek_vit',
+        'deit',
+        'efficientformer',
+        'eva',
+        'gemma4_vit',
+        'hiera',
+        'levit',
+        'mlp_mixer',
+        'mvitv2',
+        'naflexvit',
+        'qwen3_vit',
+        'tnt',
+        'twins',
+        'vision_transformer',
+        'vision_transformer_hybrid',
+        'vision_transformer_relpos',
+        'vitamin',
+        'volo',
+        'xcit',
+    }
+)
 
 _ATTENTION_POOLS = (AttentionPool2d, AttentionPoolLatent, RotAttentionPool2d)
 _ATTENTION_POOL = 'it has an attention pooling of its own'

@@ -1,4 +1,5 @@
 """Freezes a network around its stream: parameters without gradients, normalisation layers in eval mode."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -6,8 +7,16 @@ from collections.abc import Iterator
 from torch import nn
 
 _NORMS = (
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d,
-    nn.InstanceNorm3d, nn.LayerNorm, nn.GroupNorm)
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.LayerNorm,
+    nn.GroupNorm,
+)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 Letters: B images, D channels, H x W locations, N tokens, P prefix tokens (class, register and distillation tokens).
 """
+
 from __future__ import annotations
 
 import math
@@ -90,7 +91,7 @@ class Tokens(Layout):
         return tuple(tensor if i == self.item else other for i, other in enumerate(output))
 
     def to_nchw(self, tensor: Tensor, image_size: ImageSize | None = None) -> Tensor:
-        tokens = tensor[:, self.num_prefix:].transpose(1, 2)  # (B, D, N)
+        tokens = tensor[:, self.num_prefix :].transpose(1, 2)  # (B, D, N)
         if image_size is None:
             return tokens.unsqueeze(-1)
         height, width = self.grid(tokens.shape[2], image_size)
@@ -123,8 +124,10 @@ class Tokens(Layout):
         for height, width in (up, down):
             if height * width == count:
                 return height, width
-        raise ValueError(f'{count} patch tokens are no grid of an image of {image_size[0]} x {image_size[1]} pixels '
-                         f'with a stride of {self.stride[0]} x {self.stride[1]} pixels.')
+        raise ValueError(
+            f'{count} patch tokens are no grid of an image of {image_size[0]} x {image_size[1]} pixels '
+            f'with a stride of {self.stride[0]} x {self.stride[1]} pixels.'
+        )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ class token takes the query too. Whatever the head does before or after its pool
 
 Letters: B images, C classes, D channels, H x W locations, l a stage from 0 to L.
 """
+
 from __future__ import annotations
 
 import functools
@@ -60,6 +61,7 @@ class Attachment:
 
 
 if TYPE_CHECKING:
+
     class _Backbone(nn.Module):
         num_classes: int
         num_features: int
@@ -155,8 +157,9 @@ class CAStreamMixin(_Backbone):
         """As torch's, and strict loading takes the state dict of the plain backbone: the stream then stays as it is."""
         if strict and not any(key.startswith(KEY_PREFIX) for key in state_dict):
             warnings.warn(
-                f'The state dict has no {KEY_PREFIX}* keys: the backbone takes its weights, the stream stays as it '
-                'is.', stacklevel=2)
+                f'The state dict has no {KEY_PREFIX}* keys: the backbone takes its weights, the stream stays as it is.',
+                stacklevel=2,
+            )
             own = super().state_dict()
             state_dict = {**state_dict, **{k: v for k, v in own.items() if k.startswith(KEY_PREFIX)}}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -167,7 +170,8 @@ class CAStreamMixin(_Backbone):
     def __prepare_scriptable__(self) -> None:  # torch.jit.script calls it
         raise RuntimeError(
             'TorchScript cannot script a CA-Stream: it does not see forward hooks. Use torch.compile, torch.export or '
-            'torch.jit.trace.')
+            'torch.jit.trace.'
+        )
 
     # both poolings
 
@@ -205,17 +209,13 @@ class CAStreamMixin(_Backbone):
         return super().forward_head(self.pooled_stage.one_location(pooled), *args, **kwargs)
 
     def _run_stream(
-            self,
-            forward: Callable[..., Any],
-            x: Tensor,
-            *args: Any,
-            attention: list[Tensor] | None = None,
-            **kwargs: Any,
+        self, forward: Callable[..., Any], x: Tensor, *args: Any, attention: list[Tensor] | None = None, **kwargs: Any
     ) -> Any:
         """Calls `forward` with a stream pass open and leaves q_L on the feature map that it returns."""
         if isinstance(x, torch.fx.Proxy):
             raise RuntimeError(
-                'FX symbolic tracing cannot follow a CA-Stream: it does not see forward hooks. Use torch.export.')
+                'FX symbolic tracing cannot follow a CA-Stream: it does not see forward hooks. Use torch.export.'
+            )
         query = self._initial_query(x)
         stream_pass = StreamPass(self.castream, None if self._is_checkpointed() else query, x.shape[-2:], attention)
         output = run_with(stream_pass, forward, x, *args, **kwargs)
@@ -226,7 +226,8 @@ class CAStreamMixin(_Backbone):
         if ran != hooked and isinstance(output, Tensor):
             raise RuntimeError(
                 f'{ran} stages ran and {hooked} are hooked: a module among {", ".join(self.castream_stages[:-1])} was '
-                'replaced after attach(). Call detach() and attach() again.')
+                'replaced after attach(). Call detach() and attach() again.'
+            )
         partial = ran != hooked  # forward_intermediates(stop_early=True)
         if query is None and not partial:
             # Where no stage is hooked none can be missing: compare the channels.
@@ -234,7 +235,9 @@ class CAStreamMixin(_Backbone):
         if partial:
             return output
         if stream_pass.query is None:
-            stream_pass.start(self.castream.initial_query(x.shape[0], self._predict(features)) if query is None else query)
+            stream_pass.start(
+                self.castream.initial_query(x.shape[0], self._predict(features)) if query is None else query
+            )
         features._castream_query = stream_pass.query  # type: ignore[attr-defined]
         return output
 
@@ -247,12 +250,15 @@ class CAStreamMixin(_Backbone):
             if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 warnings.warn(
                     'A class specific stream trains without labels and takes those that GAP predicts; put the forward '
-                    'inside timm_castream.class_labels(model, target).', stacklevel=4)
+                    'inside timm_castream.class_labels(model, target).',
+                    stacklevel=4,
+                )
             return None
         if labels.shape[0] != x.shape[0]:
             raise ValueError(
                 f'class_labels holds {labels.shape[0]} labels and the model got {x.shape[0]} images (DataParallel '
-                'splits a batch: use DistributedDataParallel).')
+                'splits a batch: use DistributedDataParallel).'
+            )
         return self.castream.initial_query(x.shape[0], labels)
 
     def _predict(self, features: Tensor) -> Tensor:
@@ -311,8 +317,7 @@ def castream_model(model: nn.Module) -> CAStreamMixin:
             return module
     architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
     by_name = f', or open {architecture}_castream in place of {architecture}' if architecture else ''
-    raise ValueError(
-        f'This {type(model).__name__} has no CA-Stream; call timm_castream.attach(model) first{by_name}.')
+    raise ValueError(f'This {type(model).__name__} has no CA-Stream; call timm_castream.attach(model) first{by_name}.')
 
 
 def query_of(features: Tensor) -> Tensor:
@@ -325,14 +330,17 @@ def query_of(features: Tensor) -> Tensor:
     if query is None:
         raise RuntimeError(
             'This feature map carries no query of a CA-Stream: pass forward_head the very tensor that forward_features '
-            "returned under pooling 'ca', not a copy, or call model(x).")
+            "returned under pooling 'ca', not a copy, or call model(x)."
+        )
     return query
 
 
 def check_class_specific(num_classes: int, global_pool: str | None) -> None:
     if num_classes < 1 or global_pool == '':
-        raise ValueError("A class specific stream needs the GAP network's prediction, which "
-                         f'num_classes={num_classes} and global_pool={global_pool!r} do not give.')
+        raise ValueError(
+            "A class specific stream needs the GAP network's prediction, which "
+            f'num_classes={num_classes} and global_pool={global_pool!r} do not give.'
+        )
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 Letters: B images, D channels, H x W locations, N tokens.
 """
+
 from __future__ import annotations
 
 import threading
@@ -72,10 +73,13 @@ class ModuleOutput:
     def __post_init__(self) -> None:
         items = list(enumerate(self.output)) if isinstance(self.output, tuple) else [(None, self.output)]
         # mvitv2 gives tokens and their grid, tnt tokens of pixels (another batch size) and of patches.
-        maps = [(item, value) for item, value in items
-                if isinstance(value, Tensor) and value.ndim in (3, 4) and value.shape[0] == 1]
+        maps = [
+            (item, value)
+            for item, value in items
+            if isinstance(value, Tensor) and value.ndim in (3, 4) and value.shape[0] == 1
+        ]
         if len(maps) == 1:
-            (self.item, self.features), = maps
+            ((self.item, self.features),) = maps
             # torch has no public counter of the changes in place of a tensor.
             self.version = self.features._version
 
@@ -83,11 +87,15 @@ class ModuleOutput:
         """Why the output cannot be a stage, or None."""
         kind = type(model).__name__
         if self.features is None:
-            return (f'{self.name} of {kind} gives {shape_text(self.output)} and not one feature map, (B, D, H, W), '
-                    '(B, H, W, D) or (B, N, D).')
+            return (
+                f'{self.name} of {kind} gives {shape_text(self.output)} and not one feature map, (B, D, H, W), '
+                '(B, H, W, D) or (B, N, D).'
+            )
         if in_place and self.features._version != self.version:
-            return (f'The output of {self.name} is changed in place by the module that follows it in {kind}; name that '
-                    'module instead.')
+            return (
+                f'The output of {self.name} is changed in place by the module that follows it in {kind}; name that '
+                'module instead.'
+            )
         return None
 
 
@@ -124,8 +132,9 @@ def run_probe(model: nn.Module, names: list[str], head: Head | None = None) -> P
         except PROBE_ERRORS as error:
             failure = failure or error
     sizes = ', '.join(f'{height} x {width}' for _, height, width in _image_sizes(model)[:3])
-    raise ValueError(f'{type(model).__name__} takes no image of {sizes} or other sizes, so its stages cannot be found: '
-                     f'{failure}') from failure
+    raise ValueError(
+        f'{type(model).__name__} takes no image of {sizes} or other sizes, so its stages cannot be found: {failure}'
+    ) from failure
 
 
 def run_image(model: Any, names: list[str], size: tuple[int, int, int], head: Head | None = None) -> Probe:
@@ -137,6 +146,7 @@ def run_image(model: Any, names: list[str], size: tuple[int, int, int], head: He
         def visit(module: nn.Module, args: Any, output: Any) -> None:
             if threading.get_ident() == thread:  # not another thread's forward of the same model
                 visits.append(ModuleOutput(name, output))
+
         return visit
 
     handles = [hook_target(model.get_submodule(name)).register_forward_hook(hook(name)) for name in names]
@@ -210,12 +220,12 @@ def _own_image_sizes(model: Any) -> Iterator[tuple[int, int]]:
 def _last_layer_with_gradient(visits: list[ModuleOutput], output: Tensor) -> str | None:
     """Name of the last visit whose locations have a gradient of a head's output."""
     # Different weights: the sum of a LayerNorm's output is constant.
-    weights = torch.arange(1., output.numel() + 1, device=output.device).cos().to(output.dtype)
+    weights = torch.arange(1.0, output.numel() + 1, device=output.device).cos().to(output.dtype)
     score = (output.flatten() * weights).sum()
     for visit in reversed(visits):
         if visit.features is None:
             continue
-        gradient, = torch.autograd.grad(score, [visit.features], retain_graph=True, allow_unused=True)
+        (gradient,) = torch.autograd.grad(score, [visit.features], retain_graph=True, allow_unused=True)
         if gradient is not None and gradient.is_meta:
             return None
         # A class token has a gradient at one place alone.

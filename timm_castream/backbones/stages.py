@@ -2,6 +2,7 @@
 
 Letters: B images, D channels, H x W locations, N tokens, l a stage from 0 to L.
 """
+
 from __future__ import annotations
 
 import math
@@ -63,8 +64,9 @@ def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> tuple[S
     kind = type(model).__name__
     # Of the class: torch.compile's wrapper shows the attributes of the model inside.
     if not all(hasattr(type(model), m) for m in ('forward_features', 'forward_head', 'reset_classifier')):
-        raise ValueError(f'{kind} is no timm classification model: it lacks forward_features, forward_head or '
-                         'reset_classifier.')
+        raise ValueError(
+            f'{kind} is no timm classification model: it lacks forward_features, forward_head or reset_classifier.'
+        )
     if why_unsupported_model(model):
         raise ValueError(f'{kind} takes no CA-Stream: {why_unsupported_model(model)}.')
     if not isinstance(names, (list, tuple, type(None))):
@@ -76,8 +78,10 @@ def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> tuple[S
         probe = run_probe(model, chosen)
         pooled = _pooled_stage(model, probe)
         if head_pooling(model, pooled, model.forward_head) is None:  # type: ignore[arg-type]
-            raise ValueError(f'{kind} does not pool the feature map that its forward_features gives by average, by '
-                             'maximum or by a class token, so a CA-Stream cannot take that place.')
+            raise ValueError(
+                f'{kind} does not pool the feature map that its forward_features gives by average, by '
+                'maximum or by a class token, so a CA-Stream cannot take that place.'
+            )
         visits = list(probe.visits)
         if names is None:
             last_name = chosen[-1] if chosen else POOLED
@@ -87,13 +91,17 @@ def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> tuple[S
                 if visit.unusable_because(model):
                     raise ValueError(visit.unusable_because(model))
             if [v.name for v in visits] != chosen:
-                raise ValueError(f'stream_stages {chosen} must be modules that {kind} runs once, before its head, and '
-                                 f'in the order in which it runs them: {[v.name for v in visits]}.')
+                raise ValueError(
+                    f'stream_stages {chosen} must be modules that {kind} runs once, before its head, and '
+                    f'in the order in which it runs them: {[v.name for v in visits]}.'
+                )
             last_name = visits.pop().name if visits[-1].output is probe.features else POOLED
         stages = [*(_stage(model, probe, visit) for visit in visits), Stage(last_name, pooled.dim, pooled.layout)]
     if any(isinstance(stage.layout, Tokens) for stage in stages) and not has_raster_tokens(model):
-        raise ValueError(f'{kind} gives patch tokens, (B, N, D), and the order of its tokens is unknown: a CA-Stream '
-                         'takes token networks of timm alone.')
+        raise ValueError(
+            f'{kind} gives patch tokens, (B, N, D), and the order of its tokens is unknown: a CA-Stream '
+            'takes token networks of timm alone.'
+        )
     return tuple(stages)
 
 
@@ -113,11 +121,15 @@ def find_stage(model: nn.Module, name: str) -> Stage:
             names = _default_names(model) or [child for child, _ in model.named_modules() if child]
             valid = [visit.name for visit in run_probe(model, names).visits if not visit.unusable_because(model, False)]
             example = f', for example {valid[-1]!r}' if valid else ''
-            raise ValueError(f'layer {name!r} of {kind} runs after the pooling or not at all: name a module that runs '
-                             f'once before it{example}.')
+            raise ValueError(
+                f'layer {name!r} of {kind} runs after the pooling or not at all: name a module that runs '
+                f'once before it{example}.'
+            )
         if len(probe.visits) != 1:
-            raise ValueError(f'layer {name!r} of {kind} runs {len(probe.visits)} times before the pooling: name a '
-                             'module that runs once.')
+            raise ValueError(
+                f'layer {name!r} of {kind} runs {len(probe.visits)} times before the pooling: name a '
+                'module that runs once.'
+            )
         problem = probe.visits[0].unusable_because(model, in_place=False)
         if problem:
             raise ValueError(problem)
@@ -252,8 +264,10 @@ def _last_blocks(model: nn.Module) -> list[str]:
         return []
     lists = (nn.ModuleList, nn.Sequential)
     parent = names[-1].rpartition('.')[0]
-    children = [(parent, model.get_submodule(parent)), *(
-        (f'{names[-1]}.{name}', child) for name, child in model.get_submodule(names[-1]).named_children())]
+    children = [
+        (parent, model.get_submodule(parent)),
+        *((f'{names[-1]}.{name}', child) for name, child in model.get_submodule(names[-1]).named_children()),
+    ]
     names += [f'{name}.{i}' for name, module in children if isinstance(module, lists) for i in range(len(module))]
     return list(dict.fromkeys(names))
 
@@ -268,19 +282,25 @@ def _check_names(model: nn.Module, names: list[str]) -> None:
     modules = dict(model.named_modules())
     for name in names:
         if not name or name not in modules:
-            raise ValueError(f'{name!r} in stream_stages is no module of {type(model).__name__}; its stages are '
-                             f'{", ".join(_default_names(model))}.')
+            raise ValueError(
+                f'{name!r} in stream_stages is no module of {type(model).__name__}; its stages are '
+                f'{", ".join(_default_names(model))}.'
+            )
     if not names or len({hook_target(modules[name]) for name in names}) < len(names):
-        raise ValueError(f'stream_stages {names} must name one or more different stages of {type(model).__name__}, for '
-                         f'example {_default_names(model)}.')
+        raise ValueError(
+            f'stream_stages {names} must name one or more different stages of {type(model).__name__}, for '
+            f'example {_default_names(model)}.'
+        )
 
 
 def _pooled_stage(model: nn.Module, probe: Probe) -> Stage:
     visit = ModuleOutput(POOLED, probe.features)
     if visit.features is None or visit.item is not None:
-        raise ValueError(f'{type(model).__name__} pools no feature map: its forward_features gives '
-                         f'{shape_text(probe.features)}, a CA-Stream needs (B, D, H, W), (B, H, W, D) or patch tokens '
-                         '(B, N, D).')
+        raise ValueError(
+            f'{type(model).__name__} pools no feature map: its forward_features gives '
+            f'{shape_text(probe.features)}, a CA-Stream needs (B, D, H, W), (B, H, W, D) or patch tokens '
+            '(B, N, D).'
+        )
     return _stage(model, probe, visit)
 
 
@@ -337,8 +357,10 @@ def _token_layout(model: nn.Module, probe: Probe, visit: ModuleOutput) -> Layout
             except ValueError:
                 continue
             return layout
-    raise ValueError(f'{visit.name} of {type(model).__name__} gives {count} tokens, which are no grid of an image of '
-                     f'{height} x {width} pixels.')
+    raise ValueError(
+        f'{visit.name} of {type(model).__name__} gives {count} tokens, which are no grid of an image of '
+        f'{height} x {width} pixels.'
+    )
 
 
 def _windows(model: nn.Module, name: str) -> tuple[tuple[int, int], ...]:
@@ -348,8 +370,10 @@ def _windows(model: nn.Module, name: str) -> tuple[tuple[int, int], ...]:
         return ()
     block = str(max(schedule)) if name == POOLED else name.removeprefix('blocks.')
     if not block.isdecimal():
-        raise ValueError(f'{name} of {type(model).__name__} may give tokens in another order: name one of its blocks, '
-                         f'blocks.0 to blocks.{max(schedule)}.')
+        raise ValueError(
+            f'{name} of {type(model).__name__} may give tokens in another order: name one of its blocks, '
+            f'blocks.0 to blocks.{max(schedule)}.'
+        )
     return tuple(tuple(sides) for sides in schedule[int(block)][0])
 
 

@@ -1,4 +1,5 @@
 """Takes the query of a stream through the stages while the backbone runs: a `StreamPass` a forward, a hook a stage."""
+
 from __future__ import annotations
 
 import threading
@@ -22,11 +23,7 @@ class StreamPass:
     """
 
     def __init__(
-            self,
-            stream: CAStream,
-            query: Tensor | None,
-            image_size: ImageSize,
-            attention: list[Tensor] | None = None,
+        self, stream: CAStream, query: Tensor | None, image_size: ImageSize, attention: list[Tensor] | None = None
     ) -> None:
         self.stream = stream
         self.query = query

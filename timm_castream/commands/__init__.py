@@ -2,6 +2,7 @@
 
 A module also has `EXAMPLE`, a command line. `train` and `validate` are scripts of timm, see `timm_scripts`.
 """
+
 from __future__ import annotations
 
 # Name and one line of each command, in the order of `castream --help`.

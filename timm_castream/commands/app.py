@@ -1,4 +1,5 @@
 """`castream app`: the page that explains images, or a Hugging Face Space of it."""
+
 from __future__ import annotations
 
 import argparse
@@ -17,8 +18,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser, required=False)
     parser.add_argument('--multilabel', action='store_true', help='probabilities by sigmoid')
     server = parser.add_argument_group('server')
-    server.add_argument('--host', default=_LOCAL[0], metavar='ADDRESS',
-                        help='0.0.0.0 lets other machines in (default: this machine alone)')
+    server.add_argument(
+        '--host',
+        default=_LOCAL[0],
+        metavar='ADDRESS',
+        help='0.0.0.0 lets other machines in (default: this machine alone)',
+    )
     server.add_argument('--port', type=int, metavar='N', help='(default: the first free one from 7860)')
     server.add_argument('--space', metavar='DIR', help='write a Hugging Face Space to this new folder and stop')
 
@@ -29,8 +34,15 @@ def run(args: argparse.Namespace) -> int:
     from ..app.space import write_examples, write_space
 
     opened = open_for_page(
-        args.model, args.checkpoint, args.pretrained, activation='sigmoid' if args.multilabel else 'softmax',
-        device=args.device, use_ema=args.use_ema, num_classes=args.num_classes, **args.model_kwargs)
+        args.model,
+        args.checkpoint,
+        args.pretrained,
+        activation='sigmoid' if args.multilabel else 'softmax',
+        device=args.device,
+        use_ema=args.use_ema,
+        num_classes=args.num_classes,
+        **args.model_kwargs,
+    )
     digits = args.model is None
     if args.space:
         folder = write_space(opened, args.space, digits)

@@ -1,4 +1,5 @@
 """`castream demo`: a CA-Stream trained on real pixels, in minutes."""
+
 from __future__ import annotations
 
 import argparse

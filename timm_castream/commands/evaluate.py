@@ -1,4 +1,5 @@
 """`castream evaluate`: the interpretability protocol over a data set."""
+
 from __future__ import annotations
 
 import argparse
@@ -13,9 +14,23 @@ from .options import add_method_options, add_model_options, add_size_options, me
 EXAMPLE = 'castream evaluate --model resnet50_castream --checkpoint last.pth.tar --data-dir /data/imagenet'
 
 # Options that do not change the figures. They may differ when an interrupted evaluation goes on.
-_NO_SETTINGS = frozenset({
-    'debug', 'output', 'device', 'workers', 'batch_size', 'mask_batch_size', 'torchcompile', 'channels_last', 'plot',
-    'methods', 'default_methods', 'maps', 'seed'})
+_NO_SETTINGS = frozenset(
+    {
+        'debug',
+        'output',
+        'device',
+        'workers',
+        'batch_size',
+        'mask_batch_size',
+        'torchcompile',
+        'channels_last',
+        'plot',
+        'methods',
+        'default_methods',
+        'maps',
+        'seed',
+    }
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -27,37 +42,60 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_method_options(parser, TABLE_METHODS)
     data = parser.add_argument_group('data')
     data.add_argument('--data-dir', metavar='DIR', help='an image folder, or the folder of the data set')
-    data.add_argument('--dataset', default='',
-                      help="cub200, voc2012, mit67, tiny_imagenet, digits or timm's name (default: an image folder)")
+    data.add_argument(
+        '--dataset',
+        default='',
+        help="cub200, voc2012, mit67, tiny_imagenet, digits or timm's name (default: an image folder)",
+    )
     data.add_argument('--split', default='validation', help='(default: %(default)s)')
     data.add_argument('--class-map', default='', metavar='FILE', help="timm's class to index file")
-    data.add_argument('--boxes', metavar='PATH',
-                      help="boxes for the localisation metrics: localization.txt, or a folder of ImageNet's XML files")
+    data.add_argument(
+        '--boxes',
+        metavar='PATH',
+        help="boxes for the localisation metrics: localization.txt, or a folder of ImageNet's XML files",
+    )
     add_size_options(data)
     data.add_argument('--num-samples', type=int, metavar='N', help='evaluate a subset, drawn by --seed')
     data.add_argument('-b', '--batch-size', type=int, default=16, help='images at a time (default: %(default)s)')
     data.add_argument('-j', '--workers', type=int, default=2, help='processes that read images (default: %(default)s)')
     protocol = parser.add_argument_group('protocol')
-    protocol.add_argument('--metrics', nargs='+', default=list(DEFAULT_METRICS), choices=METRICS, metavar='METRIC',
-                          help=f'of {", ".join(METRICS)} (default: those without boxes)')
-    protocol.add_argument('--target', choices=TARGETS, default='truth',
-                          help='the class explained (default: %(default)s)')
-    protocol.add_argument('--setting', choices=CURVE_SETTINGS, default='paper',
-                          help='of insertion and deletion (default: %(default)s)')
-    protocol.add_argument('--temperature', choices=('fit',),
-                          help='fit one temperature a pooling to images outside the subset, and measure with it')
-    protocol.add_argument('--seed', type=int, default=0,
-                          help='of the subset, the method random and the intervals (default: %(default)s)')
+    protocol.add_argument(
+        '--metrics',
+        nargs='+',
+        default=list(DEFAULT_METRICS),
+        choices=METRICS,
+        metavar='METRIC',
+        help=f'of {", ".join(METRICS)} (default: those without boxes)',
+    )
+    protocol.add_argument(
+        '--target', choices=TARGETS, default='truth', help='the class explained (default: %(default)s)'
+    )
+    protocol.add_argument(
+        '--setting', choices=CURVE_SETTINGS, default='paper', help='of insertion and deletion (default: %(default)s)'
+    )
+    protocol.add_argument(
+        '--temperature',
+        choices=('fit',),
+        help='fit one temperature a pooling to images outside the subset, and measure with it',
+    )
+    protocol.add_argument(
+        '--seed', type=int, default=0, help='of the subset, the method random and the intervals (default: %(default)s)'
+    )
     speed = parser.add_argument_group('speed')
     speed.add_argument('--mask-batch-size', type=int, metavar='N', help='masked images at a time (default: by device)')
     speed.add_argument('--amp', action='store_true', help='run the network under autocast')
-    speed.add_argument('--amp-dtype', choices=('bfloat16', 'float16'), default='bfloat16',
-                       help='(default: %(default)s)')
+    speed.add_argument(
+        '--amp-dtype', choices=('bfloat16', 'float16'), default='bfloat16', help='(default: %(default)s)'
+    )
     speed.add_argument('--channels-last', action='store_true', help='use this memory format')
     speed.add_argument('--torchcompile', action='store_true', help='compile the network')
     parser.add_argument('--plot', action='store_true', help='draw the mean curves and the differences too')
-    parser.add_argument('--output', default='evaluation', metavar='DIR',
-                        help='figures, per-image values, and the state of an unfinished run (default: %(default)s)')
+    parser.add_argument(
+        '--output',
+        default='evaluation',
+        metavar='DIR',
+        help='figures, per-image values, and the state of an unfinished run (default: %(default)s)',
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,17 +117,40 @@ def run(args: argparse.Namespace) -> int:
         if args.boxes:
             dataset.boxes = read_boxes(args.boxes, dataset)
         loader = create_loader(
-            dataset, config['input_size'], args.batch_size, interpolation=config['interpolation'], mean=config['mean'],
-            std=config['std'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], num_workers=args.workers,
-            device=device, persistent_workers=False)
+            dataset,
+            config['input_size'],
+            args.batch_size,
+            interpolation=config['interpolation'],
+            mean=config['mean'],
+            std=config['std'],
+            crop_pct=config['crop_pct'],
+            crop_mode=config['crop_mode'],
+            num_workers=args.workers,
+            device=device,
+            persistent_workers=False,
+        )
         has_curves = any('curve' in need for name in args.metrics for need in METRICS[name].needs)
         report = evaluate(
-            model, loader, methods_from(args, model), args.poolings, args.target, metrics=args.metrics,
-            setting=args.setting, layer=args.layer, num_samples=args.num_samples, seed=args.seed,
-            batch_size=args.mask_batch_size, amp_dtype=getattr(torch, args.amp_dtype) if args.amp else None,
-            channels_last=args.channels_last, torchcompile=args.torchcompile, temperature=args.temperature,
-            keep_curves=args.plot and has_curves, output_dir=args.output,
-            arguments={k: v for k, v in vars(args).items() if k not in _NO_SETTINGS}, progress=True)
+            model,
+            loader,
+            methods_from(args, model),
+            args.poolings,
+            args.target,
+            metrics=args.metrics,
+            setting=args.setting,
+            layer=args.layer,
+            num_samples=args.num_samples,
+            seed=args.seed,
+            batch_size=args.mask_batch_size,
+            amp_dtype=getattr(torch, args.amp_dtype) if args.amp else None,
+            channels_last=args.channels_last,
+            torchcompile=args.torchcompile,
+            temperature=args.temperature,
+            keep_curves=args.plot and has_curves,
+            output_dir=args.output,
+            arguments={k: v for k, v in vars(args).items() if k not in _NO_SETTINGS},
+            progress=True,
+        )
         if place['global_rank'] == 0:
             written = ['table.csv', 'evaluation.json', 'images.csv', *(_plot(report, args.output) if args.plot else ())]
             print(f'\n{report}\n\nWritten to {args.output}: {", ".join(written)}')

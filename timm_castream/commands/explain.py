@@ -1,4 +1,5 @@
 """`castream explain`: saliency maps over images."""
+
 from __future__ import annotations
 
 import argparse
@@ -32,8 +33,17 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f'{path} is a folder: name it with --images.')
     model = open_from(args).to(args.device).eval()
     done = explain(
-        model, paths, methods_from(args, model), args.output, args.poolings, args.layer, identity=args.identity,
-        activation='sigmoid' if args.multilabel else 'softmax', img_size=args.img_size, crop_pct=args.crop_pct)
+        model,
+        paths,
+        methods_from(args, model),
+        args.output,
+        args.poolings,
+        args.layer,
+        identity=args.identity,
+        activation='sigmoid' if args.multilabel else 'softmax',
+        img_size=args.img_size,
+        crop_pct=args.crop_pct,
+    )
     for path in [*done.pictures, *done.grids]:
         print(printable(path))
     return SKIPPED if done.unreadable else 0

@@ -1,4 +1,5 @@
 """`castream list`: the models with a stream."""
+
 from __future__ import annotations
 
 import argparse

@@ -1,4 +1,5 @@
 """Options that several commands share."""
+
 from __future__ import annotations
 
 import argparse
@@ -27,21 +28,27 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
     group = parser.add_argument_group('model')
     group.add_argument('--model', required=required, help='name of a model, hf-hub:ORG/NAME or local-dir:DIR')
     group.add_argument('--pretrained', action='store_true', help="with the model's published weights")
-    group.add_argument('--checkpoint', metavar='FILE_OR_HUB_ID',
-                       help="weights: of timm's train.py, safetensors, or ORG/NAME on the Hub")
+    group.add_argument(
+        '--checkpoint',
+        metavar='FILE_OR_HUB_ID',
+        help="weights: of timm's train.py, safetensors, or ORG/NAME on the Hub",
+    )
     group.add_argument('--use-ema', action='store_true', help='the averaged weights of the checkpoint')
     group.add_argument('--num-classes', type=int, help="other than the model's own")
     add_model_kwargs(group)
-    group.add_argument('--device', type=_device, default='cuda' if torch.cuda.is_available() else 'cpu',
-                       help='(default: %(default)s)')
+    group.add_argument(
+        '--device', type=_device, default='cuda' if torch.cuda.is_available() else 'cpu', help='(default: %(default)s)'
+    )
 
 
 def add_size_options(parser: argparse._ActionsContainer) -> None:
     """The options of the eval transform."""
-    parser.add_argument('--img-size', type=_positive, metavar='N',
-                        help="side of the input in pixels (default: the model's)")
-    parser.add_argument('--crop-pct', type=_share, metavar='X',
-                        help="share of the image in the crop (default: the model's)")
+    parser.add_argument(
+        '--img-size', type=_positive, metavar='N', help="side of the input in pixels (default: the model's)"
+    )
+    parser.add_argument(
+        '--crop-pct', type=_share, metavar='X', help="share of the image in the crop (default: the model's)"
+    )
 
 
 def _device(text: str) -> str:
@@ -68,15 +75,25 @@ def _share(text: str) -> float:
 
 def add_model_kwargs(parser: argparse._ActionsContainer) -> None:
     """`--model-kwargs`, as timm's scripts have it."""
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
-                        help='arguments of create_model, such as stream_start=2')
+    parser.add_argument(
+        '--model-kwargs',
+        nargs='*',
+        default={},
+        action=ParseKwargs,
+        metavar='KEY=VALUE',
+        help='arguments of create_model, such as stream_start=2',
+    )
 
 
 def open_from(args: argparse.Namespace) -> nn.Module:
     """The model that the options of `add_model_options` name."""
     return open_model(
-        args.model, args.checkpoint, args.pretrained, args.use_ema,
-        **{'num_classes': args.num_classes, **args.model_kwargs})
+        args.model,
+        args.checkpoint,
+        args.pretrained,
+        args.use_ema,
+        **{'num_classes': args.num_classes, **args.model_kwargs},
+    )
 
 
 def add_method_options(parser: argparse.ArgumentParser, methods: Sequence[str]) -> None:
@@ -88,15 +105,23 @@ def add_method_options(parser: argparse.ArgumentParser, methods: Sequence[str]) 
     """
     group = parser.add_argument_group('saliency')
     group.add_argument(
-        '--methods', nargs='+', metavar='METHOD',
+        '--methods',
+        nargs='+',
+        metavar='METHOD',
         help=f'of {", ".join(METHODS)}, or LABEL=package.module:function (default: {" ".join(methods)}; without '
-             'attention for a model without a stream)')
+        'attention for a model without a stream)',
+    )
     parser.set_defaults(default_methods=tuple(methods))
     group.add_argument(
-        '--maps', nargs='+', default=[], metavar='LABEL=FILE.npy',
-        help='saved maps of all images in their order, an array (N, h, w)')
+        '--maps',
+        nargs='+',
+        default=[],
+        metavar='LABEL=FILE.npy',
+        help='saved maps of all images in their order, an array (N, h, w)',
+    )
     group.add_argument(
-        '--poolings', nargs='+', choices=POOLINGS, help='(default: both, or gap for a model without a stream)')
+        '--poolings', nargs='+', choices=POOLINGS, help='(default: both, or gap for a model without a stream)'
+    )
     group.add_argument('--layer', help='another module than the pooled stage for the CAM methods')
 
 
@@ -111,8 +136,11 @@ def methods_from(args: argparse.Namespace, model: nn.Module) -> dict[str, UserMe
     names = args.methods
     if names is None:
         has_stream = Predictor(model).has_stream
-        names = () if args.maps else [name for name in args.default_methods
-                                      if has_stream or 'stream' not in METHODS[name].needs]
+        names = (
+            ()
+            if args.maps
+            else [name for name in args.default_methods if has_stream or 'stream' not in METHODS[name].needs]
+        )
     methods: dict[str, UserMethod] = {}
     for word in (*names, *args.maps):
         label, equals, source = word.partition('=')

@@ -1,4 +1,5 @@
 """`castream push`: a trained model on the Hugging Face Hub."""
+
 from __future__ import annotations
 
 import argparse
@@ -21,10 +22,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--repo', required=True, metavar='ORG/NAME')
     parser.add_argument('--use-ema', action='store_true', help='the averaged weights of the checkpoint')
     parser.add_argument('--stream-only', action='store_true', help='leave the backbone out: it comes from timm')
-    parser.add_argument('--backbone-tag',
-                        help="timm's weights on which the stream was trained (default: the model's)")
-    parser.add_argument('--own-backbone', action='store_true',
-                        help="with --stream-only: it was trained on weights that are not timm's")
+    parser.add_argument('--backbone-tag', help="timm's weights on which the stream was trained (default: the model's)")
+    parser.add_argument(
+        '--own-backbone', action='store_true', help="with --stream-only: it was trained on weights that are not timm's"
+    )
     parser.add_argument('--metrics', metavar='FILE', help='evaluation.json of castream evaluate, for the model card')
     parser.add_argument('--dataset', help='name of the training data on the Hub')
     parser.add_argument('--private', action='store_true', help='make the repository private')

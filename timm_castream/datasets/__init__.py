@@ -3,6 +3,7 @@
 `CUB200`, `VOC2012`, `MIT67` and `TinyImageNet` read the layout that each official archive unpacks to; `DigitScenes`
 makes its images from what scikit-learn ships. `create_dataset` is timm's function of that name with these five added.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -19,13 +20,32 @@ from .scenes import DigitScenes, write_image_folder
 from .unreadable import SeparatingCollate, Unreadable, image_name, read_batches, without_substitutes
 
 __all__ = [
-    'CUB200', 'MIT67', 'VOC2012', 'VOC_IGNORE', 'DigitScenes', 'IndexedImages', 'SeparatingCollate', 'TinyImageNet',
-    'Unreadable', 'boxes_for', 'create_dataset', 'has_boxes', 'image_name', 'input_boxes', 'read_batches', 'read_boxes',
-    'without_substitutes', 'write_image_folder',
+    'CUB200',
+    'MIT67',
+    'VOC2012',
+    'VOC_IGNORE',
+    'DigitScenes',
+    'IndexedImages',
+    'SeparatingCollate',
+    'TinyImageNet',
+    'Unreadable',
+    'boxes_for',
+    'create_dataset',
+    'has_boxes',
+    'image_name',
+    'input_boxes',
+    'read_batches',
+    'read_boxes',
+    'without_substitutes',
+    'write_image_folder',
 ]
 
 _ARCHIVES: dict[str, type[IndexedImages]] = {
-    'cub200': CUB200, 'voc2012': VOC2012, 'mit67': MIT67, 'tiny_imagenet': TinyImageNet}
+    'cub200': CUB200,
+    'voc2012': VOC2012,
+    'mit67': MIT67,
+    'tiny_imagenet': TinyImageNet,
+}
 _TIMM_PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 _TRAINING_WORDS = ('train', 'training')
 _EVALUATION_WORDS = ('val', 'valid', 'validation', 'eval', 'evaluation')
@@ -57,7 +77,8 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
         if name and not (slash and prefix.lower() in _TIMM_PREFIXES):
             raise ValueError(
                 f'there is no data set {name!r}; known are {", ".join((*_ARCHIVES, "digits"))}, the names of timm that '
-                f'begin with {", ".join(f"{known}/" for known in _TIMM_PREFIXES)}, and no name for a folder of images')
+                f'begin with {", ".join(f"{known}/" for known in _TIMM_PREFIXES)}, and no name for a folder of images'
+            )
         if not name:
             _check_folder(root, split, options['search_split'])
         return timm_create_dataset(name, root, split, *args, **kwargs)
@@ -101,4 +122,5 @@ def _check_folder(root: str | os.PathLike | None, split: str, search_split: bool
         raise ValueError(f'{root} has no split {split!r}, it has {", ".join(splits)}')
     if word not in all_words:
         raise ValueError(
-            f'{root} has no split {split!r}; with train or validation it is read whole, since it has no splits')
+            f'{root} has no split {split!r}; with train or validation it is read whole, since it has no splits'
+        )

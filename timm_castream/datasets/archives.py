@@ -1,4 +1,5 @@
 """The data sets of the paper and Tiny ImageNet, in the layouts that their official archives unpack to."""
+
 from __future__ import annotations
 
 import os
@@ -12,18 +13,37 @@ from timm.data.readers.reader import Reader
 
 from .index_files import number, official_split, positive, read_rows, read_table, read_xml_boxes
 
-VOC_IGNORE = -1.
+VOC_IGNORE = -1.0
 """Target of a class of which an image shows difficult objects only; torchmetrics takes it as `ignore_index=-1`."""
 
-_VOC_TARGETS = {1: 1., -1: 0., 0: VOC_IGNORE}
+_VOC_TARGETS = {1: 1.0, -1: 0.0, 0: VOC_IGNORE}
 _VOC_CLASSES = (
-    'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog',
-    'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor',
+    'aeroplane',
+    'bicycle',
+    'bird',
+    'boat',
+    'bottle',
+    'bus',
+    'car',
+    'cat',
+    'chair',
+    'cow',
+    'diningtable',
+    'dog',
+    'horse',
+    'motorbike',
+    'person',
+    'pottedplant',
+    'sheep',
+    'sofa',
+    'train',
+    'tvmonitor',
 )
 
 
 class _Index(NamedTuple):
     """One split of an archive: N files, relative to its folder, and their N targets."""
+
     files: list[str]
     targets: list[int] | np.ndarray
     classes: list[str]
@@ -78,24 +98,26 @@ class IndexedImages(ImageDataset):
     _marker: str  # what the folder of the index must hold
 
     def __init__(
-            self,
-            root: str | os.PathLike,
-            split: str = 'train',
-            transform: Callable | None = None,
-            target_transform: Callable | None = None,
-            input_img_mode: str = 'RGB',
+        self,
+        root: str | os.PathLike,
+        split: str = 'train',
+        transform: Callable | None = None,
+        target_transform: Callable | None = None,
+        input_img_mode: str = 'RGB',
     ) -> None:
         folder = next((f for f in (Path(root, name) for name in self._folders) if (f / self._marker).exists()), None)
         if folder is None:
             raise FileNotFoundError(
-                f'no {self._marker}: {root} is neither the folder that {self._archive} unpacks to nor its parent')
+                f'no {self._marker}: {root} is neither the folder that {self._archive} unpacks to nor its parent'
+            )
         index = self._read_index(folder, official_split(type(self).__name__, self.splits, split))
         if not index.files:
             raise ValueError(f'the index in {folder} lists no images for split {split!r}')
         missing = [file for file in index.files if not (folder / file).is_file()]
         if missing:
             raise FileNotFoundError(
-                f'{folder / missing[0]} is missing, one of {len(missing)} of the {len(index.files)} images listed')
+                f'{folder / missing[0]} is missing, one of {len(missing)} of the {len(index.files)} images listed'
+            )
         if index.boxes is not None and (empty := ~(index.boxes[:, 2:] > index.boxes[:, :2]).all(1)).any():
             raise ValueError(f'the box of {index.files[empty.argmax()]} in the index in {folder} has no area')
         super().__init__(
@@ -163,7 +185,7 @@ class VOC2012(IndexedImages):
     @staticmethod
     def _read_index(folder: Path, split: str) -> _Index:
         lists = folder / 'ImageSets' / 'Main'
-        ids = [image for image, in read_rows(lists / f'{split}.txt', str)]
+        ids = [image for (image,) in read_rows(lists / f'{split}.txt', str)]
         targets = np.empty((len(ids), len(_VOC_CLASSES)), dtype=np.float32)
         for column, name in enumerate(_VOC_CLASSES):
             path = lists / f'{name}_{split}.txt'
@@ -209,7 +231,7 @@ class MIT67(IndexedImages):
     @staticmethod
     def _read_index(folder: Path, split: str) -> _Index:
         lists = {'train': 'TrainImages.txt', 'test': 'TestImages.txt'}
-        files = {name: [file for file, in read_rows(folder / lists[name], str)] for name in lists}
+        files = {name: [file for (file,) in read_rows(folder / lists[name], str)] for name in lists}
         classes = sorted({file.partition('/')[0] for listed in files.values() for file in listed})
         target = {name: i for i, name in enumerate(classes)}
         targets = [target[file.partition('/')[0]] for file in files[split]]

@@ -2,6 +2,7 @@
 
 A box is x0, y0, x1, y1 in pixels; x1 and y1 lie just outside. J boxes an image, R pairs of an image and a class.
 """
+
 from __future__ import annotations
 
 import os
@@ -20,8 +21,14 @@ from .index_files import number, read_rows, read_xml_boxes
 from .unreadable import image_name, innermost
 
 _UNMOVED = (
-    transforms.ToTensor, transforms.PILToTensor, transforms.ConvertImageDtype, transforms.Normalize,
-    transforms.Grayscale, timm_transforms.ToTensor, timm_transforms.ToNumpy, timm_transforms.MaybeToTensor,
+    transforms.ToTensor,
+    transforms.PILToTensor,
+    transforms.ConvertImageDtype,
+    transforms.Normalize,
+    transforms.Grayscale,
+    timm_transforms.ToTensor,
+    timm_transforms.ToNumpy,
+    timm_transforms.MaybeToTensor,
     timm_transforms.MaybePILToTensor,
 )
 """Transforms that leave every pixel where it is."""
@@ -64,7 +71,7 @@ def boxes_for(dataset: Any, indices: Sequence[int], labels: Sequence[int]) -> Te
         rows.append(input_boxes(boxes, size, transform))
     padded = torch.full((len(rows), max(map(len, rows), default=1) or 1, 4), torch.nan)
     for row, boxes in zip(padded, rows, strict=True):
-        row[:len(boxes)] = torch.from_numpy(boxes)
+        row[: len(boxes)] = torch.from_numpy(boxes)
     return padded
 
 

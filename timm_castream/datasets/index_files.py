@@ -1,4 +1,5 @@
 """Read the text files and XML files that list images, labels and boxes, and find the split that a word means."""
+
 from __future__ import annotations
 
 import math
@@ -97,7 +98,8 @@ def official_split(name: str, splits: Sequence[str], split: str) -> str:
 
 
 def _numbered_rows(
-        path: Path, types: Sequence[Callable[[str], Any]], separator: str | None = None) -> Iterator[tuple[int, tuple]]:
+    path: Path, types: Sequence[Callable[[str], Any]], separator: str | None = None
+) -> Iterator[tuple[int, tuple]]:
     try:
         lines = path.read_text(encoding='utf-8-sig', errors='surrogateescape').splitlines()
     except FileNotFoundError:

@@ -1,4 +1,5 @@
 """The demo's data set: handwritten digits on photographs, both from scikit-learn."""
+
 from __future__ import annotations
 
 import os
@@ -47,12 +48,12 @@ class DigitScenes(Dataset):
     classes = [str(digit) for digit in range(10)]
 
     def __init__(
-            self,
-            split: str = 'train',
-            num_images: int | None = None,
-            seed: int = 0,
-            transform: Callable | None = None,
-            input_img_mode: str = 'RGB',
+        self,
+        split: str = 'train',
+        num_images: int | None = None,
+        seed: int = 0,
+        transform: Callable | None = None,
+        input_img_mode: str = 'RGB',
     ) -> None:
         training = official_split(type(self).__name__, self.splits, split) == 'train'
         num_images = (8000 if training else 2000) if num_images is None else num_images
@@ -128,8 +129,8 @@ def _draw_scene(scan: np.ndarray, photograph: Image.Image, rng: np.random.Genera
     x, y = int(rng.integers(photograph.width - side + 1)), int(rng.integers(photograph.height - side + 1))
     crop = photograph.resize((_IMAGE_SIZE, _IMAGE_SIZE), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side))
     light = rng.random() < 0.5
-    ink_value = 255. if light else 0.
-    scene = (np.asarray(crop, dtype=np.float32) + 255. - ink_value) / 2  # half the contrast, far from the ink
+    ink_value = 255.0 if light else 0.0
+    scene = (np.asarray(crop, dtype=np.float32) + 255.0 - ink_value) / 2  # half the contrast, far from the ink
 
     ink = Image.fromarray((scan * (255 / 16)).astype(np.uint8))
     ink = ink.crop(ink.getbbox())
@@ -137,7 +138,7 @@ def _draw_scene(scan: np.ndarray, photograph: Image.Image, rng: np.random.Genera
     width = round(height * ink.width / ink.height)
     left, top = int(rng.integers(_IMAGE_SIZE - width + 1)), int(rng.integers(_IMAGE_SIZE - height + 1))
     ink = ink.resize((width, height), Image.Resampling.BICUBIC)
-    opacity = rng.uniform(0.4, 1.) * np.asarray(ink, dtype=np.float32)[..., None] / 255
-    box = scene[top:top + height, left:left + width]
+    opacity = rng.uniform(0.4, 1.0) * np.asarray(ink, dtype=np.float32)[..., None] / 255
+    box = scene[top : top + height, left : left + width]
     box += opacity * (ink_value - box)
     return scene.round().astype(np.uint8), (left, top, left + width, top + height)

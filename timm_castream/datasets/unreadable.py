@@ -1,4 +1,5 @@
 """Data sets whose unreadable images are named, where timm's data sets put another image in their place."""
+
 from __future__ import annotations
 
 import copy
@@ -68,7 +69,8 @@ class SeparatingCollate:
 
 
 def read_batches(
-        loader: Any, batches: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Any, Any, list[Unreadable]]]:
+    loader: Any, batches: Sequence[Sequence[int]]
+) -> Iterator[tuple[list[int], Any, Any, list[Unreadable]]]:
     """Reads chosen items of a loader's data set as the loader reads its own, without substitutes.
 
     Args:

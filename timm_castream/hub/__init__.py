@@ -1,4 +1,5 @@
 """Publish models and streams on the Hugging Face Hub."""
+
 from __future__ import annotations
 
 from tempfile import TemporaryDirectory
@@ -16,14 +17,14 @@ __all__ = ['load_stream', 'push_to_hub', 'save_stream']
 
 
 def push_to_hub(
-        model: nn.Module,
-        repo_id: str,
-        stream_only: bool = False,
-        *,
-        private: bool = False,
-        token: str | None = None,
-        commit_message: str = 'Add model',
-        **card: Any,
+    model: nn.Module,
+    repo_id: str,
+    stream_only: bool = False,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    commit_message: str = 'Add model',
+    **card: Any,
 ) -> str:
     """Publishes a model, or its stream alone, as a Hub repository: config.json, model.safetensors and a model card.
 

@@ -1,4 +1,5 @@
 """Pretrained cfgs of the variants of the paper, one JSON file each in `hf_configs/`."""
+
 from __future__ import annotations
 
 import json
@@ -28,7 +29,8 @@ def read_configs() -> dict[str, PretrainedCfg]:
             continue
         config = json.loads(file.read_text(encoding='utf-8'))
         fields: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in config['pretrained_cfg'].items()}
+            key: tuple(value) if isinstance(value, list) else value for key, value in config['pretrained_cfg'].items()
+        }
         name = file.name.removesuffix('.json')
         if name in PUBLISHED:
             fields['hf_hub_id'] = hub_repository(name)

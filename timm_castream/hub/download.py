@@ -1,4 +1,5 @@
 """Download files of the Hugging Face Hub by its client, and compare them with the hash that the Hub gave."""
+
 from __future__ import annotations
 
 import functools
@@ -24,7 +25,8 @@ WEIGHTS_NAME = 'model.safetensors'
 PICKLE_NAME = 'pytorch_model.bin'
 NO_PICKLE = (
     'Pickled weights are read only where a call asks for them by name, pretrained_cfg_overlay='
-    f"dict(hf_hub_filename='{PICKLE_NAME}').")
+    f"dict(hf_hub_filename='{PICKLE_NAME}')."
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -56,8 +58,10 @@ def download(repo_id: str, filename: str = WEIGHTS_NAME, cache_dir: str | Path |
         path = _fetch(repo_id, filename, cache_dir, force_download=True)
         if not _is_intact(path):
             _discard(path)
-            raise OSError(f'{filename} of {repo_id} arrives damaged: its SHA-256 is not what the Hub says. Nothing was '
-                          'kept; try again later or from another network.')
+            raise OSError(
+                f'{filename} of {repo_id} arrives damaged: its SHA-256 is not what the Hub says. Nothing was '
+                'kept; try again later or from another network.'
+            )
     return path
 
 
@@ -84,9 +88,16 @@ def read_architecture(repo_id: str, cache_dir: str | Path | None = None) -> str:
 def _fetch(repo_id: str, filename: str, cache_dir: str | Path | None, force_download: bool = False) -> Path:
     name, _, revision = repo_id.partition('@')
     try:
-        return Path(hf_hub_download(
-            name, filename, revision=revision or None, cache_dir=cache_dir, force_download=force_download,
-            library_name='timm_castream'))
+        return Path(
+            hf_hub_download(
+                name,
+                filename,
+                revision=revision or None,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                library_name='timm_castream',
+            )
+        )
     except Exception as error:  # the errors of the client's HTTP library change with its release
         raise hub_error(error, repo_id, filename) from error
 
@@ -116,8 +127,10 @@ def hub_error(error: Exception, repo_id: str, filename: str = WEIGHTS_NAME) -> E
     if isinstance(cause, OfflineModeIsEnabled):
         return OSError(f'{filename} of {repo_id} is not in the cache and offline mode is on: unset HF_HUB_OFFLINE.')
     reason = ' '.join(str(cause).split()).rstrip('.') or type(cause).__name__
-    return OSError(f'{filename} of {repo_id} is not in the cache and could not be downloaded: {reason}. Check the '
-                   'connection and try again.')
+    return OSError(
+        f'{filename} of {repo_id} is not in the cache and could not be downloaded: {reason}. Check the '
+        'connection and try again.'
+    )
 
 
 def _blob(path: Path) -> Path:

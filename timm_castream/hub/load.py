@@ -1,4 +1,5 @@
 """Open a model with its weights, and load a stream or a plain backbone into a model that exists."""
+
 from __future__ import annotations
 
 import logging
@@ -30,11 +31,7 @@ _logger = logging.getLogger(__name__)
 
 
 def open_model(
-        name: str,
-        checkpoint: str | Path | None = None,
-        pretrained: bool = False,
-        use_ema: bool = False,
-        **kwargs: Any,
+    name: str, checkpoint: str | Path | None = None, pretrained: bool = False, use_ema: bool = False, **kwargs: Any
 ) -> nn.Module:
     """Creates a model by name, with the weights that the caller names: with a stream or without.
 
@@ -114,8 +111,10 @@ def _open_file(name: str, path: Path, use_ema: bool, kwargs: dict[str, Any]) -> 
     model = _create_model(name, **args)
     _remember_args(model, args)
     if isinstance(model, CAStreamMixin) and not weights.stream:
-        raise ValueError(f'{path} holds a model without a CA-Stream: open it as {backbone_name(model)}, or pass it as '
-                         'backbone_checkpoint.')
+        raise ValueError(
+            f'{path} holds a model without a CA-Stream: open it as {backbone_name(model)}, or pass it as '
+            'backbone_checkpoint.'
+        )
     check_fit(weights.state_dict, model.state_dict(), weights.origin)
     model.load_state_dict(weights.state_dict)
     _take_image_settings(model, weights)
@@ -248,14 +247,20 @@ def load_gap_weights(model: Any, pretrained: bool | str = False, checkpoint: str
         cfg = getattr(model, 'pretrained_cfg', None) or {}
         architecture = cfg.get('architecture')
         if not architecture or not timm.is_model(architecture):
-            raise ValueError(f"backbone_pretrained needs a model of timm's registry, this {type(model).__name__} names "
-                             'none in its pretrained_cfg; use backbone_checkpoint.')
+            raise ValueError(
+                f"backbone_pretrained needs a model of timm's registry, this {type(model).__name__} names "
+                'none in its pretrained_cfg; use backbone_checkpoint.'
+            )
         name = timm_weights_name(architecture, pretrained if isinstance(pretrained, str) else cfg.get('tag'))
         # timm adapts in_chans and drops a classifier of other classes where it creates a model.
         conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
         donor: Any = timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay={'state_dict': read_timm_weights(name)},
-            num_classes=model.num_classes, in_chans=conv.in_channels if conv is not None else 3)
+            name,
+            pretrained=True,
+            pretrained_cfg_overlay={'state_dict': read_timm_weights(name)},
+            num_classes=model.num_classes,
+            in_chans=conv.in_channels if conv is not None else 3,
+        )
         state_dict = donor.state_dict()
         origin = f'The pretrained weights {name!r}'
     own = model.state_dict()
@@ -283,12 +288,7 @@ def save_stream(model: nn.Module, path: str | Path) -> None:
     write_safetensors(path, stream_state_dict(model.state_dict()), StreamHeader.of(model).to_metadata())
 
 
-def load_stream(
-        model: nn.Module,
-        source: str | Path,
-        strict: bool = True,
-        cache_dir: str | Path | None = None,
-) -> None:
+def load_stream(model: nn.Module, source: str | Path, strict: bool = True, cache_dir: str | Path | None = None) -> None:
     """Loads a stream that `save_stream` or `push_to_hub` saved. All of it or, with an error, nothing.
 
     Args:
@@ -308,10 +308,7 @@ def load_stream(
 
 
 def put_stream(
-        model: CAStreamMixin,
-        weights: Weights,
-        strict: bool | None = None,
-        adapted: set[str] | frozenset[str] = frozenset(),
+    model: CAStreamMixin, weights: Weights, strict: bool | None = None, adapted: set[str] | frozenset[str] = frozenset()
 ) -> None:
     """Loads the `castream.*` entries of weights into a model, after every check.
 

@@ -3,6 +3,7 @@
 Hub files are read by their explicit name and as safetensors: where no name is given, timm goes on to a pickle when a
 request fails. A pickle is read where the user names it, and with torch's `weights_only=True`: tensors and plain data.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -84,7 +85,8 @@ def read_cfg_weights(cfg: dict[str, Any], cache_dir: str | Path | None = None, a
         if not repo_id:
             raise RuntimeError(
                 f'No pretrained weights exist for {name or "this model"}. Use pretrained=False for random init, or '
-                'backbone_pretrained=True for GAP weights of the backbone.')
+                'backbone_pretrained=True for GAP weights of the backbone.'
+            )
     if source == 'local-dir':  # the user names the folder, so the pickle of timm's save_for_hf is read too
         path = next((p for p in (Path(str(file), filename), Path(str(file), PICKLE_NAME)) if p.is_file()), None)
         if path is None:
@@ -104,8 +106,10 @@ def read_cfg_weights(cfg: dict[str, Any], cache_dir: str | Path | None = None, a
 
 
 def _not_published(name: str, searched: str = '') -> str:
-    return (f'The weights of {name} have not been published{searched}: train them with the recipe imagenet_sgd90.yaml, '
-            'or start from GAP weights with backbone_pretrained=True in place of pretrained=True.')
+    return (
+        f'The weights of {name} have not been published{searched}: train them with the recipe imagenet_sgd90.yaml, '
+        'or start from GAP weights with backbone_pretrained=True in place of pretrained=True.'
+    )
 
 
 def read_file(path: str | Path, origin: str | None = None) -> Weights:
@@ -129,7 +133,8 @@ def read_file(path: str | Path, origin: str | None = None) -> Weights:
         return Weights(timm.models.load_state_dict(str(path), weights_only=True), origin)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(
-            f'{origin} is damaged or no checkpoint: more than tensors and plain data is not unpickled.') from error
+            f'{origin} is damaged or no checkpoint: more than tensors and plain data is not unpickled.'
+        ) from error
 
 
 def read_checkpoint(path: str | Path, use_ema: bool = False) -> Weights:
@@ -153,8 +158,10 @@ def read_checkpoint(path: str | Path, use_ema: bool = False) -> Weights:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged, or no checkpoint of timm's train.py: more than tensors and plain data is "
-                         'not unpickled.') from error
+        raise ValueError(
+            f"{path} is damaged, or no checkpoint of timm's train.py: more than tensors and plain data is "
+            'not unpickled.'
+        ) from error
     key = 'state_dict_ema' if use_ema else 'state_dict'
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict):
         raise ValueError(f'{path} has no {"EMA weights, train with --model-ema" if use_ema else "state_dict"}.')
@@ -166,8 +173,11 @@ def read_checkpoint(path: str | Path, use_ema: bool = False) -> Weights:
         **(train_args.get('model_kwargs') or {}),
     }
     return Weights(
-        clean_state_dict(checkpoint[key]), str(path), train_args=train_args,
-        model_args={name: value for name, value in model_args.items() if value is not None})
+        clean_state_dict(checkpoint[key]),
+        str(path),
+        train_args=train_args,
+        model_args={name: value for name, value in model_args.items() if value is not None},
+    )
 
 
 def locate(source: str, cache_dir: str | Path | None = None) -> tuple[Path, str]:
@@ -200,8 +210,10 @@ def timm_weights_name(architecture: str, tag: str | None) -> str:
     name = f'{architecture}.{tag}' if tag else architecture
     known = timm.list_models(f'{architecture}.*', pretrained=True)
     if name not in (*known, architecture) or not known:
-        raise ValueError(f'backbone_pretrained {tag or True!r} is no tag of {architecture}, valid ones: '
-                         f'{", ".join(k.split(".", 1)[1] for k in known) or "none"}.')
+        raise ValueError(
+            f'backbone_pretrained {tag or True!r} is no tag of {architecture}, valid ones: '
+            f'{", ".join(k.split(".", 1)[1] for k in known) or "none"}.'
+        )
     return name
 
 

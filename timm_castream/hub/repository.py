@@ -1,4 +1,5 @@
 """Write the folder of a Hub repository: config.json, model.safetensors and the model card."""
+
 from __future__ import annotations
 
 import json
@@ -37,13 +38,13 @@ class _Figure(NamedTuple):
 
 
 def write_repository(
-        model: nn.Module,
-        folder: str | Path,
-        repo_id: str,
-        stream_only: bool = False,
-        backbone_pretrained: bool | str = True,
-        metrics: dict[str, Any] | None = None,
-        dataset: str | None = None,
+    model: nn.Module,
+    folder: str | Path,
+    repo_id: str,
+    stream_only: bool = False,
+    backbone_pretrained: bool | str = True,
+    metrics: dict[str, Any] | None = None,
+    dataset: str | None = None,
 ) -> Path:
     """Writes the folder of a Hub repository, which `local-dir:` loads too.
 
@@ -70,8 +71,10 @@ def write_repository(
     architecture = f'{backbone}_castream'
     registered = timm.is_model(architecture)
     if not registered and not stream_only:
-        raise ValueError(f'No model is registered as {architecture}, so nobody could create it by name: publish the '
-                         'stream alone, stream_only=True.')
+        raise ValueError(
+            f'No model is registered as {architecture}, so nobody could create it by name: publish the '
+            'stream alone, stream_only=True.'
+        )
     if not getattr(model, 'pretrained_cfg', None):
         raise ValueError(f'This {type(model).__name__} has no pretrained_cfg to publish: use save_stream.')
     figures = _figures(metrics, model) if metrics is not None else []
@@ -97,7 +100,8 @@ def write_repository(
     header = StreamHeader.of(model)
     state_dict = model.state_dict()
     write_safetensors(
-        folder / WEIGHTS_NAME, stream_state_dict(state_dict) if stream_only else state_dict, header.to_metadata())
+        folder / WEIGHTS_NAME, stream_state_dict(state_dict) if stream_only else state_dict, header.to_metadata()
+    )
     if dataset is None and model.num_classes == 1000:
         dataset = 'imagenet-1k'
     card = _card(
@@ -112,8 +116,10 @@ def write_repository(
         by_name=registered and (bool(tag) or not stream_only),
         stream_only=stream_only,
         multilabel='mAP' in (metrics or {}),
-        parameters={name: sum(p.numel() for p in part.parameters()) / 1e6
-                    for name, part in (('stream', model.castream), ('total', model))},
+        parameters={
+            name: sum(p.numel() for p in part.parameters()) / 1e6
+            for name, part in (('stream', model.castream), ('total', model))
+        },
     )
     (folder / 'README.md').write_text(card, encoding='utf-8')
     return folder
@@ -132,15 +138,19 @@ def _timm_tag(model: CAStreamMixin, backbone: str, backbone_pretrained: bool | s
     tag = model.backbone_cfg.get('tag') if backbone_pretrained is True else backbone_pretrained
     name = f'{backbone}.{tag}'
     if name not in timm.list_models(f'{backbone}.*', pretrained=True):
-        raise ValueError(f'{name} are no weights of timm: name a tag with backbone_pretrained, or pass False if the '
-                         'stream was trained on other weights.')
+        raise ValueError(
+            f'{name} are no weights of timm: name a tag with backbone_pretrained, or pass False if the '
+            'stream was trained on other weights.'
+        )
     overlay = {'state_dict': read_timm_weights(name)}
     reference: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     own: Any = model
     same_head = _same_weights(reference.get_classifier(), own.get_classifier())
     if not same_head or fingerprint(reference) != fingerprint(model):
-        raise ValueError(f'Backbone and classifier of this model are not those of {name}, so the stream alone is not '
-                         'enough: publish the whole model, name another tag with backbone_pretrained, or pass False.')
+        raise ValueError(
+            f'Backbone and classifier of this model are not those of {name}, so the stream alone is not '
+            'enough: publish the whole model, name another tag with backbone_pretrained, or pass False.'
+        )
     return tag
 
 
@@ -148,18 +158,19 @@ def _same_weights(one: nn.Module, other: nn.Module) -> bool:
     ours, theirs = one.state_dict(), other.state_dict()
     return ours.keys() == theirs.keys() and all(
         v.shape == theirs[k].shape and torch.equal(v.cpu().bfloat16(), theirs[k].cpu().bfloat16())
-        for k, v in ours.items())
+        for k, v in ours.items()
+    )
 
 
 def _card(
-        *,
-        repo_id: str,
-        header: StreamHeader,
-        config: dict[str, Any],
-        dataset: str | None,
-        figures: list[_Figure],
-        metrics: dict[str, Any],
-        **facts: Any,
+    *,
+    repo_id: str,
+    header: StreamHeader,
+    config: dict[str, Any],
+    dataset: str | None,
+    figures: list[_Figure],
+    metrics: dict[str, Any],
+    **facts: Any,
 ) -> str:
     """The model card: the metadata of the Hub in front of `hf_configs/model_card.md`."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData  # YAML and templates: not at import
@@ -168,10 +179,16 @@ def _card(
     measured_on = settings.get('dataset') or dataset or 'unknown'
     results = [
         EvalResult(
-            task_type='image-classification', dataset_type=measured_on, dataset_name=measured_on,
-            dataset_split=settings.get('split'), metric_type=figure.metric, metric_name=figure.name,
-            metric_value=figure.value)
-        for figure in figures if not figure.interval
+            task_type='image-classification',
+            dataset_type=measured_on,
+            dataset_name=measured_on,
+            dataset_split=settings.get('split'),
+            metric_type=figure.metric,
+            metric_name=figure.name,
+            metric_value=figure.value,
+        )
+        for figure in figures
+        if not figure.interval
     ]
     data = ModelCardData(
         license=config['pretrained_cfg'].get('license') or 'other',
@@ -184,9 +201,21 @@ def _card(
         eval_results=results or None,
     )
     template = (files('hf_configs') / 'model_card.md').read_text(encoding='utf-8')
-    return str(ModelCard.from_template(
-        data, template_str=template, repo_id=repo_id, header=header, config=config, dataset=dataset, figures=figures,
-        measured_on=measured_on, num_images=metrics.get('num_images'), settings=settings, **facts))
+    return str(
+        ModelCard.from_template(
+            data,
+            template_str=template,
+            repo_id=repo_id,
+            header=header,
+            config=config,
+            dataset=dataset,
+            figures=figures,
+            measured_on=measured_on,
+            num_images=metrics.get('num_images'),
+            settings=settings,
+            **facts,
+        )
+    )
 
 
 def _figures(metrics: dict[str, Any], model: nn.Module) -> list[_Figure]:
@@ -195,7 +224,8 @@ def _figures(metrics: dict[str, Any], model: nn.Module) -> list[_Figure]:
     try:
         figures = [
             _Figure(key, f'{title}, {pooling.upper()}', round(value, 2))
-            for key, title in summary.items() for pooling, value in metrics.get(key, {}).items()
+            for key, title in summary.items()
+            for pooling, value in metrics.get(key, {}).items()
         ]
         titles = metrics.get('titles', {})
         method_titles, metric_titles = titles.get('methods', {}), titles.get('metrics', {})
@@ -216,6 +246,8 @@ def _figures(metrics: dict[str, Any], model: nn.Module) -> list[_Figure]:
     if not figures:
         raise ValueError('The metrics hold no figures of `castream evaluate`, which writes them to evaluation.json.')
     if measured not in (None, weights_hash(model)):
-        raise ValueError('The metrics were measured with other weights than those to publish: run `castream evaluate` '
-                         'on this very checkpoint.')
+        raise ValueError(
+            'The metrics were measured with other weights than those to publish: run `castream evaluate` '
+            'on this very checkpoint.'
+        )
     return figures

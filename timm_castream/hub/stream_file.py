@@ -2,6 +2,7 @@
 
 The header of a file with a stream stores the stream's arguments and the fingerprint of the backbone's weights.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -62,10 +63,13 @@ class StreamHeader:
             if version <= FORMAT_VERSION:
                 return cls(metadata['backbone'], dict(json.loads(metadata['stream_args'])), metadata['fingerprint'])
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f'{origin} has no header of a CA-Stream: save streams with '
-                             'timm_castream.save_stream(model, path).') from None
-        raise ValueError(f'{origin} is of format {version}, this timm_castream reads formats up to {FORMAT_VERSION}: '
-                         'install a newer one.')
+            raise ValueError(
+                f'{origin} has no header of a CA-Stream: save streams with timm_castream.save_stream(model, path).'
+            ) from None
+        raise ValueError(
+            f'{origin} is of format {version}, this timm_castream reads formats up to {FORMAT_VERSION}: '
+            'install a newer one.'
+        )
 
     def to_metadata(self) -> dict[str, str]:
         """The header as the metadata of a safetensors file, which are strings."""
@@ -87,8 +91,9 @@ class StreamHeader:
             raise ValueError(f'{origin} holds a stream of {self.backbone}, this model is {backbone_name(model)}.')
         own = json.loads(json.dumps(model.castream_config))
         saved = {**_ADDED_ARGUMENTS, **self.stream_args}
-        wrong = [k for k in sorted(own.keys() | saved.keys())
-                 if k not in _TRAINING_ARGUMENTS and own.get(k) != saved.get(k)]
+        wrong = [
+            k for k in sorted(own.keys() | saved.keys()) if k not in _TRAINING_ARGUMENTS and own.get(k) != saved.get(k)
+        ]
         if wrong:
             theirs, ours = (', '.join(f'{k}={args.get(k)!r}' for k in wrong) for args in (saved, own))
             raise ValueError(f"{origin} holds a stream with {theirs}, this model's has {ours}.")
@@ -102,8 +107,10 @@ class StreamHeader:
         own = fingerprint(model)
         if own == self.fingerprint:
             return
-        message = (f'{origin} was trained on other weights of {self.backbone}: their fingerprint is '
-                   f"{self.fingerprint}, this model's is {own}.")
+        message = (
+            f'{origin} was trained on other weights of {self.backbone}: their fingerprint is '
+            f"{self.fingerprint}, this model's is {own}."
+        )
         if strict:
             raise ValueError(f'{message[:-1]}; load those weights first, or pass strict=False.')
         warnings.warn(message, stacklevel=4)
@@ -197,10 +204,7 @@ def read_safetensors(path: str | Path, origin: str) -> tuple[dict[str, Tensor], 
 
 
 def check_fit(
-        state_dict: Mapping[str, Tensor],
-        own: Mapping[str, Tensor],
-        origin: str,
-        adapted: Collection[str] = (),
+    state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], origin: str, adapted: Collection[str] = ()
 ) -> None:
     """Refuses a state dict that does not fit, before any of it is loaded. torch finds a wrong shape only half way.
 
@@ -213,14 +217,21 @@ def check_fit(
     Raises:
         ValueError: Naming the first keys that are missing, unknown or of another shape.
     """
+
     def some(keys: list[str]) -> str:
         return ', '.join(keys[:3]) + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')
 
     missing = [key for key in own if key not in state_dict and key not in adapted]
     unknown = [key for key in state_dict if key not in own and key not in adapted]
-    shapes = [f'{key} is {tuple(value.shape)}, not {tuple(own[key].shape)}' for key, value in state_dict.items()
-              if key in own and key not in adapted and value.shape != own[key].shape]
-    problems = [f'{problem} {some(keys)}' for problem, keys in
-                (('it lacks', missing), ('the model lacks', unknown), ('of another shape:', shapes)) if keys]
+    shapes = [
+        f'{key} is {tuple(value.shape)}, not {tuple(own[key].shape)}'
+        for key, value in state_dict.items()
+        if key in own and key not in adapted and value.shape != own[key].shape
+    ]
+    problems = [
+        f'{problem} {some(keys)}'
+        for problem, keys in (('it lacks', missing), ('the model lacks', unknown), ('of another shape:', shapes))
+        if keys
+    ]
     if problems:
         raise ValueError(f'{origin} does not fit this model: {"; ".join(problems)}.')

@@ -2,6 +2,7 @@
 
 Letters: B images of C channels and H x W pixels, h x w the size of a saliency map.
 """
+
 from __future__ import annotations
 
 import math
@@ -49,10 +50,10 @@ def resize_saliency(saliency: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def normalisation(
-        model_or_cfg: nn.Module | Mapping[str, Any],
-        x: Tensor,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+    model_or_cfg: nn.Module | Mapping[str, Any],
+    x: Tensor,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean and std with which images were normalised, on the device of x.
 
@@ -73,17 +74,21 @@ def normalisation(
     for name, given in (('mean', mean), ('std', std)):
         given = cfg.get(name) if given is None else given
         if given is None:
-            raise ValueError(f'{type(model_or_cfg).__name__} has no {name} for its images: pass {name}=, or set it in '
-                             'pretrained_cfg.')
+            raise ValueError(
+                f'{type(model_or_cfg).__name__} has no {name} for its images: pass {name}=, or set it in '
+                'pretrained_cfg.'
+            )
         numbers = torch.as_tensor(given, dtype=torch.float64).flatten().tolist()
         kind = 'finite' if name == 'mean' else 'positive'
         if not all(math.isfinite(number) and (number > 0 or name == 'mean') for number in numbers):
             raise ValueError(f'{name} must hold {kind} numbers, got {tuple(numbers)}.')
         value = torch.as_tensor(given, dtype=x.dtype, device=x.device).view(-1, 1, 1)
         if len(value) not in (1, x.shape[1]):
-            raise ValueError(f"{name} has {len(value)} channels, the images have {x.shape[1]}: set model.pretrained_cfg"
-                             "['mean'] and ['std'] to one number or to one a channel, or pass mean= and std= where the "
-                             'function has them.')
+            raise ValueError(
+                f'{name} has {len(value)} channels, the images have {x.shape[1]}: set model.pretrained_cfg'
+                "['mean'] and ['std'] to one number or to one a channel, or pass mean= and std= where the "
+                'function has them.'
+            )
         values.append(value)
     return values[0], values[1]
 

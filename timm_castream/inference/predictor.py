@@ -5,6 +5,7 @@ normalisation of the images, the activation, the batch size, the memory format a
 
 Letters: B images, N images of any number, C classes, H x W pixels.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -52,18 +53,18 @@ class Predictor:
     """
 
     def __init__(
-            self,
-            model: nn.Module,
-            poolings: Sequence[str] | None = None,
-            *,
-            layer: str | None = None,
-            activation: str = 'softmax',
-            batch_size: int | None = None,
-            channels_last: bool = False,
-            torchcompile: bool = False,
-            mean: Sequence[float] | None = None,
-            std: Sequence[float] | None = None,
-            temperatures: Mapping[str, float] | None = None,
+        self,
+        model: nn.Module,
+        poolings: Sequence[str] | None = None,
+        *,
+        layer: str | None = None,
+        activation: str = 'softmax',
+        batch_size: int | None = None,
+        channels_last: bool = False,
+        torchcompile: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        temperatures: Mapping[str, float] | None = None,
     ) -> None:
         self.has_stream = has_stream(model)
         if poolings is None:
@@ -89,7 +90,8 @@ class Predictor:
         self._torchcompile = torchcompile
         self._forward: Callable[[Tensor], Tensor] = torch.compile(model) if torchcompile else model
         self._forward_both: Callable[..., dict[str, Tensor]] = (
-            torch.compile(forward_both) if torchcompile else forward_both)
+            torch.compile(forward_both) if torchcompile else forward_both
+        )
 
     @property
     def name(self) -> str:
@@ -174,7 +176,7 @@ class Predictor:
 
     def forward(self, images: Tensor) -> Tensor:
         """The model's own forward, under the pooling that the model is set to: (N, C) logits of one batch."""
-        return self._forward(self._prepared(images))[:len(images)]
+        return self._forward(self._prepared(images))[: len(images)]
 
     def logits(self, images: Tensor, poolings: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Logits of one batch under each pooling, from one pass over the backbone.
@@ -191,7 +193,7 @@ class Predictor:
             with self.pooled_by(poolings[0]):
                 return {poolings[0]: self.forward(images)}
         both = self._forward_both(self.model, self._prepared(images))
-        return {name: both[name][:len(images)] for name in poolings}
+        return {name: both[name][: len(images)] for name in poolings}
 
     def _prepared(self, images: Tensor) -> Tensor:
         """One batch in the network's memory format, filled up with zeros to the batch size for a compiled network."""
@@ -206,7 +208,7 @@ class Predictor:
 
     def probabilities(self, logits: Tensor, name: str | None = None) -> Tensor:
         """Probabilities, (N, C) in float32 or wider, of logits under the pooling `name`."""
-        return probabilities(logits, self.activation, self.temperatures.get(name, 1.) if name else 1.)
+        return probabilities(logits, self.activation, self.temperatures.get(name, 1.0) if name else 1.0)
 
     def normalisation(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std of the images, as `images.normalisation` gives them."""

@@ -1,4 +1,5 @@
 """Probabilities from logits, always in float32 or wider."""
+
 from __future__ import annotations
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 ACTIVATIONS = ('softmax', 'sigmoid')
 
 
-def probabilities(logits: Tensor, activation: str = 'softmax', temperature: float = 1.) -> Tensor:
+def probabilities(logits: Tensor, activation: str = 'softmax', temperature: float = 1.0) -> Tensor:
     """Probabilities of logits. A softmax in half precision would round probabilities near 1 to 1.
 
     Args:

@@ -3,14 +3,24 @@
 Functions and torchmetrics classes are found here by name; `table` lists the metrics of an evaluation. Modules are
 imported when a name is first used, so that mean average precision needs no torchmetrics.
 """
+
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
 _MODULES = {
-    'faithfulness': ('AverageDrop', 'AverageGain', 'AverageIncrease', 'Deletion', 'Insertion', 'area_under_curve',
-                     'average_drop', 'average_gain', 'average_increase'),
+    'faithfulness': (
+        'AverageDrop',
+        'AverageGain',
+        'AverageIncrease',
+        'Deletion',
+        'Insertion',
+        'area_under_curve',
+        'average_drop',
+        'average_gain',
+        'average_increase',
+    ),
     'curves': ('CURVE_SETTINGS', 'deletion_curve', 'insertion_curve'),
     'localization': ('energy_pointing_game', 'has_box', 'localization_error', 'pointing_game'),
     'max_box_acc': ('BOX_ACCURACY_IOUS', 'box_accuracy_hits', 'max_box_acc_v2'),
@@ -24,6 +34,7 @@ __all__ = ['mask_image', *_MODULE_OF]
 def __getattr__(name: str) -> Any:
     if name == 'mask_image':
         from ..inference.images import mask_image
+
         return mask_image
     if name not in _MODULE_OF:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

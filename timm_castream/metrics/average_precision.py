@@ -2,6 +2,7 @@
 
 N images, C classes, S samples of the images with a weight for each image.
 """
+
 from __future__ import annotations
 
 import numpy as np

@@ -7,6 +7,7 @@ first, gives the components above all levels (Kruskal's algorithm).
 
 An extent is -x0, -y0, x1, y1 of a set of pixels, x1 and y1 inside: the elementwise maximum over its pixels.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 NUM_LEVELS = 256
 
 
-def component_boxes(values: np.ndarray, min_area: float = 0.) -> tuple[np.ndarray, np.ndarray]:
+def component_boxes(values: np.ndarray, min_area: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """The tight boxes of the 8-connected components of [floor(255 S) > k], for k from 0 to 254.
 
     Args:
@@ -50,7 +51,7 @@ def component_boxes(values: np.ndarray, min_area: float = 0.) -> tuple[np.ndarra
 
     def note(row: int, bottom: int) -> None:
         ks.append(np.arange(bottom, top[row]))
-        found.append(rows[:, row, bottom + 1:top[row] + 1].copy())
+        found.append(rows[:, row, bottom + 1 : top[row] + 1].copy())
 
     for level, a, b in joins:
         if is_large[b]:
@@ -58,7 +59,7 @@ def component_boxes(values: np.ndarray, min_area: float = 0.) -> tuple[np.ndarra
             note(a, level)
             note(b, level)
             top[a], top[b] = level, 0
-            rows[:, a, :level + 1] = np.maximum(rows[:, a, :level + 1], rows[:, b, :level + 1])
+            rows[:, a, : level + 1] = np.maximum(rows[:, a, : level + 1], rows[:, b, : level + 1])
     for row in range(num_rows):
         note(row, 0)
     return np.concatenate(ks), np.concatenate(found, axis=1).T * (-1, -1, 1, 1)
@@ -73,7 +74,7 @@ def _basins(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     highest = ranks[1:-1, 1:-1].copy()
     for i in range(3):
         for j in range(3):
-            np.maximum(highest, ranks[i:i + height, j:j + width], out=highest)
+            np.maximum(highest, ranks[i : i + height, j : j + width], out=highest)
     ascent = order[highest.ravel()]
     while not np.array_equal(ascent, higher := ascent[ascent]):
         ascent = higher
@@ -89,8 +90,11 @@ def _touching(basin: np.ndarray, levels: np.ndarray) -> list[list[int]]:
     num_basins = int(basin.max()) + 1
     keys = []
     for here, there in (
-            (np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:]),
-            (np.s_[:-1, :-1], np.s_[1:, 1:]), (np.s_[:-1, 1:], np.s_[1:, :-1])):
+        (np.s_[:, :-1], np.s_[:, 1:]),
+        (np.s_[:-1], np.s_[1:]),
+        (np.s_[:-1, :-1], np.s_[1:, 1:]),
+        (np.s_[:-1, 1:], np.s_[1:, :-1]),
+    ):
         level = np.minimum(levels[here], levels[there])
         kept = (basin[here] != basin[there]) & (level > 0)
         a, b = basin[here][kept], basin[there][kept]
@@ -129,7 +133,7 @@ def _join(touching: list[list[int]], extents: list[list[int]]) -> list[tuple[int
 
 def _extents(pixels: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
     """(4, num_groups) extents of groups of pixels, given (4, P) pixels and the (P,) index of the group of each."""
-    extents = np.full((4, num_groups), -2 ** 31)
+    extents = np.full((4, num_groups), -(2**31))
     for extent, coordinate in zip(extents, pixels, strict=True):
         np.maximum.at(extent, groups, coordinate)
     return extents

@@ -2,6 +2,7 @@
 
 Letters: B images of C channels and H x W pixels, normalised for the model; saliency maps of any size h x w.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -25,8 +26,8 @@ class CurveSetting(NamedTuple):
 
 
 CURVE_SETTINGS = {
-    'paper': CurveSetting(rows=8, kernel_size=5, sigma=5.),
-    'rise': CurveSetting(rows=1, kernel_size=11, sigma=5.),
+    'paper': CurveSetting(rows=8, kernel_size=5, sigma=5.0),
+    'rise': CurveSetting(rows=1, kernel_size=11, sigma=5.0),
 }
 
 # (images (N, C, H, W), index (N,) of the image that each was made from) -> probabilities (N, ...)
@@ -34,17 +35,17 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 def insertion_curve(
-        model: nn.Module,
-        x: Tensor,
-        saliency: Tensor,
-        target: Tensor,
-        step: int | None = None,
-        kernel_size: int | None = None,
-        sigma: float | None = None,
-        batch_size: int | None = None,
-        *,
-        setting: str | None = None,
-        activation: str = 'softmax',
+    model: nn.Module,
+    x: Tensor,
+    saliency: Tensor,
+    target: Tensor,
+    step: int | None = None,
+    kernel_size: int | None = None,
+    sigma: float | None = None,
+    batch_size: int | None = None,
+    *,
+    setting: str | None = None,
+    activation: str = 'softmax',
 ) -> Tensor:
     """Probability of the target class as pixels, most salient first, are put into the blurred image.
 
@@ -78,15 +79,15 @@ def insertion_curve(
 
 
 def deletion_curve(
-        model: nn.Module,
-        x: Tensor,
-        saliency: Tensor,
-        target: Tensor,
-        step: int | None = None,
-        batch_size: int | None = None,
-        *,
-        setting: str | None = None,
-        activation: str = 'softmax',
+    model: nn.Module,
+    x: Tensor,
+    saliency: Tensor,
+    target: Tensor,
+    step: int | None = None,
+    batch_size: int | None = None,
+    *,
+    setting: str | None = None,
+    activation: str = 'softmax',
 ) -> Tensor:
     """Probability of the target class as pixels, most salient first, are taken out of the image.
 
@@ -103,13 +104,13 @@ def deletion_curve(
 
 @torch.no_grad()
 def perturbation_curves(
-        predict: Predict,
-        start: Tensor,
-        finish: Tensor,
-        saliency: Tensor,
-        step: int,
-        batch_size: int | None = None,
-        ends: tuple[Tensor, Tensor] | None = None,
+    predict: Predict,
+    start: Tensor,
+    finish: Tensor,
+    saliency: Tensor,
+    step: int,
+    batch_size: int | None = None,
+    ends: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Probabilities while pixels of `start`, most salient first, become those of `finish`, for M maps an image at once.
 
@@ -195,7 +196,7 @@ def blur_kernel(kernel_size: int, sigma: float) -> Tensor:
     return torch.outer(line, line)
 
 
-def blur(x: Tensor, kernel_size: int = 5, sigma: float = 5.) -> Tensor:
+def blur(x: Tensor, kernel_size: int = 5, sigma: float = 5.0) -> Tensor:
     """Images filtered by `blur_kernel`, with zeros after normalisation around the image.
 
     Args:
@@ -223,11 +224,7 @@ def _saliency_rank(saliency: Tensor) -> Tensor:
 
 
 def _chosen_setting(
-        x: Tensor,
-        setting: str | None,
-        step: int | None,
-        kernel_size: int | None = None,
-        sigma: float | None = None,
+    x: Tensor, setting: str | None, step: int | None, kernel_size: int | None = None, sigma: float | None = None
 ) -> tuple[CurveSetting, int]:
     """The setting with the arguments in it, and the pixels per step.
 
@@ -247,12 +244,7 @@ def _chosen_setting(
 
 
 def _target_curve(
-        network: Predictor,
-        start: Tensor,
-        finish: Tensor,
-        saliency: Tensor,
-        target: Tensor,
-        step: int,
+    network: Predictor, start: Tensor, finish: Tensor, saliency: Tensor, target: Tensor, step: int
 ) -> Tensor:
     """The curve of one map and one target an image, (B, n + 1)."""
     network.check_channels(start)

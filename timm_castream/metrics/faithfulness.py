@@ -11,6 +11,7 @@ With p the probability of a class on an image and o the same on the image masked
 Plain functions hold the arithmetic of each image. The torchmetrics classes average it over images and processes.
 B images.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -53,7 +54,7 @@ def average_drop(prob: Tensor, masked_prob: Tensor) -> Tensor:
     """
     _check_pair(prob, masked_prob)
     # The numerator is 0 where p is 0. An epsilon instead of this case would show: p = 1e-6, o = 0 is a drop of 100 %.
-    return 100 * (prob - masked_prob).clamp(min=0) / torch.where(prob > 0, prob, 1.)
+    return 100 * (prob - masked_prob).clamp(min=0) / torch.where(prob > 0, prob, 1.0)
 
 
 def average_gain(prob: Tensor, masked_prob: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def average_gain(prob: Tensor, masked_prob: Tensor) -> Tensor:
         (B,) values in [0, 100], whose mean is AG.
     """
     _check_pair(prob, masked_prob)
-    return 100 * (masked_prob - prob).clamp(min=0) / torch.where(prob < 1, 1 - prob, 1.)
+    return 100 * (masked_prob - prob).clamp(min=0) / torch.where(prob < 1, 1 - prob, 1.0)
 
 
 def average_increase(prob: Tensor, masked_prob: Tensor) -> Tensor:
@@ -108,8 +109,8 @@ class _ImageMean(Metric):
 
     is_differentiable = False
     full_state_update = False
-    plot_lower_bound = 0.
-    plot_upper_bound = 100.
+    plot_lower_bound = 0.0
+    plot_upper_bound = 100.0
 
     num_images: Tensor
 
@@ -189,13 +190,15 @@ class Deletion(_ImageMean):
 
 def _check_pair(prob: Tensor, masked_prob: Tensor) -> None:
     if not isinstance(prob, Tensor) or not isinstance(masked_prob, Tensor):
-        raise ValueError('prob and masked_prob must both be tensors of shape (B,), '
-                         f'got {type(prob).__name__} and {type(masked_prob).__name__}.')
+        raise ValueError(
+            'prob and masked_prob must both be tensors of shape (B,), '
+            f'got {type(prob).__name__} and {type(masked_prob).__name__}.'
+        )
     # (B, 1) against (B,) would broadcast to B x B without a word.
     if prob.ndim != 1 or prob.shape != masked_prob.shape:
         raise ValueError(
-            'prob and masked_prob must both have shape (B,), '
-            f'got {tuple(prob.shape)} and {tuple(masked_prob.shape)}.')
+            f'prob and masked_prob must both have shape (B,), got {tuple(prob.shape)} and {tuple(masked_prob.shape)}.'
+        )
     _check_probabilities('prob', prob)
     _check_probabilities('masked_prob', masked_prob)
 

@@ -12,6 +12,7 @@ The maps are those of the other metrics: `images.resize_saliency` resizes them, 
 Boxes are (R, J, 4) tensors for R maps: x0, y0, x1, y1 in pixels of the input, where x1 and y1 lie just outside. Rows of
 NaN fill up to J. A pixel lies in a box if its centre does.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -70,7 +71,7 @@ def energy_pointing_game(saliency: Tensor, boxes: Tensor) -> Tensor:
     exact = saliency if saliency.device.type == 'mps' else saliency.double()  # MPS has no float64
     inside = (exact * _inside(boxes, saliency)).sum((1, 2))
     total = exact.sum((1, 2))
-    return _or_nan((100 * inside / torch.where(total > 0, total, 1.)).to(saliency.dtype), boxes)
+    return _or_nan((100 * inside / torch.where(total > 0, total, 1.0)).to(saliency.dtype), boxes)
 
 
 def localization_error(saliency: Tensor, boxes: Tensor) -> Tensor:
@@ -127,8 +128,8 @@ def check_boxes(saliency: Tensor, boxes: Tensor) -> Tensor:
     check_unit_range('saliency', saliency)
     if boxes.ndim != 3 or len(boxes) != len(saliency) or boxes.shape[2] != 4 or not boxes.is_floating_point():
         raise ValueError(
-            f'boxes must be floating point of shape ({len(saliency)}, J, 4), '
-            f'got {boxes.dtype} of {tuple(boxes.shape)}.')
+            f'boxes must be floating point of shape ({len(saliency)}, J, 4), got {boxes.dtype} of {tuple(boxes.shape)}.'
+        )
     known = boxes[~boxes.isnan().all(-1)]
     wrong = known[~(known.isfinite().all(-1) & (known[:, 2:] >= known[:, :2]).all(-1))]
     if len(wrong):

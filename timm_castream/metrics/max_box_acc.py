@@ -7,6 +7,7 @@ averaged over the thresholds 0.3, 0.5 and 0.7. Higher is better.
 The authors' code resizes maps with a bicubic filter, ours with the bilinear one of all metrics, so that its values are
 not exactly these. R maps.
 """
+
 from __future__ import annotations
 
 import numpy as np

@@ -2,6 +2,7 @@
 
 A new metric is a function in one of the modules of this folder, and a row here.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -85,24 +86,82 @@ class MetricRow:
 
 _MASKED, _BOXES = frozenset({'masked_prob'}), frozenset({'saliency', 'boxes'})
 
-METRICS: dict[str, MetricRow] = {row.name: row for row in (
-    MetricRow('average_drop', 'Average Drop', 'AD', False, _MASKED, lambda m: average_drop(m.prob, m.masked_prob),
-              in_default=True),
-    MetricRow('average_gain', 'Average Gain', 'AG', True, _MASKED, lambda m: average_gain(m.prob, m.masked_prob),
-              in_default=True),
-    MetricRow('average_increase', 'Average Increase', 'AI', True, _MASKED,
-              lambda m: average_increase(m.prob, m.masked_prob), in_default=True),
-    MetricRow('insertion', 'Insertion', 'I', True, frozenset({'insertion_curve'}),
-              lambda m: area_under_curve(m.insertion_curve), in_default=True),
-    MetricRow('deletion', 'Deletion', 'D', False, frozenset({'deletion_curve'}),
-              lambda m: area_under_curve(m.deletion_curve), in_default=True),
-    MetricRow('pointing_game', 'Pointing Game', 'SP', True, _BOXES, lambda m: pointing_game(m.saliency, m.boxes)),
-    MetricRow('energy_pointing_game', 'Energy Pointing Game', 'EP', True, _BOXES,
-              lambda m: energy_pointing_game(m.saliency, m.boxes)),
-    MetricRow('localization_error', 'Localisation Error', 'LE', False, _BOXES,
-              lambda m: localization_error(m.saliency, m.boxes)),
-    MetricRow('max_box_acc_v2', 'MaxBoxAccV2', 'MBA', True, _BOXES,
-              lambda m: pack_hits(box_accuracy_hits(m.saliency, m.boxes), has_box(m.boxes)),
-              columns=16, expand=unpack_hits, figure=lambda means: best_levels(torch.from_numpy(means)).numpy()),
-)}
+METRICS: dict[str, MetricRow] = {
+    row.name: row
+    for row in (
+        MetricRow(
+            'average_drop',
+            'Average Drop',
+            'AD',
+            False,
+            _MASKED,
+            lambda m: average_drop(m.prob, m.masked_prob),
+            in_default=True,
+        ),
+        MetricRow(
+            'average_gain',
+            'Average Gain',
+            'AG',
+            True,
+            _MASKED,
+            lambda m: average_gain(m.prob, m.masked_prob),
+            in_default=True,
+        ),
+        MetricRow(
+            'average_increase',
+            'Average Increase',
+            'AI',
+            True,
+            _MASKED,
+            lambda m: average_increase(m.prob, m.masked_prob),
+            in_default=True,
+        ),
+        MetricRow(
+            'insertion',
+            'Insertion',
+            'I',
+            True,
+            frozenset({'insertion_curve'}),
+            lambda m: area_under_curve(m.insertion_curve),
+            in_default=True,
+        ),
+        MetricRow(
+            'deletion',
+            'Deletion',
+            'D',
+            False,
+            frozenset({'deletion_curve'}),
+            lambda m: area_under_curve(m.deletion_curve),
+            in_default=True,
+        ),
+        MetricRow('pointing_game', 'Pointing Game', 'SP', True, _BOXES, lambda m: pointing_game(m.saliency, m.boxes)),
+        MetricRow(
+            'energy_pointing_game',
+            'Energy Pointing Game',
+            'EP',
+            True,
+            _BOXES,
+            lambda m: energy_pointing_game(m.saliency, m.boxes),
+        ),
+        MetricRow(
+            'localization_error',
+            'Localisation Error',
+            'LE',
+            False,
+            _BOXES,
+            lambda m: localization_error(m.saliency, m.boxes),
+        ),
+        MetricRow(
+            'max_box_acc_v2',
+            'MaxBoxAccV2',
+            'MBA',
+            True,
+            _BOXES,
+            lambda m: pack_hits(box_accuracy_hits(m.saliency, m.boxes), has_box(m.boxes)),
+            columns=16,
+            expand=unpack_hits,
+            figure=lambda means: best_levels(torch.from_numpy(means)).numpy(),
+        ),
+    )
+}
 DEFAULT_METRICS = tuple(metric.name for metric in METRICS.values() if metric.in_default)

@@ -5,6 +5,7 @@ recipe would be lost without a word. Here the two are merged. Recipes are found 
 stream, and files and folders that do not exist, are refused. The statistics of a frozen backbone are not averaged. A
 recipe's mixed precision is left out on a CPU.
 """
+
 from __future__ import annotations
 
 import ast
@@ -35,11 +36,7 @@ class ParseKwargs(Action):
     """
 
     def __call__(
-            self,
-            parser: ArgumentParser,
-            namespace: Namespace,
-            values: Any,
-            option_string: str | None = None,
+        self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
     ) -> None:
         kwargs = {}
         for word in filter(None, values):
@@ -72,8 +69,10 @@ class CommandLine:
     def download_of_recipe(self) -> str:
         """A sentence that names the option of the recipe which needs a download, or ''."""
         kwargs = self.recipe_options.get('model_kwargs') or {}
-        for option, asked in (('pretrained', self.recipe_options.get('pretrained')),
-                              ('backbone_pretrained', kwargs.get('backbone_pretrained'))):
+        for option, asked in (
+            ('pretrained', self.recipe_options.get('pretrained')),
+            ('backbone_pretrained', kwargs.get('backbone_pretrained')),
+        ):
             if asked:
                 return f'`{option}: {str(asked).lower()}` of {self.recipe} asks for the weights of {self.args.model}.'
         return ''
@@ -117,8 +116,9 @@ def prepare(script: Mapping[str, Any], argv: Sequence[str]) -> CommandLine:
         # Averaging frozen statistics over processes, timm's default, changes their last bits.
         added += ['--dist-bn', '']
     if recipe.get('amp') and not getattr(typed, 'amp', False) and str(getattr(args, 'device', '')) == 'cpu':
-        _logger.warning('%s asks for mixed precision, which is left out: a CPU computes it slowly. --amp asks for it.',
-                        name)
+        _logger.warning(
+            '%s asks for mixed precision, which is left out: a CPU computes it slowly. --amp asks for it.', name
+        )
         added.append('--no-amp')
     return CommandLine([*argv, *added], args, name, recipe)
 
@@ -126,8 +126,7 @@ def prepare(script: Mapping[str, Any], argv: Sequence[str]) -> CommandLine:
 def add_no_amp(parser: ArgumentParser) -> None:
     """Adds `--no-amp` to a script of timm, whose `--amp` cannot be taken back once a config file has set it."""
     with suppress(ArgumentError):  # a script that has it
-        parser.add_argument(
-            '--no-amp', dest='amp', action='store_false', default=SUPPRESS, help='no mixed precision')
+        parser.add_argument('--no-amp', dest='amp', action='store_false', default=SUPPRESS, help='no mixed precision')
 
 
 def find_recipe(name: str) -> Path:
@@ -158,12 +157,15 @@ def _check_there(args: Namespace) -> None:
         raise ValueError(unknown_name_message(model))
     if hasattr(args, 'checkpoint') and not args.checkpoint and not args.pretrained and model.endswith('_castream'):
         # timm's validate.py would then look for published weights.
-        raise ValueError('There are no weights to validate: name them with --checkpoint, or pass --pretrained for '
-                         'published ones.')
+        raise ValueError(
+            'There are no weights to validate: name them with --checkpoint, or pass --pretrained for published ones.'
+        )
     if '/' not in args.dataset and args.dataset != 'digits' and (not folder or not Path(folder).exists()):
         raise ValueError(
-            f'There is no folder {folder}.' if folder else
-            'There is nothing to read: name a folder with --data-dir, or a data set that needs none with --dataset.')
+            f'There is no folder {folder}.'
+            if folder
+            else 'There is nothing to read: name a folder with --data-dir, or a data set that needs none with --dataset.'
+        )
     for option in ('resume', 'initial_checkpoint', 'checkpoint'):
         path = getattr(args, option, None)
         if path and not Path(path).exists():
@@ -183,12 +185,15 @@ def _check_stream(args: Namespace, model_kwargs: Mapping[str, Any]) -> None:
     if value('clip_grad') is not None and 'agc' in value('clip_mode'):
         raise ValueError(
             '--clip-mode agc spares the last two parameters, taking them for the classifier; here they are the '
-            'last ones of the stream. Use --clip-mode norm.')
+            'last ones of the stream. Use --clip-mode norm.'
+        )
     if model_kwargs.get('stream_class_specific'):
         if value('mixup') or value('cutmix') or value('cutmix_minmax'):
             raise ValueError(
                 "A class specific stream starts from the query of an image's one target class, and --mixup and "
-                '--cutmix give an image several; leave them out.')
+                '--cutmix give an image several; leave them out.'
+            )
         if value('kd_model_name'):
             raise ValueError(
-                'A class specific stream needs the labels, which the distillation of --kd-model-name does not hand on.')
+                'A class specific stream needs the labels, which the distillation of --kd-model-name does not hand on.'
+            )

@@ -5,6 +5,7 @@ install of timm; the user's cache; GitHub. An old script runs with a newer timm,
 older timm. Therefore cache and GitHub are searched for releases that are not newer than the installed timm, and for
 files whose SHA-256 is listed here. The SHA-256 is compared each time, before the file is run.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -112,12 +113,14 @@ def _download(name: str) -> Path:
     releases = _runnable_releases()
     if not releases:
         raise ScriptNotFoundError(
-            f'No known {name} runs with timm {timm.__version__}: pip install "timm>={next(iter(KNOWN_SHA256))}".')
+            f'No known {name} runs with timm {timm.__version__}: pip install "timm>={next(iter(KNOWN_SHA256))}".'
+        )
     release = releases[0]
     url = f'{os.environ.get(URL_VARIABLE, DEFAULT_URL).rstrip("/")}/v{release}/{name}'
     advice = (
         f"timm's pip package has no {name}: take it from a clone of timm at tag v{release} and name it with "
-        f'--timm-script or TIMM_{Path(name).stem.upper()}_SCRIPT.')
+        f'--timm-script or TIMM_{Path(name).stem.upper()}_SCRIPT.'
+    )
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
             content = response.read(_MAX_BYTES)

@@ -4,6 +4,7 @@ The scripts of timm 1.0.28 and older releases support one label for each image. 
 targets (B, C) alone: the loader's collation, the loss and the accuracy of a validation, and the function `validate`,
 which adds `map` to its results. The training loss is timm's own, `--bce-loss`.
 """
+
 from __future__ import annotations
 
 import functools
@@ -44,7 +45,7 @@ def leave_out_ignored(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return output, target
     ignored = target == VOC_IGNORE
     # log(1 + exp(-1e4)) is exactly 0, and half precision holds 1e4.
-    return output.masked_fill(ignored, -1e4), target.masked_fill(ignored, 0.)
+    return output.masked_fill(ignored, -1e4), target.masked_fill(ignored, 0.0)
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -87,6 +88,7 @@ class MultiLabelScore:
 
     def scored(self, validate: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
         """Wraps the script's `validate`: its results get `map` where targets are dense."""
+
         @functools.wraps(validate)
         def scored_validate(*args: Any, **kwargs: Any) -> dict[str, Any]:
             self._predictions = None
@@ -95,6 +97,7 @@ class MultiLabelScore:
                 labels, scores = self._predictions.compute()
                 results['map'] = round(float(mean_average_precision(labels, scores)[0]), 4)
             return results
+
         return scored_validate
 
 

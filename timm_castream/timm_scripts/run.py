@@ -1,4 +1,5 @@
 """Run a script of timm in this process with timm_castream loaded."""
+
 from __future__ import annotations
 
 import argparse
@@ -83,8 +84,10 @@ def _parser(name: str) -> argparse.ArgumentParser:
     )
     parser.add_argument('-h', '--help', action='store_true', help="show these options and those of timm's script")
     parser.add_argument(
-        '--timm-script', metavar='PATH',
-        help=f'the {name} to run (default: TIMM_{command.upper()}_SCRIPT, beside an editable timm, the cache, GitHub)')
+        '--timm-script',
+        metavar='PATH',
+        help=f'the {name} to run (default: TIMM_{command.upper()}_SCRIPT, beside an editable timm, the cache, GitHub)',
+    )
     parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
     return parser
 
@@ -98,12 +101,12 @@ def _is_ours(error: Exception) -> bool:
 def _run(path: Path, options: list[str], parser: argparse.ArgumentParser) -> None:
     score = multilabel.MultiLabelScore()
     with _replaced(
-            (sys, 'argv', [str(path)]),
-            (timm.data, 'create_dataset', create_dataset),
-            (timm.data.loader, 'fast_collate', multilabel.collate),
-            (timm.task, 'ClassificationTask', CAStreamTask),
-            (timm.utils, 'ParseKwargs', ParseKwargs),
-            (timm.utils, 'accuracy', score.accuracy),
+        (sys, 'argv', [str(path)]),
+        (timm.data, 'create_dataset', create_dataset),
+        (timm.data.loader, 'fast_collate', multilabel.collate),
+        (timm.task, 'ClassificationTask', CAStreamTask),
+        (timm.utils, 'ParseKwargs', ParseKwargs),
+        (timm.utils, 'accuracy', score.accuracy),
     ):
         # Under another name than __main__ the script defines its functions and does not start.
         defined = runpy.run_path(str(path), run_name=f'timm_{path.stem}')

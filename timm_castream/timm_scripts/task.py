@@ -1,4 +1,5 @@
 """timm's classification task, for models with a CA-Stream and for multi-label data."""
+
 from __future__ import annotations
 
 from contextlib import nullcontext
@@ -36,7 +37,8 @@ class CAStreamTask(ClassificationTask):
         if target.ndim > 1 and isinstance(self.criterion, (nn.CrossEntropyLoss, LabelSmoothingCrossEntropy)):
             raise ValueError(
                 'A multi-label data set needs binary cross entropy: --bce-loss and --smoothing 0.1, as in voc2012.yaml '
-                '(without smoothing timm ignores --bce-loss; multi-label targets are never smoothed).')
+                '(without smoothing timm ignores --bce-loss; multi-label targets are never smoothed).'
+            )
         has_stream = any(isinstance(module, CAStream) for module in self.trainable_module.modules())
         with class_labels(self.trainable_module, target) if has_stream else nullcontext():
             output = self.trainable_module(input)

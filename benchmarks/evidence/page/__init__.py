@@ -1,4 +1,5 @@
 """Writes docs/evidence.md, its plots and the README's table from the committed results. No figure is typed in."""
+
 from __future__ import annotations
 
 import re
@@ -31,7 +32,8 @@ def write_page(results: Results, page: Path, readme: Path | None = None) -> None
     if rows:
         plot_differences(
             [(', '.join(filter(None, (method, metric))), difference) for method, metric, _, difference in rows],
-            page.with_name(f'{page.stem}_differences.png'))
+            page.with_name(f'{page.stem}_differences.png'),
+        )
     if growth_points(results, 'gap_start'):
         plot_growth(results, page.with_name(f'{page.stem}_growth.png'))
     with write_whole(page) as file:
@@ -60,23 +62,49 @@ def page_text(results: Results, stem: str = 'evidence') -> str:
 {question(results.settings)}
 """
     first = section(
-        'The answer', answer(results),
+        'The answer',
+        answer(results),
         '**Better** and **worse** need the 95 % interval of the paired difference on one side of 0 in every seed.\n'
-        'Everything else is "no difference seen".', advice(results),
-        plot if main_rows(results) else '')
+        'Everything else is "no difference seen".',
+        advice(results),
+        plot if main_rows(results) else '',
+    )
     sections = [
-        opening, first, missing_section(results), main_section(results), temperature_section(results),
-        baseline_section(results), localisation_section(results), strip_section(results, stem),
-        unseen_section(results, results.strip(), stem), start_section(results, stem), variant_section(results),
-        last_stage_section(results), size_section(results), product_section(results), choice_section(results),
-        limits_section(), commands_section(results)]
+        opening,
+        first,
+        missing_section(results),
+        main_section(results),
+        temperature_section(results),
+        baseline_section(results),
+        localisation_section(results),
+        strip_section(results, stem),
+        unseen_section(results, results.strip(), stem),
+        start_section(results, stem),
+        variant_section(results),
+        last_stage_section(results),
+        size_section(results),
+        product_section(results),
+        choice_section(results),
+        limits_section(),
+        commands_section(results),
+    ]
     return '\n'.join(filter(None, sections))
 
 
 def readme_text(results: Results) -> str:
     """The README's part: the answer, the main figures, and what augmentation did."""
-    rows = [[', '.join(filter(None, (method, metric))), *cells(difference), str(len(difference.values)),
-             str(source.num_images)] for method, metric, source, difference in main_rows(results)]
-    blocks = [answer(results), table(['', 'GAP', 'CA', 'CA - GAP', '', 'seeds', 'images'], rows),
-              wrap(augmentation_advice(results))]
+    rows = [
+        [
+            ', '.join(filter(None, (method, metric))),
+            *cells(difference),
+            str(len(difference.values)),
+            str(source.num_images),
+        ]
+        for method, metric, source, difference in main_rows(results)
+    ]
+    blocks = [
+        answer(results),
+        table(['', 'GAP', 'CA', 'CA - GAP', '', 'seeds', 'images'], rows),
+        wrap(augmentation_advice(results)),
+    ]
     return '\n\n'.join(filter(None, blocks))

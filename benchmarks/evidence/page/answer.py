@@ -1,4 +1,5 @@
 """The question, the answer in three sentences, and advice, made from the differences."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -18,7 +19,8 @@ def question(settings: dict[str, Any]) -> str:
         '(GAP), at about the same accuracy. Its setting needs eight GPUs. This page asks the question of an experiment '
         f'that two CPU cores can repeat: `{settings["network"]}` with ImageNet weights, frozen; '
         f'{settings["data"]} at {settings["image_size"]} pixels, {settings["train_per_class"]} training images of each '
-        'class; differences paired by image, several seeds.')
+        'class; differences paired by image, several seeds.'
+    )
 
 
 def answer(results: Results) -> str:
@@ -35,15 +37,19 @@ def answer(results: Results) -> str:
             groups[difference.verdict].append(f'{name} ({signed(difference.value)}{size})')
     sentences = [
         f'With Grad-CAM ({size_text(main)}), CA is better in {listed(groups["better"])}, worse in '
-        f'{listed(groups["worse"])}, and no difference is seen in {listed(groups["no difference seen"])}.']
+        f'{listed(groups["worse"])}, and no difference is seen in {listed(groups["no difference seen"])}.'
+    ]
     fitted, baselines = results.table('temperatures'), results.table('attention')
     found = {m: fitted.difference('gap_start', f'grad_cam/{m}') for m in MASKED}
     parts = [f'{symbol(m)} {signed(d.value)} ({d.verdict})' for m, d in found.items() if d is not None]
     if parts:
-        sentences.append(f'Under fitted temperatures, which make both poolings as sure as they are right, the '
-                         f'differences are {listed(parts)}.')
-    gains = {m: (baselines.difference('gap_start', f'random/{m}'), excess(main, baselines, 'random', m))
-             for m in MASKED[1:]}
+        sentences.append(
+            f'Under fitted temperatures, which make both poolings as sure as they are right, the '
+            f'differences are {listed(parts)}.'
+        )
+    gains = {
+        m: (baselines.difference('gap_start', f'random/{m}'), excess(main, baselines, 'random', m)) for m in MASKED[1:]
+    }
     known = {m: (plain, left) for m, (plain, left) in gains.items() if plain is not None and left is not None}
     if known:
         plain = listed([f'{symbol(m)} {signed(found.value)}' for m, (found, _) in known.items()])
@@ -54,11 +60,17 @@ def answer(results: Results) -> str:
 
 def advice(results: Results) -> str:
     """What a user can take from the tables: a list, or nothing where they have not run."""
-    lines = [*filter(None, (
-        start_advice(results), placement_advice(results), augmentation_advice(results), smoothing_advice(results)))]
+    lines = [
+        *filter(
+            None,
+            (start_advice(results), placement_advice(results), augmentation_advice(results), smoothing_advice(results)),
+        )
+    ]
     if lines:
-        lines.append('Report AG and AI with the mean probability, with fitted temperatures and beside random maps. '
-                     'They depend on the network as much as on the map.')
+        lines.append(
+            'Report AG and AI with the mean probability, with fitted temperatures and beside random maps. '
+            'They depend on the network as much as on the map.'
+        )
     return '\n'.join(wrap(f'- {line}').replace('\n', '\n  ') for line in lines)
 
 
@@ -68,8 +80,10 @@ def start_advice(results: Results) -> str:
     paper = results.table('initialisation').difference('paper_start', 'accuracy')
     if gap is None or paper is None or gap.low <= paper.high:
         return ''
-    return (f"Start with `stream_init='gap'`. On so few images its accuracy is {span(gap)} points from that of GAP; "
-            f"that of the paper's start is {span(paper)}.")
+    return (
+        f"Start with `stream_init='gap'`. On so few images its accuracy is {span(gap)} points from that of GAP; "
+        f"that of the paper's start is {span(paper)}."
+    )
 
 
 def placement_advice(results: Results) -> str:
@@ -98,10 +112,13 @@ def augmentation_advice(results: Results) -> str:
     without, with_it = ([table.difference('gap_start', f'grad_cam/{m}') for m in MASKED[1:]] for table in tables)
     if None in (*without, *with_it) or without[0].verdict != 'better' or with_it[0].verdict == 'better':
         return ''
-    figures = [listed([f'{symbol(m)} {span(d)}' for m, d in zip(MASKED[1:], row, strict=True)])
-               for row in (without, with_it)]
-    return (f'Train on plain images. Through `castream train` CA - GAP of Grad-CAM is {figures[0]}; with the random '
-            f'crops and flips of timm and as many epochs it is {figures[1]}.')
+    figures = [
+        listed([f'{symbol(m)} {span(d)}' for m, d in zip(MASKED[1:], row, strict=True)]) for row in (without, with_it)
+    ]
+    return (
+        f'Train on plain images. Through `castream train` CA - GAP of Grad-CAM is {figures[0]}; with the random '
+        f'crops and flips of timm and as many epochs it is {figures[1]}.'
+    )
 
 
 def smoothing_advice(results: Results) -> str:
@@ -109,5 +126,7 @@ def smoothing_advice(results: Results) -> str:
     change = change_of_recipe(results.choices.get('gap_start', {}), 'label_smoothing')
     if not change or change['AG'] >= 0 or change['AI'] >= 0:
         return ''
-    return (f'Train without label smoothing. With it AG changed by {signed(change["AG"])} and AI by '
-            f'{signed(change["AI"])} on the selection images.')
+    return (
+        f'Train without label smoothing. With it AG changed by {signed(change["AG"])} and AI by '
+        f'{signed(change["AI"])} on the selection images.'
+    )

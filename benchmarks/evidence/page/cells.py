@@ -1,4 +1,5 @@
 """Names, cells, tables and paragraphs of the page."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -8,19 +9,36 @@ from ..results import Table
 from ..statistics import Difference
 
 METHODS = {
-    'grad_cam': 'Grad-CAM', 'grad_cam_pp': 'Grad-CAM++', 'score_cam': 'Score-CAM', 'attention': 'attention',
-    'random': 'random', 'centre': 'centre'}
+    'grad_cam': 'Grad-CAM',
+    'grad_cam_pp': 'Grad-CAM++',
+    'score_cam': 'Score-CAM',
+    'attention': 'attention',
+    'random': 'random',
+    'centre': 'centre',
+}
 ARROWS = ' ↑↓'
 METRICS = {
-    'average_drop': 'AD ↓', 'average_gain': 'AG ↑', 'average_increase': 'AI ↑', 'insertion': 'I ↑', 'deletion': 'D ↓',
-    'pointing_game': 'SP ↑', 'energy_pointing_game': 'EP ↑'}
+    'average_drop': 'AD ↓',
+    'average_gain': 'AG ↑',
+    'average_increase': 'AI ↑',
+    'insertion': 'I ↑',
+    'deletion': 'D ↓',
+    'pointing_game': 'SP ↑',
+    'energy_pointing_game': 'EP ↑',
+}
 MASKED = ('average_drop', 'average_gain', 'average_increase')
 CURVES = ('insertion', 'deletion')
 BOXES = ('pointing_game', 'energy_pointing_game')
 STREAMS = {
-    'gap_start': "S_0 - S_4, `'gap'` start", 'paper_start': "S_0 - S_4, `'paper'` start", 's1': 'S_1 - S_4',
-    's2': 'S_2 - S_4', 's3': 'S_3 - S_4', 's4': 'S_4 - S_4', 'proj_ca': 'PROJ -> CA',
-    'class_specific': 'class specific'}
+    'gap_start': "S_0 - S_4, `'gap'` start",
+    'paper_start': "S_0 - S_4, `'paper'` start",
+    's1': 'S_1 - S_4',
+    's2': 'S_2 - S_4',
+    's3': 'S_3 - S_4',
+    's4': 'S_4 - S_4',
+    'proj_ca': 'PROJ -> CA',
+    'class_specific': 'class specific',
+}
 NOT_RUN = 'Not run yet.'
 
 
@@ -80,7 +98,7 @@ def mean_text(values: Table, stream: str, pooling: str, column: str) -> str:
 
 def settings_text(recipe: dict[str, Any]) -> str:
     """`epochs 4, lr 0.0001`; a weight decay of 0 is left out."""
-    return ', '.join(f'{name} {value}' for name, value in recipe.items() if (name, value) != ('weight_decay', 0.))
+    return ', '.join(f'{name} {value}' for name, value in recipe.items() if (name, value) != ('weight_decay', 0.0))
 
 
 def listed(items: Sequence[str]) -> str:

@@ -1,4 +1,5 @@
 """The main table, fitted temperatures, and what the baseline maps gain."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -41,14 +42,24 @@ def main_section(results: Results) -> str:
     """Accuracy, probability and the paper's five metrics."""
     rows = main_rows(results)
     head = ['method', 'metric', 'GAP', 'CA', 'CA - GAP', '', 'seeds', 'images']
-    return section('Main table', wrap(
-        'GAP and CA read the same frozen network and the same classifier, on the same images; the class explained is '
-        'the label. GAP is the same under every seed. The figure of CA and the difference are means over the seeds; in '
-        'brackets are the lowest and the highest end of the 95 % intervals of all seeds. Probability is the mean '
-        'probability of the label: AG and AI are easier for a network that is less sure. All figures are in percent.'),
-        table(head, [
-            [method, metric, *cells(difference), str(len(difference.values)), str(source.num_images)]
-            for method, metric, source, difference in rows]) if rows else NOT_RUN)
+    return section(
+        'Main table',
+        wrap(
+            'GAP and CA read the same frozen network and the same classifier, on the same images; the class explained is '
+            'the label. GAP is the same under every seed. The figure of CA and the difference are means over the seeds; in '
+            'brackets are the lowest and the highest end of the 95 % intervals of all seeds. Probability is the mean '
+            'probability of the label: AG and AI are easier for a network that is less sure. All figures are in percent.'
+        ),
+        table(
+            head,
+            [
+                [method, metric, *cells(difference), str(len(difference.values)), str(source.num_images)]
+                for method, metric, source, difference in rows
+            ],
+        )
+        if rows
+        else NOT_RUN,
+    )
 
 
 def temperature_section(results: Results) -> str:
@@ -57,23 +68,28 @@ def temperature_section(results: Results) -> str:
     text = wrap(
         'AG and AI ask whether the masked image is more probable than the clean one, so a network that is less sure '
         'gains more easily. Here the logits of each pooling are divided by the temperature that minimises the cross '
-        'entropy on images held out of the training images; the saliency maps stay the same.')
+        'entropy on images held out of the training images; the saliency maps stay the same.'
+    )
     if fitted.difference('gap_start', 'prob') is None:
         return section('With fitted temperatures', text, NOT_RUN)
     facts = [piece for piece in results.facts.values() if piece['table'] == 'temperatures']
     facts.sort(key=lambda piece: (piece['stream'] is not None, piece['seed']))  # GAP's first
     values = [f'{piece["temperature"]:.2f}' for piece in facts]
-    columns = [('', 'probability', 'prob'), *(
-        (METHODS[method], METRICS[metric], f'{method}/{metric}') for method in CAMS[:2] for metric in MASKED)]
+    columns = [
+        ('', 'probability', 'prob'),
+        *((METHODS[method], METRICS[metric], f'{method}/{metric}') for method in CAMS[:2] for metric in MASKED),
+    ]
     rows = []
     for method, metric, column in columns:
         difference, without = fitted.difference('gap_start', column), plain.difference('gap_start', column)
         if difference is not None:
             rows.append([method, metric, *cells(difference), span(without) if without else 'not run'])
     return section(
-        'With fitted temperatures', text,
+        'With fitted temperatures',
+        text,
         table(['method', 'metric', 'GAP', 'CA', 'CA - GAP', '', 'CA - GAP without'], rows),
-        wrap(f'Temperatures: GAP {values[0]}, CA {listed(values[1:])}. {size_text(fitted)}.'))
+        wrap(f'Temperatures: GAP {values[0]}, CA {listed(values[1:])}. {size_text(fitted)}.'),
+    )
 
 
 def baseline_section(results: Results) -> str:
@@ -83,22 +99,27 @@ def baseline_section(results: Results) -> str:
         'AD, AG and AI depend on the map and on how the network takes a masked image. The baseline maps `random` and '
         '`centre` do not depend on the image, so their CA - GAP is the second part alone. The last two rows are what '
         "is left of Grad-CAM's CA - GAP, paired by image and seed on the same images. Bold: better or worse in every "
-        'seed.')
-    rows = {f'{METHODS[name]}, CA - GAP': [baselines.difference('gap_start', f'{name}/{m}') for m in MASKED]
-            for name in ('random', 'centre')}
-    rows |= {f"Grad-CAM's CA - GAP less that of {METHODS[name]}": [excess(main, baselines, name, m) for m in MASKED]
-             for name in ('random', 'centre')}
+        'seed.'
+    )
+    rows = {
+        f'{METHODS[name]}, CA - GAP': [baselines.difference('gap_start', f'{name}/{m}') for m in MASKED]
+        for name in ('random', 'centre')
+    }
+    rows |= {
+        f"Grad-CAM's CA - GAP less that of {METHODS[name]}": [excess(main, baselines, name, m) for m in MASKED]
+        for name in ('random', 'centre')
+    }
     if any(difference is None for row in rows.values() for difference in row):
         return section('The maps, or the network?', text, NOT_RUN)
     return section(
-        'The maps, or the network?', text,
+        'The maps, or the network?',
+        text,
         table(['', *(METRICS[m] for m in MASKED)], [[title, *map(bold_span, row)] for title, row in rows.items()]),
-        f'{baselines.num_images} images, {plural(len(baselines.streams["gap_start"]), "seed")}.')
+        f'{baselines.num_images} images, {plural(len(baselines.streams["gap_start"]), "seed")}.',
+    )
 
 
-def excess(
-        cams: Table, baselines: Table, baseline: str, metric: str, stream: str = 'gap_start',
-) -> Difference | None:
+def excess(cams: Table, baselines: Table, baseline: str, metric: str, stream: str = 'gap_start') -> Difference | None:
     """How much more CA changes a metric of Grad-CAM than that of a baseline map.
 
     Args:
@@ -117,6 +138,10 @@ def excess(
         return None
     count = baselines.num_images
     runs = [
-        cams.streams[stream][seed][column][:count] - cams.gap[column][:count]
-        - baselines.streams[stream][seed][other] + baselines.gap[other][:count] for seed in sorted(seeds)]
+        cams.streams[stream][seed][column][:count]
+        - cams.gap[column][:count]
+        - baselines.streams[stream][seed][other]
+        + baselines.gap[other][:count]
+        for seed in sorted(seeds)
+    ]
     return compare(np.zeros(count), runs, metric in LOWER_IS_BETTER)

@@ -1,4 +1,5 @@
 """Attention as a saliency map of its own: beside baseline maps, by the boxes, on classes without training images."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -29,17 +30,23 @@ BASELINES = ('attention', 'random', 'centre')
 
 def localisation_section(results: Results) -> str:
     """Attention alone and the baselines; SP and EP by the boxes."""
-    title, text = 'Attention alone, and baseline maps', wrap(
-        'The raw attention of the last stage is a saliency map of its own, the same for every class. `random` is one '
-        'random value a location, `centre` a Gaussian in the middle of the image; both under each pooling. A metric '
-        'that cannot tell a method from them says little about it. SP: the most salient pixel lies in the box of the '
-        'object. EP: share of the saliency inside the box.')
+    title, text = (
+        'Attention alone, and baseline maps',
+        wrap(
+            'The raw attention of the last stage is a saliency map of its own, the same for every class. `random` is one '
+            'random value a location, `centre` a Gaussian in the middle of the image; both under each pooling. A metric '
+            'that cannot tell a method from them says little about it. SP: the most salient pixel lies in the box of the '
+            'object. EP: share of the saliency inside the box.'
+        ),
+    )
     main, masked, boxes = (results.table(name) for name in ('main', 'attention', 'localisation'))
     rows = []
     for method in METHODS:
         for pooling in ('gap', 'ca'):
-            sources = [*[(masked if method in BASELINES else main, metric) for metric in MASKED],
-                       *[(boxes, metric) for metric in BOXES]]
+            sources = [
+                *[(masked if method in BASELINES else main, metric) for metric in MASKED],
+                *[(boxes, metric) for metric in BOXES],
+            ]
             figures = [mean_text(source, 'gap_start', pooling, f'{method}/{metric}') for source, metric in sources]
             if any(figures):
                 rows.append([METHODS[method], pooling.upper(), *figures])
@@ -54,8 +61,8 @@ def localisation_section(results: Results) -> str:
     if compared:
         note += [f"Attention less GAP's Grad-CAM: {listed(compared)}.", f'Attention less centre: {against(boxes)}.']
     return section(
-        title, text,
-        table(['method', 'pooling', *(METRICS[m] for m in (*MASKED, *BOXES))], rows), wrap(' '.join(note)))
+        title, text, table(['method', 'pooling', *(METRICS[m] for m in (*MASKED, *BOXES))], rows), wrap(' '.join(note))
+    )
 
 
 def unseen_section(results: Results, pictures: Mapping[str, Any] | None, stem: str) -> str:
@@ -66,19 +73,27 @@ def unseen_section(results: Results, pictures: Mapping[str, Any] | None, stem: s
         pictures: The facts of the photographs, or None.
         stem: The page's name, with which the pictures' names begin.
     """
-    title, text = "The paper's Figure 2: classes without training images of the stream", wrap(
-        'A stream trained on every second class, its raw attention on images of the others. The frozen network and its '
-        'classifier were trained on all classes.')
+    title, text = (
+        "The paper's Figure 2: classes without training images of the stream",
+        wrap(
+            'A stream trained on every second class, its raw attention on images of the others. The frozen network and its '
+            'classifier were trained on all classes.'
+        ),
+    )
     values = results.table('unseen_classes')
     if not values.streams:
         return section(title, text, NOT_RUN)
-    rows = [[METHODS[method], *(mean_text(values, 'gap_start', 'ca', f'{method}/{m}') for m in BOXES)]
-            for method in BASELINES]
+    rows = [
+        [METHODS[method], *(mean_text(values, 'gap_start', 'ca', f'{method}/{m}') for m in BOXES)]
+        for method in BASELINES
+    ]
     notes = ' '.join(f'Attention less {other}: {against(values, other)}.' for other in BASELINES[1:])
     blocks = [text, table(['map', *(METRICS[m] for m in BOXES)], rows), wrap(f'{size_text(values)}. {notes}')]
     if pictures is not None and 'unseen_columns' in pictures:
-        blocks += [f'![{pictures["unseen_columns"]}]({stem}_unseen.jpg)', wrap(
-            f'{pictures["unseen_columns"]}. GAP predicts: {listed(pictures["unseen_classes"])}.')]
+        blocks += [
+            f'![{pictures["unseen_columns"]}]({stem}_unseen.jpg)',
+            wrap(f'{pictures["unseen_columns"]}. GAP predicts: {listed(pictures["unseen_classes"])}.'),
+        ]
     return section(title, *blocks)
 
 

@@ -1,4 +1,5 @@
 """The two plots of the page."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -24,15 +25,16 @@ def plot_differences(rows: Sequence[tuple[str, Difference]], path: Path) -> None
     for y, (_, difference) in enumerate(rows):
         color = {'better': GOOD, 'worse': BAD}.get(difference.verdict, NEITHER)
         seeds = len(difference.values)
-        for i, (value, low, high) in enumerate(
-                zip(difference.values, difference.lows, difference.highs, strict=True)):
-            height = y + (0. if seeds == 1 else 0.5 * (i / (seeds - 1) - 0.5))
+        for i, (value, low, high) in enumerate(zip(difference.values, difference.lows, difference.highs, strict=True)):
+            height = y + (0.0 if seeds == 1 else 0.5 * (i / (seeds - 1) - 0.5))
             axes.plot([low, high], [height, height], color=color, linewidth=1.3)
             axes.plot([value], [height], 'o', color=color, markersize=3)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()
-    axes.set_xlabel('CA - GAP in points, 95 % interval of each seed\n'
-                    'green: better in every seed; red: worse in every seed; grey: neither')
+    axes.set_xlabel(
+        'CA - GAP in points, 95 % interval of each seed\n'
+        'green: better in every seed; red: worse in every seed; grey: neither'
+    )
     axes.spines[['top', 'right']].set_visible(False)
     _save(figure, path)
 
@@ -47,7 +49,8 @@ def plot_growth(results: Results, path: Path) -> None:
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6, 3.6), layout='constrained')
     for (kind, title), color in zip(
-            (('gap_start', "stream_init='gap'"), ('paper_start', "stream_init='paper'")), (GOOD, BAD), strict=True):
+        (('gap_start', "stream_init='gap'"), ('paper_start', "stream_init='paper'")), (GOOD, BAD), strict=True
+    ):
         points = growth_points(results, kind)
         if points:
             means = [sum(values) / len(values) for _, values in points]
@@ -70,10 +73,14 @@ def growth_points(results: Results, kind: str) -> list[tuple[int, list[float]]]:
     for per_class in results.settings['growth']['per_class']:
         everything = per_class == results.settings['train_per_class']
         values = [
-            facts['val_accuracy'] for name, facts in results.streams.items()
-            if facts['kind'] == kind and not name.startswith('choice-') and facts['classes'] is None
+            facts['val_accuracy']
+            for name, facts in results.streams.items()
+            if facts['kind'] == kind
+            and not name.startswith('choice-')
+            and facts['classes'] is None
             and facts['per_class'] == (None if everything else per_class)
-            and facts['seed'] in results.settings['growth']['seeds']]
+            and facts['seed'] in results.settings['growth']['seeds']
+        ]
         if values:
             points.append((per_class, values))
     return points
@@ -87,8 +94,10 @@ def gap_accuracy(results: Results) -> float | None:
 
 def _pyplot() -> Any:
     import matplotlib
+
     matplotlib.use('Agg')
     from matplotlib import pyplot
+
     return pyplot
 
 
