@@ -107,7 +107,7 @@ def create_app(opened: PageModel, examples: Sequence[str | Path] = (), choose_mo
 
         def explain(
             image: str | None, methods: list[str], model: PageModel | None, progress: Any = gr.Progress()
-        ) -> dict[Any, Any]:  # noqa: B008
+        ) -> dict[Any, Any]:
             """Explains an image for the class that the model predicts."""
             if image is None:
                 return blank | {message: page.status(_START)}
@@ -127,7 +127,7 @@ def create_app(opened: PageModel, examples: Sequence[str | Path] = (), choose_mo
 
         def choose(
             target: int | None, methods: list[str], explanation: Explanation | None, progress: Any = gr.Progress()
-        ) -> dict[Any, Any]:  # noqa: B008
+        ) -> dict[Any, Any]:
             """Shows the maps of another class or of other methods."""
             if explanation is None or target is None:
                 return {message: page.status(_START)}
@@ -138,7 +138,7 @@ def create_app(opened: PageModel, examples: Sequence[str | Path] = (), choose_mo
 
         def measure(
             target: int | None, method: str, explanation: Explanation | None, progress: Any = gr.Progress()
-        ) -> dict[Any, Any]:  # noqa: B008
+        ) -> dict[Any, Any]:
             """Measures the maps of one method on the image."""
             if explanation is None or target is None:
                 return {message: page.status(_START)}
@@ -154,7 +154,7 @@ def create_app(opened: PageModel, examples: Sequence[str | Path] = (), choose_mo
             opacity: float,
             explanation: Explanation | None,
             progress: Any = gr.Progress(),
-        ) -> dict[Any, Any]:  # noqa: B008
+        ) -> dict[Any, Any]:
             """Writes the picture (PNG) and the figures (JSON), with the measurements of one method."""
             if explanation is None or target is None:
                 return {message: page.status(_START)}
@@ -175,7 +175,7 @@ def create_app(opened: PageModel, examples: Sequence[str | Path] = (), choose_mo
             image: str | None,
             methods: list[str],
             progress: Any = gr.Progress(),
-        ) -> dict[Any, Any]:  # noqa: B008
+        ) -> dict[Any, Any]:
             """Opens another model for this session and explains the image with it."""
             try:
                 progress(0, desc='Opening the model')
