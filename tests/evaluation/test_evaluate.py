@@ -1,4 +1,5 @@
 """Runs of the protocol: interrupted and resumed, over several processes, over subsets and every kind of loader."""
+
 from __future__ import annotations
 
 import copy
@@ -118,11 +119,14 @@ def test_an_evaluation_may_go_on_with_another_batch_size(model, tmp_path) -> Non
     np.testing.assert_allclose(report.values.rows, expected.values.rows, atol=1e-3)
 
 
-@pytest.mark.parametrize(('change', 'message'), [
-    ({'seed': 1}, 'seed=0, this one has seed=1'),
-    ({'target': 'predicted'}, "target='truth', this one has target='predicted'"),
-    ({'arguments': {'data_dir': 'b'}}, "data_dir='a', this one has data_dir='b'"),
-])
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'seed': 1}, 'seed=0, this one has seed=1'),
+        ({'target': 'predicted'}, "target='truth', this one has target='predicted'"),
+        ({'arguments': {'data_dir': 'b'}}, "data_dir='a', this one has data_dir='b'"),
+    ],
+)
 def test_a_folder_with_another_evaluation_is_refused(model, tmp_path, change, message) -> None:
     settings = {'arguments': {'data_dir': 'a'}, 'num_samples': 7}
     interrupt(model, tmp_path, **settings)
@@ -165,19 +169,32 @@ def with_transform(side: int = 64, mean: float = 0.5) -> DataLoader:
     return DataLoader(scenes, 2)
 
 
-@pytest.mark.parametrize(('one', 'other', 'message'), [
-    ({}, {'loader': with_transform(32)}, r'input_size=\[3, 64, 64\]'),
-    ({}, {'loader': with_transform(mean=0.4)}, r'loader_normalisation=\[\[0\.5'),
-    ({}, {'mean': (0.4,) * 3}, r'mean=\[0\.5, 0\.5, 0\.5\], this one has mean=\[0\.4'),
-    ({}, {'std': (0.4,) * 3}, r'std=\[0\.5, 0\.5, 0\.5\], this one has std=\[0\.4'),
-    *(({'methods': {'mine': way(1)}}, {'methods': {'mine': way(2)}}, 'user_methods=') for way in (
-        lambda side: lambda x, target: x[:, :side],
-        lambda side: functools.partial(lambda x, target, side: x[:, :side], side=side))),
-])
+@pytest.mark.parametrize(
+    ('one', 'other', 'message'),
+    [
+        ({}, {'loader': with_transform(32)}, r'input_size=\[3, 64, 64\]'),
+        ({}, {'loader': with_transform(mean=0.4)}, r'loader_normalisation=\[\[0\.5'),
+        ({}, {'mean': (0.4,) * 3}, r'mean=\[0\.5, 0\.5, 0\.5\], this one has mean=\[0\.4'),
+        ({}, {'std': (0.4,) * 3}, r'std=\[0\.5, 0\.5, 0\.5\], this one has std=\[0\.4'),
+        *(
+            ({'methods': {'mine': way(1)}}, {'methods': {'mine': way(2)}}, 'user_methods=')
+            for way in (
+                lambda side: lambda x, target: x[:, :side],
+                lambda side: functools.partial(lambda x, target, side: x[:, :side], side=side),
+            )
+        ),
+    ],
+)
 def test_another_input_or_method_of_the_user_is_refused_in_the_same_folder(
-        model, tmp_path, one, other, message) -> None:
+    model, tmp_path, one, other, message
+) -> None:
     arguments = {
-        'loader': with_transform(), 'methods': ('centre',), 'metrics': ('average_drop',), 'output_dir': tmp_path, **one}
+        'loader': with_transform(),
+        'methods': ('centre',),
+        'metrics': ('average_drop',),
+        'output_dir': tmp_path,
+        **one,
+    }
     expected = evaluate(model, **arguments)
     assert_equal(evaluate(model, **arguments), expected)
     with pytest.raises(ValueError, match=f'holds an evaluation with .*{message}'):
@@ -227,8 +244,12 @@ def test_two_processes_go_on_from_where_one_stopped_and_both_get_the_table_of_on
             for key, estimate in expected.figures.items():
                 assert report[key] == pytest.approx(estimate, abs=1e-3)
     by_process = [
-        {int(image[0]) for line in (tmp_path / 'out' / f'finished.{rank}.jsonl').read_text().split('\n') if line
-         for image in json.loads(line)['images']}
+        {
+            int(image[0])
+            for line in (tmp_path / 'out' / f'finished.{rank}.jsonl').read_text().split('\n')
+            if line
+            for image in json.loads(line)['images']
+        }
         for rank in range(2)
     ]
     assert by_process == [{0, 1, 2, 3, 4, 5}, {6}]
@@ -256,8 +277,13 @@ def test_loaders_of_timm_and_of_torch_give_the_same_figures(model) -> None:
     plain.transform = create_transform(**config)
     expected = evaluate(model, DataLoader(plain, 2), ('grad_cam',))
     prefetched = create_loader(
-        datasets.create_dataset('digits', split='validation', num_samples=5), batch_size=2, device=torch.device('cpu'),
-        num_workers=1, persistent_workers=False, **config)
+        datasets.create_dataset('digits', split='validation', num_samples=5),
+        batch_size=2,
+        device=torch.device('cpu'),
+        num_workers=1,
+        persistent_workers=False,
+        **config,
+    )
     shuffled = DataLoader(plain, 2, shuffle=True)
     for loader in (prefetched, shuffled):
         report = evaluate(model, loader, ('grad_cam',))
@@ -280,27 +306,33 @@ class Stream(IterableDataset):
         yield torch.zeros(3, 64, 64), 0
 
 
-@pytest.mark.parametrize(('loader', 'message'), [
-    (DataLoader(Stream(), 2), 'no DataLoader over a data set with a length'),
-    ([(torch.zeros(2, 3, 64, 64), torch.zeros(2))], 'list is no DataLoader'),
-    (DataLoader(Scenes(), batch_sampler=[[0, 1]]), 'no batch_size'),
-    (DataLoader(TensorDataset(torch.zeros(0, 3, 64, 64), torch.zeros(0)), 2), 'no images'),
-])
+@pytest.mark.parametrize(
+    ('loader', 'message'),
+    [
+        (DataLoader(Stream(), 2), 'no DataLoader over a data set with a length'),
+        ([(torch.zeros(2, 3, 64, 64), torch.zeros(2))], 'list is no DataLoader'),
+        (DataLoader(Scenes(), batch_sampler=[[0, 1]]), 'no batch_size'),
+        (DataLoader(TensorDataset(torch.zeros(0, 3, 64, 64), torch.zeros(0)), 2), 'no images'),
+    ],
+)
 def test_loaders_that_cannot_be_read_by_index_are_refused(model, loader, message) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(model, loader)
 
 
-@pytest.mark.parametrize(('arguments', 'message'), [
-    ({'methods': ('lime',)}, "'lime' is unknown"),
-    ({'poolings': ('max',)}, "'max' is unknown"),
-    ({'target': 'best'}, "'best' is unknown"),
-    ({'setting': 'mine'}, "'mine' is unknown"),
-    ({'methods': ()}, 'methods must be a sequence of names'),
-    ({'methods': 'grad_cam'}, "methods must be a sequence of names, got 'grad_cam'"),
-    ({'batch_size': 0}, 'batch_size must be a positive int, got 0'),
-    ({'num_samples': 8}, 'num_samples 8 is out of range, the data set has 7 images'),
-])
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ({'methods': ('lime',)}, "'lime' is unknown"),
+        ({'poolings': ('max',)}, "'max' is unknown"),
+        ({'target': 'best'}, "'best' is unknown"),
+        ({'setting': 'mine'}, "'mine' is unknown"),
+        ({'methods': ()}, 'methods must be a sequence of names'),
+        ({'methods': 'grad_cam'}, "methods must be a sequence of names, got 'grad_cam'"),
+        ({'batch_size': 0}, 'batch_size must be a positive int, got 0'),
+        ({'num_samples': 8}, 'num_samples 8 is out of range, the data set has 7 images'),
+    ],
+)
 def test_unknown_arguments_are_refused_before_an_image_is_evaluated(model, tmp_path, arguments, message) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(model, DataLoader(Scenes(), 2), output_dir=tmp_path / 'out', **arguments)
@@ -327,10 +359,15 @@ def write_images(folder: Path, num_images: int = 7, broken: Sequence[int] = ()) 
 
 
 def folder_loader(folder: Path, model: nn.Module, num_workers: int = 0) -> Any:
-    config = {**resolve_model_data_config(model), 'input_size': (3, 64, 64), 'crop_pct': 1.}
+    config = {**resolve_model_data_config(model), 'input_size': (3, 64, 64), 'crop_pct': 1.0}
     return create_loader(
-        datasets.create_dataset('', str(folder)), batch_size=2, device=torch.device('cpu'), num_workers=num_workers,
-        persistent_workers=False, **config)
+        datasets.create_dataset('', str(folder)),
+        batch_size=2,
+        device=torch.device('cpu'),
+        num_workers=num_workers,
+        persistent_workers=False,
+        **config,
+    )
 
 
 @pytest.mark.parametrize('num_workers', [0, 2])
@@ -402,24 +439,28 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(model,
 def test_metrics_that_need_no_curve_cost_one_masked_forward_a_map(model) -> None:
     forwards = []
     model.conv1.register_forward_hook(lambda module, args, output: forwards.append(len(output)))
-    evaluate(model, DataLoader(Scenes(), 7), ('grad_cam', 'layer_cam'),
-             metrics=('average_drop', 'average_gain', 'average_increase'))
+    evaluate(
+        model,
+        DataLoader(Scenes(), 7),
+        ('grad_cam', 'layer_cam'),
+        metrics=('average_drop', 'average_gain', 'average_increase'),
+    )
     assert sum(forwards) == 7 + 7 + 2 * 2 * 7  # images, their maps, and a masked image a pooling and method
 
 
 def test_localisation_metrics_use_the_boxes_of_the_data_set(model) -> None:
     scenes = datasets.DigitScenes('validation', 6, seed=2)
-    config = {**resolve_model_data_config(model), 'input_size': (3, 64, 64), 'crop_pct': 1.}
+    config = {**resolve_model_data_config(model), 'input_size': (3, 64, 64), 'crop_pct': 1.0}
     scenes.transform = create_transform(**config)
     metrics = ('pointing_game', 'energy_pointing_game', 'localization_error', 'max_box_acc_v2')
     report = evaluate(model, DataLoader(scenes, 4), ('grad_cam', 'centre'), metrics=metrics)
     for index in range(6):
-        (x0, y0, x1, y1), = np.reshape(scenes.boxes[index], (1, 4))
+        ((x0, y0, x1, y1),) = np.reshape(scenes.boxes[index], (1, 4))
         with torch.no_grad():
             maps = attribute(model, scenes[index][0][None], 'grad_cam', torch.tensor([scenes[index][1]]))
         big = torch.nn.functional.interpolate(maps[None].double(), (64, 64), mode='bilinear')[0, 0].numpy()
-        inside = big[int(y0):int(y1), int(x0):int(x1)]
-        expected = 100 * inside.sum() / big.sum() if big.sum() else 0.
+        inside = big[int(y0) : int(y1), int(x0) : int(x1)]
+        expected = 100 * inside.sum() / big.sum() if big.sum() else 0.0
         column = report.values.row_columns.index(('ca', 'grad_cam', 'energy_pointing_game'))
         assert report.values.rows[index, column] == pytest.approx(expected, abs=0.05)
         column = report.values.row_columns.index(('ca', 'grad_cam', 'pointing_game'))
@@ -440,7 +481,7 @@ def test_packed_hits_unpack_to_the_same_hits() -> None:
 
 def test_boxes_replaced_between_two_starts_are_noticed(model, tmp_path) -> None:
     scenes = datasets.DigitScenes('validation', 3, seed=2)
-    config = {**resolve_model_data_config(model), 'input_size': (3, 64, 64), 'crop_pct': 1.}
+    config = {**resolve_model_data_config(model), 'input_size': (3, 64, 64), 'crop_pct': 1.0}
     scenes.transform = create_transform(**config)
     arguments = {'methods': ('centre',), 'metrics': ('pointing_game',), 'output_dir': tmp_path}
     report = evaluate(model, DataLoader(scenes, 2), **arguments)

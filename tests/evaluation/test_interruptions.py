@@ -1,4 +1,5 @@
 """castream evaluate ends in the same images.csv when it is killed, started twice, out of disk, or distributed."""
+
 from __future__ import annotations
 
 import errno
@@ -41,9 +42,27 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         if index in BROKEN:
             path.write_bytes(path.read_bytes()[:200])
     return [
-        'evaluate', '--model', 'test_resnet_castream', '--num-classes', '2', '--checkpoint',
-        str(folder / 'model.safetensors'), '--data-dir', str(folder / 'images'), '--img-size', '64', '--methods',
-        'grad_cam', 'random', '--device', 'cpu', '-b', '2', '-j', '0']
+        'evaluate',
+        '--model',
+        'test_resnet_castream',
+        '--num-classes',
+        '2',
+        '--checkpoint',
+        str(folder / 'model.safetensors'),
+        '--data-dir',
+        str(folder / 'images'),
+        '--img-size',
+        '64',
+        '--methods',
+        'grad_cam',
+        'random',
+        '--device',
+        'cpu',
+        '-b',
+        '2',
+        '-j',
+        '0',
+    ]
 
 
 @pytest.fixture(scope='module')
@@ -57,8 +76,7 @@ def expected(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 def start(argv: Sequence[str], *prefix: str) -> subprocess.Popen[str]:
     command = [sys.executable, *(prefix or ('-m', 'timm_castream.cli')), *argv]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def wait_for_records(folder: Path, process: subprocess.Popen[str]) -> None:
@@ -80,7 +98,8 @@ def test_a_killed_run_goes_on(arguments: list[str], expected: str, tmp_path: Pat
 
 
 def test_a_second_start_is_refused_and_the_first_ends_well(
-        arguments: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     argv = [*arguments, '--output', str(tmp_path)]
     process = start(argv)
     wait_for_records(tmp_path, process)
@@ -96,8 +115,8 @@ def test_a_second_start_is_refused_and_the_first_ends_well(
 
 
 def test_a_full_disk_loses_no_finished_batch(
-        arguments: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture) -> None:
+    arguments: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     argv = [*arguments, '--output', str(tmp_path)]
     append, count = Journal.append, 0
 
@@ -119,15 +138,24 @@ def test_a_full_disk_loses_no_finished_batch(
 
 
 def test_two_processes_measure_the_same_and_name_the_unreadable_images(
-        arguments: list[str], expected: str, tmp_path: Path) -> None:
+    arguments: list[str], expected: str, tmp_path: Path
+) -> None:
     process = start(
-        [*arguments, '--output', str(tmp_path)], '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-        '-m', 'timm_castream.cli')
+        [*arguments, '--output', str(tmp_path)],
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc-per-node',
+        '2',
+        '-m',
+        'timm_castream.cli',
+    )
     out, err = process.communicate(timeout=500)
     assert '3 images could not be read' in out, err
     assert all(f'{index:02d}.png' in out for index in BROKEN)
     assert process.returncode != 0
     rows, wanted = (
         [[float(v) if v else np.nan for v in line.split(',')] for line in text.splitlines()[1:]]
-        for text in ((tmp_path / 'images.csv').read_text(), expected))
+        for text in ((tmp_path / 'images.csv').read_text(), expected)
+    )
     np.testing.assert_allclose(rows, wanted, atol=1e-3)

@@ -1,4 +1,5 @@
 """The normalisation of a loader, timm's prefetching one and others, and its comparison with the network's."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -19,8 +20,14 @@ WARNING = 'The loader normalises by mean'
 
 def digits(**kwargs: Any) -> Any:
     return create_loader(
-        create_dataset('digits', split='validation', num_samples=2), (3, 64, 64), batch_size=2, num_workers=0,
-        device=torch.device('cpu'), persistent_workers=False, **kwargs)
+        create_dataset('digits', split='validation', num_samples=2),
+        (3, 64, 64),
+        batch_size=2,
+        num_workers=0,
+        device=torch.device('cpu'),
+        persistent_workers=False,
+        **kwargs,
+    )
 
 
 @pytest.mark.parametrize('use_prefetcher', [True, False])
@@ -38,11 +45,12 @@ def test_a_normalisation_is_found_in_a_subset_and_in_nested_transforms() -> None
 
 @pytest.mark.parametrize('use_prefetcher', [True, False])
 def test_a_loader_of_another_normalisation_is_warned_about_once(
-        use_prefetcher: bool, make_model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    use_prefetcher: bool, make_model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     model = make_model('test_resnet')  # its mean and std are 0.5
     arguments: dict[str, Any] = {'methods': ('centre',), 'metrics': ('average_drop',)}
     evaluate(model, digits(use_prefetcher=use_prefetcher), **arguments)
-    warning, = (record.getMessage() for record in caplog.records if WARNING in record.getMessage())
+    (warning,) = (record.getMessage() for record in caplog.records if WARNING in record.getMessage())
     assert f'mean {IMAGENET[0]} and std {IMAGENET[1]}' in warning and 'mean [0.5, 0.5, 0.5] and std [0.5' in warning
     caplog.clear()
     half = {'mean': (0.5,) * 3, 'std': (0.5,) * 3}

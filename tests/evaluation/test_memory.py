@@ -1,4 +1,5 @@
 """Memory stays flat over many batches."""
+
 from __future__ import annotations
 
 import gc
@@ -36,8 +37,13 @@ def test_the_tensors_alive_do_not_grow_over_200_batches(make_model) -> None:
 
     model = make_model('test_resnet', side=64)
     images = Images(400)
-    evaluate(model, DataLoader(images, 2), {'grad_cam': 'grad_cam', 'gradient': gradient},
-             metrics=('average_drop',), batch_size=8)
+    evaluate(
+        model,
+        DataLoader(images, 2),
+        {'grad_cam': 'grad_cam', 'gradient': gradient},
+        metrics=('average_drop',),
+        batch_size=8,
+    )
     counts = [images.live[index] for index in (50, 150, 250, 350)]
     records = 400 * 2 * 6  # the values of all images
     assert max(counts) - min(counts) < 4 * records, counts

@@ -1,4 +1,5 @@
 """Plots of a report: lines and bands of the curves, and one interval a method and metric."""
+
 from __future__ import annotations
 
 import itertools

@@ -1,4 +1,5 @@
 """The protocol on a batch, against loops over single images in float64."""
+
 from __future__ import annotations
 
 import functools
@@ -24,13 +25,16 @@ METHODS = ('grad_cam', 'grad_cam_pp', 'score_cam')
 POOLINGS = ('gap', 'ca')
 SIDE, STEP = 48, 8 * 48
 LABELS = torch.tensor([3, 0, 7, 7, 1])
-MANY_LABELS = torch.tensor([
-    [1, 0, 0, -1, 0, 0, 1, 0, 0, 0],
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-    [0, 1, 0, 0, 0, 1, 0, 0, 1, 0],
-    [-1, 0, 0, 0, 0, 0, 1, 0, 0, 0],
-    [0, 0, 0, 0, 0, 1, 0, 0, 0, 0],
-], dtype=torch.float32)
+MANY_LABELS = torch.tensor(
+    [
+        [1, 0, 0, -1, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 1, 0, 0, 1, 0],
+        [-1, 0, 0, 0, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0, 0, 0, 0],
+    ],
+    dtype=torch.float32,
+)
 
 
 @pytest.fixture
@@ -60,7 +64,8 @@ class Reference:
     def __init__(self, model: nn.Module, pooling: str, multilabel: bool) -> None:
         self.model, self.pooling, self.multilabel = model, pooling, multilabel
         self.mean, self.std = (
-            torch.tensor(model.pretrained_cfg[k], dtype=torch.float64).view(3, 1, 1) for k in ('mean', 'std'))
+            torch.tensor(model.pretrained_cfg[k], dtype=torch.float64).view(3, 1, 1) for k in ('mean', 'std')
+        )
 
     def probabilities(self, images: Tensor) -> Tensor:
         with torch.no_grad(), timm_castream.pooling(self.model, self.pooling):
@@ -92,7 +97,7 @@ class Reference:
                 total += prob * channel
             return scaled(total.clamp(min=0))
         for channel, g in zip(features, gradient, strict=True):
-            alpha = torch.where(g != 0, g ** 2 / (2 * g ** 2 + channel.sum() * g ** 3), 0)
+            alpha = torch.where(g != 0, g**2 / (2 * g**2 + channel.sum() * g**3), 0)
             total += channel * (g.mean() if method == 'grad_cam' else (alpha * g.clamp(min=0)).sum())
         return scaled(total.clamp(min=0))
 
@@ -132,8 +137,11 @@ def explained(reference: Reference, images: Tensor, labels: Tensor, target: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('labels', 'target'), [(LABELS, 'truth'), (LABELS, 'predicted'), (MANY_LABELS, 'truth')],
-                         ids=['truth', 'predicted', 'multi-label'])
+@pytest.mark.parametrize(
+    ('labels', 'target'),
+    [(LABELS, 'truth'), (LABELS, 'predicted'), (MANY_LABELS, 'truth')],
+    ids=['truth', 'predicted', 'multi-label'],
+)
 def test_every_cell_of_the_table_equals_a_loop_over_single_images(model, images, labels, target) -> None:
     report = evaluate(model, loader_of(images, labels), METHODS, POOLINGS, target)
     seen = set()
@@ -168,7 +176,8 @@ def test_mean_average_precision_is_the_devkits_without_the_labels_that_do_not_co
         scores = Reference(model, pooling, True).probabilities(images).numpy()
         expected = [
             devkit_average_precision(labels[counts, c], scores[counts, c])
-            for c in range(10) if ((counts := labels[:, c] >= 0) & (labels[:, c] == 1)).any()
+            for c in range(10)
+            if ((counts := labels[:, c] >= 0) & (labels[:, c] == 1)).any()
         ]
         assert report.accuracy[pooling].value == pytest.approx(100 * np.mean(expected))
 
@@ -231,7 +240,8 @@ def test_probabilities_are_float32_under_autocast(model, images) -> None:
     bfloat16 = torch.tensor(prob).bfloat16().double().numpy()
     assert (prob != bfloat16).all()
     np.testing.assert_allclose(
-        prob, Reference(model.double(), 'ca', False).probabilities(images.double())[range(5), LABELS], atol=0.1)
+        prob, Reference(model.double(), 'ca', False).probabilities(images.double())[range(5), LABELS], atol=0.1
+    )
 
 
 def test_saliency_of_another_layer_is_asked_for_by_name(model, images) -> None:
@@ -241,12 +251,15 @@ def test_saliency_of_another_layer_is_asked_for_by_name(model, images) -> None:
     assert evaluate(model, loader, ('grad_cam',), layer='layer3').figures != expected.figures
 
 
-@pytest.mark.parametrize(('labels', 'message'), [
-    (torch.tensor([0, 1, 2, 10, 3]), 'has classes from 2 to 10, the model has 0 to 9'),
-    (torch.tensor([0, -1, 2, 3, 3]), r'has classes from -1'),
-    (torch.tensor([0., 1, 2, 3, 4]), r'class indices'),
-    (torch.zeros(5, 4), r'\(2, 4\), the model has 10 classes'),
-])
+@pytest.mark.parametrize(
+    ('labels', 'message'),
+    [
+        (torch.tensor([0, 1, 2, 10, 3]), 'has classes from 2 to 10, the model has 0 to 9'),
+        (torch.tensor([0, -1, 2, 3, 3]), r'has classes from -1'),
+        (torch.tensor([0.0, 1, 2, 3, 4]), r'class indices'),
+        (torch.zeros(5, 4), r'\(2, 4\), the model has 10 classes'),
+    ],
+)
 def test_labels_that_do_not_fit_are_refused(model, images, labels, message) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(model, loader_of(images, labels), ('grad_cam',))

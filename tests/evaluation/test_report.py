@@ -1,4 +1,5 @@
 """Averages, intervals and files of a report, from values made up here."""
+
 from __future__ import annotations
 
 import csv
@@ -16,9 +17,10 @@ NAMES = (('image',), ('ca', 'class'), ('ca', 'prob'), *(('ca', 'grad_cam', k) fo
 
 
 def make_report(
-        metrics: np.ndarray, accuracy: np.ndarray, image_of_row: np.ndarray | None = None, seed: int = 0) -> Report:
+    metrics: np.ndarray, accuracy: np.ndarray, image_of_row: np.ndarray | None = None, seed: int = 0
+) -> Report:
     """Of (R, 5) metrics and (N,) accuracies; row i is of image i where nothing else is said."""
-    numbers = np.arange(len(accuracy)) * 10.
+    numbers = np.arange(len(accuracy)) * 10.0
     rows = numbers if image_of_row is None else numbers[image_of_row]
     values = ImageValues(
         row_columns=NAMES,
@@ -31,7 +33,7 @@ def make_report(
 
 def test_figures_are_means_over_rows() -> None:
     rng = np.random.default_rng(0)
-    metrics, accuracy = rng.uniform(0, 100, (12, 5)), rng.choice([0., 100.], 12)
+    metrics, accuracy = rng.uniform(0, 100, (12, 5)), rng.choice([0.0, 100.0], 12)
     report = make_report(metrics, accuracy)
     assert report.num_images == 12
     assert [report['ca', 'grad_cam', k].value for k in METRICS] == pytest.approx(metrics.mean(0))
@@ -42,7 +44,7 @@ def test_intervals_are_those_of_scipys_percentile_bootstrap() -> None:
     stats = pytest.importorskip('scipy.stats')
     rng = np.random.default_rng(1)
     metrics = rng.exponential(10, (150, 5)).clip(max=100)
-    report = make_report(metrics, rng.choice([0., 100.], 150))
+    report = make_report(metrics, rng.choice([0.0, 100.0], 150))
     for column, k in zip(metrics.T, METRICS, strict=True):
         expected = stats.bootstrap((column,), np.mean, n_resamples=20000, method='percentile', rng=rng)
         low, high = expected.confidence_interval
@@ -65,7 +67,7 @@ def test_the_labels_of_an_image_are_resampled_together() -> None:
 
 def test_an_image_without_a_label_weighs_nothing_in_the_metrics() -> None:
     metrics = np.random.default_rng(4).uniform(0, 100, (4, 5))
-    report = make_report(metrics, np.array([0, 100, 100., 100]), np.array([0, 0, 2, 3]))
+    report = make_report(metrics, np.array([0, 100, 100.0, 100]), np.array([0, 0, 2, 3]))
     assert [report['ca', 'grad_cam', k].value for k in METRICS] == pytest.approx(metrics.mean(0))
     assert report.accuracy['ca'].value == 75
 
@@ -82,7 +84,7 @@ def test_the_printed_table_is_laid_out_as_the_papers() -> None:
 
 def test_saved_files_hold_the_figures_the_settings_and_the_values_of_every_image(tmp_path) -> None:
     metrics = np.random.default_rng(6).uniform(0, 100, (3, 5))
-    report = make_report(metrics, np.array([0., 100, 0, 100]), np.array([0, 0, 3]))
+    report = make_report(metrics, np.array([0.0, 100, 0, 100]), np.array([0, 0, 3]))
     report.save(tmp_path / 'new')
     assert sorted(path.name for path in (tmp_path / 'new').iterdir()) == ['evaluation.json', 'images.csv', 'table.csv']
 
@@ -116,11 +118,14 @@ def make_pair(rng: np.random.Generator, num_images: int = 60) -> tuple[Report, d
         names += [(p, 'class'), (p, 'prob'), (p, 'grad_cam', 'average_gain'), (p, 'grad_cam', 'average_drop')]
         columns += [np.zeros(num_images), values / 100, values, values]
     values = ImageValues(
-        row_columns=tuple(names), rows=np.column_stack(columns),
+        row_columns=tuple(names),
+        rows=np.column_stack(columns),
         image_columns=(('image',), ('gap', 'accuracy'), ('ca', 'accuracy')),
-        images=np.column_stack([np.arange(num_images), np.full(num_images, 100.), np.full(num_images, 100.)]))
+        images=np.column_stack([np.arange(num_images), np.full(num_images, 100.0), np.full(num_images, 100.0)]),
+    )
     report = Report.from_values(
-        'tiny', ('gap', 'ca'), ('grad_cam',), ('average_gain', 'average_drop'), values, 0, {'target': 'truth'})
+        'tiny', ('gap', 'ca'), ('grad_cam',), ('average_gain', 'average_drop'), values, 0, {'target': 'truth'}
+    )
     return report, {'gap': gap, 'ca': ca}
 
 
@@ -131,7 +136,8 @@ def test_a_difference_is_paired_by_image() -> None:
     estimate = report.difference('grad_cam', 'average_gain')
     assert estimate.value == pytest.approx((of['ca'] - of['gap']).mean())
     low, high = stats.bootstrap(
-        (of['ca'] - of['gap'],), np.mean, n_resamples=20000, method='percentile', rng=rng).confidence_interval
+        (of['ca'] - of['gap'],), np.mean, n_resamples=20000, method='percentile', rng=rng
+    ).confidence_interval
     assert estimate[1:] == pytest.approx((low, high), abs=0.15 * (high - low))
     marginal = report['ca', 'grad_cam', 'average_gain']
     assert high - low < (marginal.high - marginal.low) / 5, 'the images share most of their spread'
@@ -144,7 +150,7 @@ def test_the_verdict_follows_the_direction_of_the_metric_and_the_interval() -> N
     assert report.verdict('grad_cam', 'average_gain') == 'better'
     assert report.verdict('grad_cam', 'average_drop') == 'worse'
     assert report.summary() == 'CA against GAP, Grad-CAM: AG better, AD worse'
-    same = dataclasses.replace(report, differences={('grad_cam', k): Estimate(1., -1., 3.) for k in report.metrics})
+    same = dataclasses.replace(report, differences={('grad_cam', k): Estimate(1.0, -1.0, 3.0) for k in report.metrics})
     assert same.verdict('grad_cam', 'average_gain') == 'no difference seen'
     one = make_report(np.zeros((3, 5)), np.zeros(3))
     assert one.summary() == '' and not one.differences
@@ -179,21 +185,29 @@ def test_differences_are_printed_and_saved(tmp_path) -> None:
 
 def test_unreadable_images_are_counted_in_print_and_json(tmp_path) -> None:
     report = dataclasses.replace(
-        make_report(np.zeros((3, 5)), np.zeros(3)), unreadable={f'{i}.png': 'truncated' for i in range(5)})
-    assert str(report).splitlines()[-1] == (
-        '5 images could not be read and are in no figure: 0.png, 1.png, 2.png, ...')
+        make_report(np.zeros((3, 5)), np.zeros(3)), unreadable={f'{i}.png': 'truncated' for i in range(5)}
+    )
+    assert str(report).splitlines()[-1] == ('5 images could not be read and are in no figure: 0.png, 1.png, 2.png, ...')
     assert report.to_dict()['unreadable'] == {f'{i}.png': 'truncated' for i in range(5)}
 
 
 def test_box_metrics_leave_out_maps_without_a_box() -> None:
-    rows = np.array([[0., 0, .5, 100, 3], [1, 0, .5, np.nan, np.nan], [2, 0, .5, 0, 5]])
+    rows = np.array([[0.0, 0, 0.5, 100, 3], [1, 0, 0.5, np.nan, np.nan], [2, 0, 0.5, 0, 5]])
     values = ImageValues(
-        row_columns=(('image',), ('gap', 'class'), ('gap', 'prob'), ('gap', 'a', 'pointing_game'),
-                     ('gap', 'a', 'energy_pointing_game')),
-        rows=rows, image_columns=(('image',), ('gap', 'accuracy')),
-        images=np.array([[0., 0], [1, 0], [2, 0]]))
+        row_columns=(
+            ('image',),
+            ('gap', 'class'),
+            ('gap', 'prob'),
+            ('gap', 'a', 'pointing_game'),
+            ('gap', 'a', 'energy_pointing_game'),
+        ),
+        rows=rows,
+        image_columns=(('image',), ('gap', 'accuracy')),
+        images=np.array([[0.0, 0], [1, 0], [2, 0]]),
+    )
     report = Report.from_values(
-        'tiny', ('gap',), ('a',), ('pointing_game', 'energy_pointing_game'), values, 0, {'target': 'truth'})
+        'tiny', ('gap',), ('a',), ('pointing_game', 'energy_pointing_game'), values, 0, {'target': 'truth'}
+    )
     assert report['gap', 'a', 'pointing_game'].value == 50
     assert report['gap', 'a', 'energy_pointing_game'].value == 4
 
@@ -201,16 +215,18 @@ def test_box_metrics_leave_out_maps_without_a_box() -> None:
 def test_box_metrics_of_both_poolings_have_the_same_images() -> None:
     """GAP and CA explain their own predictions, and only images 0 and 3 have boxes of both."""
     nan = np.nan
-    gap, ca = np.array([10., 20, nan, 40, nan]), np.array([15., nan, 35, 55, nan])
+    gap, ca = np.array([10.0, 20, nan, 40, nan]), np.array([15.0, nan, 35, 55, nan])
     names = [('image',)]
-    columns = [np.arange(5.)]
+    columns = [np.arange(5.0)]
     for p, values in (('gap', gap), ('ca', ca)):
         names += [(p, 'class'), (p, 'prob'), (p, 'a', 'energy_pointing_game'), (p, 'a', 'average_gain')]
-        columns += [np.zeros(5), np.full(5, .5), values, np.arange(5.)]
+        columns += [np.zeros(5), np.full(5, 0.5), values, np.arange(5.0)]
     values = ImageValues(
-        row_columns=tuple(names), rows=np.column_stack(columns),
+        row_columns=tuple(names),
+        rows=np.column_stack(columns),
         image_columns=(('image',), ('gap', 'accuracy'), ('ca', 'accuracy')),
-        images=np.column_stack([np.arange(5), np.full(5, 100.), np.full(5, 100.)]))
+        images=np.column_stack([np.arange(5), np.full(5, 100.0), np.full(5, 100.0)]),
+    )
     metrics = ('energy_pointing_game', 'average_gain')
     report = Report.from_values('tiny', ('gap', 'ca'), ('a',), metrics, values, 0, {'target': 'predicted'})
     assert report['gap', 'a', 'energy_pointing_game'].value == (10 + 40) / 2

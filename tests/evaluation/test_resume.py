@@ -1,4 +1,5 @@
 """The folder of an evaluation: the lock, damaged files, records of one image twice, and folders of 0.1."""
+
 from __future__ import annotations
 
 import json
@@ -17,8 +18,8 @@ WIDTHS = {'rows': 3, 'images': 2}
 SETTINGS = {'weights': 'abc', 'methods': ['grad_cam'], 'metrics': ['average_drop'], 'seed': None}
 
 
-def record(*indices: int, value: float = 1.) -> dict[str, Any]:
-    return {'rows': [[i, 7., value] for i in indices], 'images': [[i, 100.] for i in indices]}
+def record(*indices: int, value: float = 1.0) -> dict[str, Any]:
+    return {'rows': [[i, 7.0, value] for i in indices], 'images': [[i, 100.0] for i in indices]}
 
 
 def write(folder: Path, *records: dict[str, Any], rank: int = 0, settings: dict[str, Any] | None = None) -> None:
@@ -44,9 +45,9 @@ def test_records_come_back(tmp_path: Path) -> None:
 
 
 def test_an_image_recorded_twice_counts_once(tmp_path: Path) -> None:
-    write(tmp_path, record(0, 1), record(1, 2, value=5.), record(2, value=9.))
+    write(tmp_path, record(0, 1), record(1, 2, value=5.0), record(2, value=9.0))
     found = read(tmp_path)
-    assert [row for each in found for row in each['rows']] == [[0, 7., 1.], [1, 7., 1.], [2, 7., 5.]]
+    assert [row for each in found for row in each['rows']] == [[0, 7.0, 1.0], [1, 7.0, 1.0], [2, 7.0, 5.0]]
 
 
 def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
@@ -60,8 +61,10 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
 
 
 def test_the_lock_of_a_killed_process_does_not_block(tmp_path: Path) -> None:
-    code = ('import sys, time\nfrom pathlib import Path\nfrom timm_castream.evaluation.resume import Journal\n'
-            'journal = Journal(Path(sys.argv[1]), 0)\njournal.lock()\nprint("locked", flush=True)\ntime.sleep(60)')
+    code = (
+        'import sys, time\nfrom pathlib import Path\nfrom timm_castream.evaluation.resume import Journal\n'
+        'journal = Journal(Path(sys.argv[1]), 0)\njournal.lock()\nprint("locked", flush=True)\ntime.sleep(60)'
+    )
     process = subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b'locked\n'
     journal = Journal(tmp_path, 0)
@@ -83,8 +86,9 @@ def test_missing_or_damaged_settings_are_named(content: str | None, tmp_path: Pa
         read(tmp_path)
 
 
-@pytest.mark.parametrize('line', [
-    'hello', '[1, 2]', '{"rows": [[0, 1]], "images": [[0, 100]]}', '{"rows": 3}', 'null', '{"other": []}'])
+@pytest.mark.parametrize(
+    'line', ['hello', '[1, 2]', '{"rows": [[0, 1]], "images": [[0, 100]]}', '{"rows": 3}', 'null', '{"other": []}']
+)
 def test_foreign_lines_are_named(line: str, tmp_path: Path) -> None:
     write(tmp_path, record(0))
     with open(tmp_path / 'finished.0.jsonl', 'a') as file:
@@ -117,13 +121,31 @@ def test_changed_images_are_named(tmp_path: Path) -> None:
 def test_a_folder_of_0_1_goes_on(tmp_path: Path) -> None:
     """0.1 recorded no metrics, images, size and normalisation, a seed in any case, and the dropout rate."""
     stream = {'stream_start': 0, 'stream_block': 'ca'}
-    old = {'weights': 'abc', 'methods': ['grad_cam'], 'seed': 0, 'stream': {**stream, 'stream_drop': 0.}, 'layer': None}
+    old = {
+        'weights': 'abc',
+        'methods': ['grad_cam'],
+        'seed': 0,
+        'stream': {**stream, 'stream_drop': 0.0},
+        'layer': None,
+    }
     (tmp_path / 'settings.json').write_text(json.dumps(old))
     (tmp_path / 'finished.0.jsonl').write_text('\n' + json.dumps(record(0, 1)) + '\n')
     five = ['average_drop', 'average_gain', 'average_increase', 'insertion', 'deletion']
-    new = {**SETTINGS, 'stream': stream, 'layer': None, 'metrics': five, 'images': 'hash', 'user_methods': {},
-           'temperature': None, 'architecture': 'hash', 'input_size': [3, 64, 64], 'transform': 'Compose()',
-           'loader_normalisation': [[.5], [.5]], 'mean': [.5], 'std': [.5]}
+    new = {
+        **SETTINGS,
+        'stream': stream,
+        'layer': None,
+        'metrics': five,
+        'images': 'hash',
+        'user_methods': {},
+        'temperature': None,
+        'architecture': 'hash',
+        'input_size': [3, 64, 64],
+        'transform': 'Compose()',
+        'loader_normalisation': [[0.5], [0.5]],
+        'mean': [0.5],
+        'std': [0.5],
+    }
     assert read(tmp_path, new) == [record(0, 1)]
     with pytest.raises(ValueError, match='metrics='):
         read(tmp_path, {**new, 'metrics': five[:3]})

@@ -5,6 +5,7 @@ One set of resamples serves all figures, so that a difference between two figure
 N images, C classes, P poolings, S samples; R rows, one for each image and class evaluated: N of them, or one a positive
 label.
 """
+
 from __future__ import annotations
 
 import csv
@@ -69,13 +70,15 @@ class ImageValues:
         its own prediction, and one of the two classes may have no box in the image.
         """
         boxed = [
-            i for i, column in enumerate(self.row_columns)
-            if column[2:3] and column[2] in METRICS and 'boxes' in METRICS[column[2]].needs]
+            i
+            for i, column in enumerate(self.row_columns)
+            if column[2:3] and column[2] in METRICS and 'boxes' in METRICS[column[2]].needs
+        ]
         return ~np.isnan(self.rows[:, boxed]).any(1)
 
     def row_values(self, *name: str) -> np.ndarray:
         """The columns of `rows` whose names begin with `name`, (R, columns)."""
-        return self.rows[:, [i for i, column in enumerate(self.row_columns) if column[:len(name)] == name]]
+        return self.rows[:, [i for i, column in enumerate(self.row_columns) if column[: len(name)] == name]]
 
     def write_csv(self, file: TextIO) -> None:
         """Writes one line a row, with the columns of its image. The line of an image without a row ends there."""
@@ -113,13 +116,18 @@ class Bootstrap:
         everywhere = [name for name in names if 'boxes' not in METRICS[name[2]].needs]
         self._groups: list[tuple[list[Figure], tuple[np.ndarray, np.ndarray]]] = [
             (everywhere, self._sums([values.row_values(*name) for name in everywhere])),
-            ([(p, 'confidence') for p in self._poolings],
-             self._sums([100 * values.row_values(p, 'prob') for p in self._poolings])),
+            (
+                [(p, 'confidence') for p in self._poolings],
+                self._sums([100 * values.row_values(p, 'prob') for p in self._poolings]),
+            ),
         ]
         self._boxed = [name for name in names if name not in everywhere]
         self._has_box = values.has_box[:, None]
         self._names: list[Figure] = [
-            *(name for group, _ in self._groups for name in group), *self._boxed, *((p, 'accuracy') for p in poolings)]
+            *(name for group, _ in self._groups for name in group),
+            *self._boxed,
+            *((p, 'accuracy') for p in poolings),
+        ]
         point = self._figures(np.ones((1, len(values.images))))
         draws = np.concatenate([self._figures(weights) for weights in _resamples(len(values.images), seed)])
         self._point = dict(zip(self._names, point[0], strict=True))
@@ -134,8 +142,10 @@ class Bootstrap:
         first, second = _PAIR
         return {
             name[1:]: _estimate(
-                self._point[name] - self._point[second, *name[1:]], self._draws[name] - self._draws[second, *name[1:]])
-            for name in self._names if name[0] == first and (second, *name[1:]) in self._point
+                self._point[name] - self._point[second, *name[1:]], self._draws[name] - self._draws[second, *name[1:]]
+            )
+            for name in self._names
+            if name[0] == first and (second, *name[1:]) in self._point
         }
 
     def _sums(self, columns: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

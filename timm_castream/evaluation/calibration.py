@@ -1,4 +1,5 @@
 """Temperature scaling (Guo et al., arXiv 1706.04599): one number that calibrates the confidence of a classifier."""
+
 from __future__ import annotations
 
 import logging
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_PLAUSIBLE = (0.05, 20.)
+_PLAUSIBLE = (0.05, 20.0)
 _logger = logging.getLogger(__name__)
 
 
@@ -44,5 +45,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     if not _PLAUSIBLE[0] <= temperature <= _PLAUSIBLE[1]:
         _logger.warning(
             'The fitted temperature is %.3g on %d images: the network is hardly trained, or the images are too few.',
-            temperature, len(logits))
+            temperature,
+            len(logits),
+        )
     return temperature

@@ -1,4 +1,5 @@
 """Agreement between the processes of an evaluation under torch.distributed."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

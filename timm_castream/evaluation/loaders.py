@@ -1,4 +1,5 @@
 """What a data loader does to its images: the transform and the normalisation."""
+
 from __future__ import annotations
 
 import logging
@@ -41,7 +42,10 @@ def warn_of_another_normalisation(loader: Any, mean: list[float], std: list[floa
     _logger.warning(
         'The loader normalises by mean %s and std %s, the network by mean %s and std %s, so the figures are those of '
         "other images: make the loader with the mean and std of model.pretrained_cfg, or pass evaluate the loader's.",
-        *of_loader, mean, std)
+        *of_loader,
+        mean,
+        std,
+    )
 
 
 def _equal(one: list[float], other: list[float]) -> bool:
@@ -65,5 +69,5 @@ def _steps(transform: Any) -> Iterator[Any]:
         yield from _steps(step)
 
 
-def _numbers(values: Any, scale: float = 1.) -> list[float]:
+def _numbers(values: Any, scale: float = 1.0) -> list[float]:
     return [round(value / scale, 6) for value in torch.as_tensor(values, dtype=torch.float64).flatten().tolist()]

@@ -2,15 +2,16 @@
 
 Figures are matplotlib's, made without pyplot.
 """
+
 from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from .bootstrap import mean_curve
 from ..attribution.methods import method_title
 from ..metrics.table import METRICS
-from .report import Report
 from ..visualize import POOLING_NAMES
+from .bootstrap import mean_curve
+from .report import Report
 
 _COLOURS = {'gap': 'tab:gray', 'ca': 'tab:red'}
 _VERDICT_COLOURS = {'better': 'tab:green', 'worse': 'tab:red', 'no difference seen': 'tab:gray'}
@@ -28,8 +29,9 @@ def draw_curves(report: Report) -> Figure:
     """
     kinds = list(dict.fromkeys(kind for _, _, kind in report.curves))
     if not kinds:
-        raise ValueError("The report has no curves: evaluate with keep_curves=True and the metrics 'insertion' or "
-                         "'deletion'.")
+        raise ValueError(
+            "The report has no curves: evaluate with keep_curves=True and the metrics 'insertion' or 'deletion'."
+        )
     figure = Figure(figsize=(3.2 * len(report.methods) + 0.6, 2.4 * len(kinds) + 0.6), dpi=_DPI, layout='constrained')
     panels = figure.subplots(len(kinds), len(report.methods), squeeze=False, sharex=True, sharey='row')
     image_of_row = report.values.rows[:, 0]
@@ -60,8 +62,7 @@ def draw_differences(report: Report) -> Figure:
     if not report.differences:
         raise ValueError('The report has one pooling alone, so it has no differences.')
     columns = len(report.metrics)
-    figure = Figure(
-        figsize=(2 * columns + 1.2, 0.34 * len(report.methods) + 1.2), dpi=_DPI, layout='constrained')
+    figure = Figure(figsize=(2 * columns + 1.2, 0.34 * len(report.methods) + 1.2), dpi=_DPI, layout='constrained')
     panels = figure.subplots(1, columns, squeeze=False, sharey=True)[0]
     positions = range(len(report.methods))
     for axes, metric in zip(panels, report.metrics, strict=True):

@@ -5,6 +5,7 @@ Deletion and, in Score-CAM, of the masked images. A quantity that no chosen metr
 
 Letters: B images, C classes, M methods, H x W pixels; R rows, one for each image and class explained.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attribution.saliency import saliency_maps
 from .._utils.checks import check_class_indices, check_names
-from ..metrics.curves import blur, curve_setting, perturbation_curves
-from ..inference.images import resize_saliency
 from ..attribution.methods import Method
-from ..metrics.table import METRICS, Measurements
+from ..attribution.saliency import saliency_maps
+from ..inference.images import resize_saliency
 from ..inference.predictor import Predictor
+from ..metrics.curves import blur, curve_setting, perturbation_curves
+from ..metrics.table import METRICS, Measurements
 
 TARGETS = ('truth', 'predicted')
 
@@ -47,17 +48,17 @@ class Protocol:
     """
 
     def __init__(
-            self,
-            network: Predictor,
-            methods: Sequence[Method],
-            metrics: Sequence[str],
-            target: str = 'truth',
-            setting: str = 'paper',
-            *,
-            num_classes: int,
-            seed: int = 0,
-            multilabel: bool = False,
-            keep_curves: bool = False,
+        self,
+        network: Predictor,
+        methods: Sequence[Method],
+        metrics: Sequence[str],
+        target: str = 'truth',
+        setting: str = 'paper',
+        *,
+        num_classes: int,
+        seed: int = 0,
+        multilabel: bool = False,
+        keep_curves: bool = False,
     ) -> None:
         check_names('metric', metrics, tuple(METRICS))
         check_names('target', (target,), TARGETS)
@@ -75,9 +76,14 @@ class Protocol:
     @property
     def row_columns(self) -> tuple[Column, ...]:
         """Names of the columns of rows, see `report.ImageValues`."""
-        return (('image',), *(
-            column for p in self.network.poolings
-            for column in ((p, 'class'), (p, 'prob'), *self._metric_columns(p))))
+        return (
+            ('image',),
+            *(
+                column
+                for p in self.network.poolings
+                for column in ((p, 'class'), (p, 'prob'), *self._metric_columns(p))
+            ),
+        )
 
     @property
     def image_columns(self) -> tuple[Column, ...]:
@@ -105,16 +111,12 @@ class Protocol:
     def _metric_columns(self, pooling: str) -> list[Column]:
         return [
             (pooling, method.name, metric.name, *(() if metric.columns == 1 else (str(i),)))
-            for method in self.methods for metric in self.metrics for i in range(metric.columns)
+            for method in self.methods
+            for metric in self.metrics
+            for i in range(metric.columns)
         ]
 
-    def measure(
-            self,
-            indices: Tensor,
-            x: Tensor,
-            labels: Tensor,
-            boxes: Any = None,
-    ) -> dict[str, list[list[float]]]:
+    def measure(self, indices: Tensor, x: Tensor, labels: Tensor, boxes: Any = None) -> dict[str, list[list[float]]]:
         """The `rows` and `images` of a batch as `ImageValues` has them.
 
         Args:
@@ -160,8 +162,8 @@ class Protocol:
                 if self.keep_curves:  # the maps of the first method come first
                     kinds = dict.fromkeys(kind for _, _, kind in self._curves)
                     curves += [
-                        part for kind in kinds
-                        for part in getattr(measured, f'{kind}_curve').split(len(explained))]
+                        part for kind in kinds for part in getattr(measured, f'{kind}_curve').split(len(explained))
+                    ]
         record = {
             'rows': torch.cat([column.cpu().double() for column in columns], 1).tolist(),
             'images': torch.cat([value.cpu().double() for value in (indices[:, None], *outcome)], dim=1).tolist(),
@@ -171,13 +173,13 @@ class Protocol:
         return record
 
     def _measured(
-            self,
-            pooling: str,
-            classes: Tensor,
-            saliency: Tensor,
-            images: dict[str, Tensor],
-            ends: dict[str, Tensor],
-            boxes: Tensor | None,
+        self,
+        pooling: str,
+        classes: Tensor,
+        saliency: Tensor,
+        images: dict[str, Tensor],
+        ends: dict[str, Tensor],
+        boxes: Tensor | None,
     ) -> Measurements:
         """Measurements of the maps of every method under a pooling, M * R maps, those of the first method first.
 
@@ -189,6 +191,7 @@ class Protocol:
             ends: (R,) probabilities of `classes` on these.
             boxes: (R, J, 4) or None.
         """
+
         def predict(changed: Tensor, index: Tensor) -> Tensor:
             logits = self.network.logits(changed, (pooling,))[pooling]
             return self.network.probabilities(logits, pooling).gather(1, classes[index, None])[:, 0]
@@ -199,13 +202,15 @@ class Protocol:
         if 'masked_prob' in self._needs:
             masked = self.network.mask(x.repeat(num_methods, 1, 1, 1), maps)
             index = torch.arange(len(x), device=x.device).repeat(num_methods)
-            measured['masked_prob'] = torch.cat([
-                predict(*part) for part in zip(masked.split(size), index.split(size), strict=True)])
+            measured['masked_prob'] = torch.cat(
+                [predict(*part) for part in zip(masked.split(size), index.split(size), strict=True)]
+            )
         step = self._setting.rows * x.shape[3]
         for name, start, finish in (('insertion_curve', 'blurred', 'image'), ('deletion_curve', 'image', 'zeros')):
             if name in self._needs:
                 curves = perturbation_curves(
-                    predict, images[start], images[finish], saliency, step, size, (ends[start], ends[finish]))
+                    predict, images[start], images[finish], saliency, step, size, (ends[start], ends[finish])
+                )
                 measured[name] = curves.flatten(0, 1)
         if boxes is not None:
             measured['boxes'] = boxes.repeat(num_methods, 1, 1)
@@ -213,8 +218,7 @@ class Protocol:
 
     def _values(self, measured: Measurements, num_rows: int) -> Tensor:
         """Values of every metric of every method, (R, columns), in the order of the columns."""
-        values = [
-            metric.values(measured).reshape(len(self.methods), num_rows, -1).double() for metric in self.metrics]
+        values = [metric.values(measured).reshape(len(self.methods), num_rows, -1).double() for metric in self.metrics]
         return torch.cat(values, 2).transpose(0, 1).flatten(1)
 
     def _explained(self, labels: Tensor, prob: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
@@ -227,7 +231,7 @@ class Protocol:
             return dict.fromkeys(poolings, labels[:, None]), torch.ones_like(labels[:, None], dtype=torch.bool)
         counts = (labels > 0).sum(1)
         # Positive labels come first. Other classes fill up the rows; `valid` leaves them out.
-        order = (labels > 0).sort(dim=1, descending=True, stable=True).indices[:, :int(counts.max())]
+        order = (labels > 0).sort(dim=1, descending=True, stable=True).indices[:, : int(counts.max())]
         valid = torch.arange(order.shape[1], device=labels.device) < counts[:, None]
         return dict.fromkeys(poolings, order), valid
 
@@ -237,10 +241,13 @@ class Protocol:
     def _check_labels(self, labels: Tensor, batch: int) -> None:
         if self.multilabel:
             if labels.shape != (batch, self.num_classes):
-                raise ValueError(f'The targets of {batch} images have shape {tuple(labels.shape)}, the model has '
-                                 f'{self.num_classes} classes.')
+                raise ValueError(
+                    f'The targets of {batch} images have shape {tuple(labels.shape)}, the model has '
+                    f'{self.num_classes} classes.'
+                )
             return
         if labels.shape != (batch,):
-            raise ValueError(f'The targets of {batch} images must be class indices, got {tuple(labels.shape)} of '
-                             f'{labels.dtype}.')
+            raise ValueError(
+                f'The targets of {batch} images must be class indices, got {tuple(labels.shape)} of {labels.dtype}.'
+            )
         check_class_indices('The target of the data set', labels, self.num_classes)

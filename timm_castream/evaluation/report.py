@@ -1,4 +1,5 @@
 """The result of an evaluation: figures with intervals, printed as the paper's tables, saved as CSV and JSON."""
+
 from __future__ import annotations
 
 import csv
@@ -11,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from .bootstrap import RESAMPLES, Bootstrap, Estimate, ImageValues
 from .._utils.files import write_whole
 from ..attribution.methods import method_title
 from ..metrics.table import METRICS
+from .bootstrap import RESAMPLES, Bootstrap, Estimate, ImageValues
 
 __all__ = ['Estimate', 'ImageValues', 'Report']
 
@@ -57,16 +58,16 @@ class Report:
 
     @classmethod
     def from_values(
-            cls,
-            network: str,
-            poolings: Sequence[str],
-            methods: Sequence[str],
-            metrics: Sequence[str],
-            values: ImageValues,
-            seed: int,
-            settings: dict[str, Any],
-            unreadable: Mapping[str, str] | None = None,
-            curves: Mapping[tuple[str, str, str], np.ndarray] | None = None,
+        cls,
+        network: str,
+        poolings: Sequence[str],
+        methods: Sequence[str],
+        metrics: Sequence[str],
+        values: ImageValues,
+        seed: int,
+        settings: dict[str, Any],
+        unreadable: Mapping[str, str] | None = None,
+        curves: Mapping[tuple[str, str, str], np.ndarray] | None = None,
     ) -> Report:
         """Averages over all rows, with intervals from resamples of the images.
 
@@ -101,8 +102,10 @@ class Report:
 
     @property
     def _contents(self) -> str:
-        return '; '.join(f'{kind} {", ".join(map(repr, names))}' for kind, names in (
-            ('poolings:', self.poolings), ('methods:', self.methods), ('metrics:', self.metrics)))
+        return '; '.join(
+            f'{kind} {", ".join(map(repr, names))}'
+            for kind, names in (('poolings:', self.poolings), ('methods:', self.methods), ('metrics:', self.metrics))
+        )
 
     @property
     def num_boxed(self) -> int | None:
@@ -134,7 +137,9 @@ class Report:
             return ''
         return '\n'.join(
             f'CA against GAP, {method_title(m)}: '
-            + ', '.join(f'{METRICS[k].symbol} {self.verdict(m, k)}' for k in self.metrics) for m in self.methods)
+            + ', '.join(f'{METRICS[k].symbol} {self.verdict(m, k)}' for k in self.metrics)
+            for m in self.methods
+        )
 
     def __str__(self) -> str:
         accuracy: list[tuple[str, ...]] = [('NETWORK', 'POOLING', f'{self.accuracy_name} ↑', 'probability')]
@@ -142,15 +147,19 @@ class Report:
         table: list[tuple[str, ...]] = [('NETWORK', 'METHOD', 'POOLING', *(METRICS[k].heading for k in self.metrics))]
         for m in self.methods:
             title = method_title(m)
-            table += [(self.network, title, p.upper(), *(str(self[p, m, k]) for k in self.metrics))
-                      for p in self.poolings]
+            table += [
+                (self.network, title, p.upper(), *(str(self[p, m, k]) for k in self.metrics)) for p in self.poolings
+            ]
             if self.differences:
                 table.append((self.network, title, 'CA - GAP', *(_signed(self.difference(m, k)) for k in self.metrics)))
         if self.differences:
-            accuracy.append((self.network, 'CA - GAP', *(_signed(self.differences[k,]) for k in (
-                'accuracy', 'confidence'))))
-        notes = [f'{self.num_images} images, class: {self.settings.get("target")}; in percent, with 95 % intervals '
-                 f'from {RESAMPLES} bootstrap resamples; probability: mean of the class explained']
+            accuracy.append(
+                (self.network, 'CA - GAP', *(_signed(self.differences[k,]) for k in ('accuracy', 'confidence')))
+            )
+        notes = [
+            f'{self.num_images} images, class: {self.settings.get("target")}; in percent, with 95 % intervals '
+            f'from {RESAMPLES} bootstrap resamples; probability: mean of the class explained'
+        ]
         if self.differences:
             notes.append('CA - GAP: paired by image')
         temperatures = self.settings.get('temperatures')
@@ -199,16 +208,29 @@ class Report:
 
     def _table_rows(self) -> list[dict[str, Any]]:
         rows = [
-            self._table_row(m, p, {
-                self.accuracy_name: self.accuracy[p], **{k: self[p, m, k] for k in self.metrics},
-                'confidence': self.confidence[p]})
-            for m in self.methods for p in self.poolings
+            self._table_row(
+                m,
+                p,
+                {
+                    self.accuracy_name: self.accuracy[p],
+                    **{k: self[p, m, k] for k in self.metrics},
+                    'confidence': self.confidence[p],
+                },
+            )
+            for m in self.methods
+            for p in self.poolings
         ]
         if self.differences:
             rows += [
-                self._table_row(m, DIFFERENCE, {
-                    self.accuracy_name: self.differences['accuracy',],
-                    **{k: self.difference(m, k) for k in self.metrics}, 'confidence': self.differences['confidence',]})
+                self._table_row(
+                    m,
+                    DIFFERENCE,
+                    {
+                        self.accuracy_name: self.differences['accuracy',],
+                        **{k: self.difference(m, k) for k in self.metrics},
+                        'confidence': self.differences['confidence',],
+                    },
+                )
                 for m in self.methods
             ]
         return rows

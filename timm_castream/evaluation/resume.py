@@ -3,6 +3,7 @@
 `settings.json` has the settings. `finished.{rank}.jsonl` has one record a line, one file a process. A lock keeps other
 runs out; the operating system releases it when the process ends, however it ends.
 """
+
 from __future__ import annotations
 
 import json
@@ -16,7 +17,8 @@ from .._utils.files import write_whole
 
 # Settings that 0.1 did not write, with the values that its evaluations had.
 _SETTINGS_OF_0_1: dict[str, Any] = {
-    'metrics': ['average_drop', 'average_gain', 'average_increase', 'insertion', 'deletion']}
+    'metrics': ['average_drop', 'average_gain', 'average_increase', 'insertion', 'deletion']
+}
 # Settings that 0.1 did not write and that its evaluations may have had in any way: they go on with those of now.
 _UNKNOWN_IN_0_1 = ('images', 'architecture', 'input_size', 'transform', 'loader_normalisation', 'mean', 'std')
 _MAX_VALUE_CHARS = 60  # characters of one value in an error
@@ -52,8 +54,9 @@ class Journal:
         try:
             self._lock.acquire()
         except Timeout:
-            raise ValueError(f'Another evaluation is writing to {self.folder}: wait for its end, or name another '
-                             'folder.') from None
+            raise ValueError(
+                f'Another evaluation is writing to {self.folder}: wait for its end, or name another folder.'
+            ) from None
 
     def close(self) -> None:
         """Releases the lock."""
@@ -72,7 +75,8 @@ class Journal:
         lines = [
             (path, number, line)
             for path in sorted(self.folder.glob('finished.*.jsonl'))
-            for number, line in enumerate(path.read_bytes().splitlines(), start=1) if line.strip()
+            for number, line in enumerate(path.read_bytes().splitlines(), start=1)
+            if line.strip()
         ]
         path = self.folder / 'settings.json'
         wanted = json.loads(json.dumps(settings))
@@ -90,9 +94,12 @@ class Journal:
                 continue
             new = {int(row[0]) for row in record['images']} - seen
             seen |= new
-            records.append({
-                name: value if name == 'unreadable' else [row for row in value if int(row[0]) in new]
-                for name, value in record.items()})
+            records.append(
+                {
+                    name: value if name == 'unreadable' else [row for row in value if int(row[0]) in new]
+                    for name, value in record.items()
+                }
+            )
         return records
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -107,22 +114,30 @@ class Journal:
             if not isinstance(found, dict):
                 raise ValueError
         except (OSError, ValueError):
-            raise ValueError(f'{path} is missing or damaged, so the finished batches beside it cannot be used: delete '
-                             f'{self.folder}, or name another folder.') from None
+            raise ValueError(
+                f'{path} is missing or damaged, so the finished batches beside it cannot be used: delete '
+                f'{self.folder}, or name another folder.'
+            ) from None
         found = {**_SETTINGS_OF_0_1, **{name: wanted.get(name) for name in _UNKNOWN_IN_0_1}, **found}
         if wanted.get('seed') is None:  # it changes no record
             found.pop('seed', None)
         if isinstance(found.get('stream'), dict):  # 0.1 recorded the dropout rate too
             found['stream'] = {k: v for k, v in found['stream'].items() if k in (wanted.get('stream') or {})}
-        wrong = [key for key in sorted(found.keys() | wanted.keys())
-                 if found.get(key) != wanted.get(key) and (found.get(key) or wanted.get(key))]
+        wrong = [
+            key
+            for key in sorted(found.keys() | wanted.keys())
+            if found.get(key) != wanted.get(key) and (found.get(key) or wanted.get(key))
+        ]
         if wrong == ['images']:
-            raise ValueError(f'The images have changed since the evaluation in {self.folder} began (their names, sizes '
-                             'or times): name another folder.')
+            raise ValueError(
+                f'The images have changed since the evaluation in {self.folder} began (their names, sizes '
+                'or times): name another folder.'
+            )
         if wrong:
             theirs, ours = (_shown(side, wrong) for side in (found, wanted))
             raise ValueError(
-                f'{self.folder} holds an evaluation with {theirs}, this one has {ours}: name another folder.')
+                f'{self.folder} holds an evaluation with {theirs}, this one has {ours}: name another folder.'
+            )
 
 
 def _parse(path: Path, number: int, line: bytes, widths: Mapping[str, int]) -> dict[str, Any] | None:
@@ -134,18 +149,20 @@ def _parse(path: Path, number: int, line: bytes, widths: Mapping[str, int]) -> d
             return None
         record = None
     try:
-        if all(len(row) == widths[name] for name in widths.keys() & record.keys() for row in record[name]) \
-                and record.keys() >= {'rows', 'images'}:
+        if all(
+            len(row) == widths[name] for name in widths.keys() & record.keys() for row in record[name]
+        ) and record.keys() >= {'rows', 'images'}:
             return record
     except (AttributeError, KeyError, TypeError):
         pass
-    raise ValueError(f'{path}, line {number}, is no record of this evaluation: delete that line, or name another '
-                     'folder.')
+    raise ValueError(
+        f'{path}, line {number}, is no record of this evaluation: delete that line, or name another folder.'
+    )
 
 
 def _shown(settings: Mapping[str, Any], keys: list[str]) -> str:
     shown = []
     for key in keys[:3]:
         text = repr(settings.get(key))
-        shown.append(f'{key}={text if len(text) <= _MAX_VALUE_CHARS else text[:_MAX_VALUE_CHARS - 3] + "..."}')
+        shown.append(f'{key}={text if len(text) <= _MAX_VALUE_CHARS else text[: _MAX_VALUE_CHARS - 3] + "..."}')
     return ', '.join(shown) + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')
