@@ -121,9 +121,9 @@ def attach(
     head = head_pooling(backbone, stages[-1], backbone.forward_head)
     if stream_init == 'gap' and head not in ('avg', ''):
         raise ValueError(
-            f"stream_init 'gap' starts as the average of the locations, and this {type(model).__name__} "
-            f"pools by {_POOLED_BY[head]}, valid ones: 'paper'."
-        )  # type: ignore[index]
+            f"stream_init 'gap' starts as the average of the locations, and this {type(model).__name__} pools by "
+            f"{_POOLED_BY[str(head)]}, valid ones: 'paper'."
+        )
     if stream_class_specific:
         check_class_specific(backbone.num_classes, head)
     parameter = next(p for p in model.parameters() if p.is_floating_point())
