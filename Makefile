@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # One thread a process: pytest-xdist runs as many processes as there are cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: demo app evidence test test-slow lint docs build clean
+.PHONY: demo app evidence test test-slow test-timm-main lint docs build clean
 
 demo: $(VENV)/demo.installed  ## Train a CA-Stream on real pixels and report, in ten minutes on 2 cores
 	$(BIN)/castream demo --output demo_output
@@ -21,6 +21,10 @@ test: $(VENV)/dev.installed  ## The fast tests, with coverage
 
 test-slow: $(VENV)/dev.installed  ## The tests marked slow
 	$(PYTEST) -m slow
+
+test-timm-main: $(VENV)/dev.installed  ## The fast tests with timm's main branch
+	$(BIN)/pip install --quiet --disable-pip-version-check git+https://github.com/huggingface/pytorch-image-models
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/dev.installed  ## ruff, mypy and the contracts on imports
 	$(BIN)/ruff check .

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import timm
+import torch
 from documentation import Block, Session, commands, read_blocks
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -201,3 +204,16 @@ def test_the_example_runs_cell_by_cell_on_an_image_folder(tmp_path):
     assert not any(p.requires_grad for n, p in model.named_parameters() if not n.startswith('castream.'))
     assert len(list((tmp_path / 'explained').glob('*.png'))) == 3  # two pictures and their grid
     assert isinstance(model, timm.models.ResNet)
+
+
+def test_examples_in_docstrings_give_what_they_print() -> None:
+    package = Path(timm_castream.__file__).parent
+    modules = [
+        '.'.join(['timm_castream', *path.relative_to(package).with_suffix('').parts])
+        for path in package.rglob('*.py')
+        if '>>> ' in path.read_text(encoding='utf-8')
+    ]
+    assert modules
+    for name in modules:
+        result = doctest.testmod(importlib.import_module(name), extraglobs={'torch': torch})
+        assert result.attempted and not result.failed, name

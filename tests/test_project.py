@@ -5,7 +5,6 @@ from __future__ import annotations
 import configparser
 import re
 import subprocess
-import tomllib
 from fnmatch import fnmatch
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -42,37 +41,6 @@ def lower_bounds(text: str) -> dict[str, str]:
     return dict(re.findall(r'^([\w.-]+)>=([\d.]+)', text, re.MULTILINE))
 
 
-@pytest.mark.parametrize('workflow', WORKFLOWS, ids=lambda path: path.name)
-def test_every_command_of_a_workflow_is_a_make_target_or_plain_shell(workflow):
-    commands = [line for step in steps(workflow) for line in str(step.get('run', '')).splitlines() if line]
-    assert commands
-    for command in commands:
-        assert command.startswith(('make ', 'ls ')), command
-        if command.startswith('make '):
-            assert command.split()[1:] and set(command.split()[1:]) <= targets(), command
-
-
-@pytest.mark.parametrize('workflow', WORKFLOWS, ids=lambda path: path.name)
-def test_workflows_use_official_actions_alone(workflow):
-    used = {str(step['uses']).split('@')[0] for step in steps(workflow) if 'uses' in step}
-    assert used <= {
-        'actions/checkout',
-        'actions/setup-python',
-        'actions/upload-artifact',
-        'actions/download-artifact',
-        'pypa/gh-action-pypi-publish',
-    }
-
-
-def test_files_and_folders_named_by_workflows_exist_or_are_made_by_make():
-    for workflow in WORKFLOWS:
-        for path in re.findall(r'\.github/[\w./-]+\w', workflow.read_text()):
-            assert (ROOT / path).is_file(), path
-    made = {str(step['with']['path']) for path in WORKFLOWS for step in steps(path) if 'path' in step.get('with', {})}
-    assert made == {'site/', 'dist/'}
-    assert '--outdir dist' in MAKEFILE and 'mkdocs build' in MAKEFILE  # mkdocs writes to site/ by default
-
-
 @pytest.mark.parametrize(
     'name', ['.ci/run', 'README.md', 'CONTRIBUTING.md', 'benchmarks/README.md', '.pre-commit-config.yaml']
 )
@@ -82,10 +50,23 @@ def test_make_targets_named_elsewhere_exist(name):
     assert set(re.findall(r'^\.PHONY: (.*)$', MAKEFILE, re.MULTILINE)[0].split()) == targets()
 
 
-def test_ci_runs_every_check_that_the_workflows_run():
+def test_make_targets_that_the_workflows_run_exist():
+    commands = [str(step.get('run', '')) for path in WORKFLOWS for step in steps(path)]
+    used = {target for command in commands for target in re.findall(r'^make ([a-z-]+)', command, re.MULTILINE)}
+    assert used and used <= targets()
+
+
+def test_ci_runs_every_check_that_the_workflow_of_a_pull_request_runs():
     in_workflow = {str(step['run']).strip() for step in steps(ROOT / '.github/workflows/ci.yml') if 'run' in step}
-    in_ci = {line for line in (ROOT / '.ci/run').read_text().splitlines() if line.startswith('make ')}
-    assert in_workflow == in_ci
+    in_ci = set(re.findall(r'^make [a-z-]+', (ROOT / '.ci/run').read_text(), re.MULTILINE))
+    assert in_workflow <= in_ci
+
+
+def test_actions_are_pinned_by_commit():
+    for path in WORKFLOWS:
+        for step in steps(path):
+            if 'uses' in step:
+                assert re.fullmatch(r'[\w./-]+@[0-9a-f]{40}', str(step['uses'])), step
 
 
 def test_extras_that_the_makefile_installs_exist():
@@ -121,7 +102,8 @@ def test_tested_pythons_are_those_of_the_classifiers_and_start_at_the_required_o
     classifiers = re.findall(r'Python :: (3\.\d+)$', SETUP['metadata']['classifiers'], re.MULTILINE)
     assert matrix['python'] == classifiers
     assert SETUP['options']['python_requires'] == f'>={classifiers[0]}'
-    assert [row['python'] for row in matrix['include']] == [classifiers[0]]
+    oldest = [row['python'] for row in matrix['include'] if row['versions'] == 'oldest']
+    assert oldest == [classifiers[0]]
 
 
 def test_the_version_has_one_home_and_a_section_in_the_changelog():
@@ -134,30 +116,10 @@ def test_the_version_has_one_home_and_a_section_in_the_changelog():
     assert dates == sorted(dates, reverse=True)
 
 
-def test_changelog_sections_have_the_names_of_keep_a_changelog():
-    kinds = set(re.findall(r'^### (.*)$', (ROOT / 'CHANGELOG.md').read_text(), re.MULTILINE))
-    assert kinds <= {'Added', 'Changed', 'Deprecated', 'Removed', 'Fixed', 'Security'}
-
-
 def test_the_console_script_is_the_function_that_setup_cfg_names():
     (script,) = entry_points(group='console_scripts', name='castream')
     assert f'{script.name} = {script.value}' in SETUP['options.entry_points']['console_scripts']
     assert callable(script.load())
-
-
-def test_no_address_of_a_repository_of_ours_is_invented():
-    known = {
-        'huggingface/pytorch-image-models',
-        'jacobgil/pytorch-grad-cam',
-        'frgfm/torch-cam',
-        'pytorch/captum',
-        'ftorres11/CA_Stream',
-        'clovaai/wsolevaluation',
-    }
-    for path in tracked_files():
-        if path.suffix in ('.md', '.cfg', '.toml', '.yml', '.yaml', '.cff'):
-            found = re.findall(r'(?:github\.com|githubusercontent\.com|github\.io)/([\w.-]+/[\w.-]+)', path.read_text())
-            assert {name.removesuffix('.git') for name in found} <= known, path
 
 
 def test_yaml_files_around_the_package_are_well_formed():
@@ -175,9 +137,3 @@ def test_yaml_files_around_the_package_are_well_formed():
         if form.name != 'config.yml':
             assert {'name', 'description', 'body'} <= set(content)
             assert len({field['id'] for field in content['body']}) == len(content['body'])
-
-
-def test_coverage_measures_both_packages_and_has_a_bar():
-    coverage = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['coverage']
-    assert coverage['run']['source'] == ['timm_castream', 'train_wrappers']
-    assert coverage['report']['fail_under'] > 0
