@@ -123,7 +123,7 @@ def _create_castream(
             'next, the stream trains on random weights. Start from backbone_pretrained or backbone_checkpoint.',
             stacklevel=4,
         )
-    # timm keeps the arguments of create_model since 1.0.31, and save_for_hf writes them.
+    # timm's save_for_hf writes the arguments of create_model that the model keeps.
     model._model_args = {name: value for name, value in saved_args.items() if name not in _NOT_SAVED}
     return model
 

@@ -4,5 +4,5 @@
     torchrun --nproc-per-node 8 -m train_wrappers.train -c imagenet_sgd90.yaml --data-dir DIR
     python -m train_wrappers.validate --model resnet50_castream --checkpoint FILE --data-dir DIR
 
-Works with timm 1.0.27 to 1.0.31; both ends were tried.
+Works with timm 1.0.31 and newer.
 """

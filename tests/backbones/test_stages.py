@@ -87,13 +87,6 @@ def test_the_default_stages_spread_over_the_depth(name, names):
     assert tuple(stage.name for stage in stages) == names
 
 
-def test_a_head_in_timms_table_is_no_stage():
-    model, _ = token_network('convit')
-    model.feature_info = [{'num_chs': 8, 'reduction': 0, 'module': 'head'}]  # as in timm before 1.0.31
-    assert [stage.name for stage in find_stages(model)] == ['blocks.0', 'blocks.1', 'blocks.3', 'blocks.4', 'blocks.5']
-    assert cam_layer(model) == 'blocks.4'
-
-
 @pytest.mark.parametrize('channels_last', [False, True])
 def test_a_second_image_tells_channels_from_locations_where_all_sides_are_equal(channels_last):
     model = EqualSides(channels_last)

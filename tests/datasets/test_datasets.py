@@ -522,20 +522,7 @@ class TestTimmLoader:
         torch.testing.assert_close(images.double(), expected, atol=1e-5, rtol=1e-5)
         assert labels.tolist() == scenes.labels.tolist()
 
-    @pytest.mark.parametrize(
-        'options',
-        [
-            {'use_prefetcher': False},
-            {'collate_fn': default_collate},
-            pytest.param(
-                {},
-                marks=pytest.mark.skipif(
-                    not hasattr(timm.task, 'MultiLabelClassificationTask'),
-                    reason='fast_collate of timm < 1.0.31 takes class indices alone',
-                ),
-            ),
-        ],
-    )
+    @pytest.mark.parametrize('options', [{'use_prefetcher': False}, {'collate_fn': default_collate}, {}])
     def test_voc_targets_reach_the_batch_with_ignored_entries(self, voc, options):
         loader = timm.data.create_loader(
             VOC2012(voc, 'trainval'),

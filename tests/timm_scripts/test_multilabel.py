@@ -92,14 +92,3 @@ def test_the_share_of_hits_among_the_best_is_counted_for_dense_targets_and_is_ti
 def test_a_validation_of_class_indices_keeps_its_results():
     score = multilabel.MultiLabelScore()
     assert score.scored(lambda: {'top1': 3.0})() == {'top1': 3.0}
-
-
-@pytest.mark.parametrize('kind', [np.asarray, torch.tensor, list])
-def test_dense_targets_are_collated_as_floats_and_indices_as_timm_does(kind):
-    images = [np.full((3, 2, 2), i, dtype=np.uint8) for i in range(3)]
-    rows = [[1.0, 0.0], [0.0, VOC_IGNORE], [1.0, 1.0]]
-    batch, target = multilabel.collate([(image, kind(row)) for image, row in zip(images, rows, strict=True)])
-    assert target.dtype == torch.float32 and target.tolist() == rows
-    assert batch.dtype == torch.uint8 and batch[:, 0, 0, 0].tolist() == [0, 1, 2]
-    _, target = multilabel.collate(list(zip(images, [2, 0, 1], strict=True)))
-    assert target.dtype == torch.int64 and target.tolist() == [2, 0, 1]

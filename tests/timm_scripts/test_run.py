@@ -41,7 +41,6 @@ def test_timm_and_the_process_are_as_before_afterwards(script, options):
         return (
             list(sys.argv),
             timm.data.create_dataset,
-            timm.data.loader.fast_collate,
             timm.task.ClassificationTask,
             timm.utils.ParseKwargs,
             timm.utils.accuracy,

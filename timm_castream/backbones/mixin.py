@@ -132,9 +132,7 @@ class CAStreamMixin(_Backbone):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, *args: Any, **kwargs: Any) -> None:
         if self.castream.class_specific:
             check_class_specific(num_classes, global_pool)
-        # Before 1.0.29 some of timm's models take a missing global_pool and not None.
-        pool = () if global_pool is None and not args else (global_pool,)
-        super().reset_classifier(num_classes, *pool, *args, **kwargs)
+        super().reset_classifier(num_classes, global_pool, *args, **kwargs)
         self._castream.head_pools = head_pooling(self, self.pooled_stage, super().forward_head) != ''
         if self.castream.class_specific:
             self.castream.reset_cls_token(num_classes)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.models import CoaT, ConvNeXt, HighResolutionNet, MultiScaleVit, ResNet, Twins
+from timm.models import ConvNeXt, HighResolutionNet, MultiScaleVit, ResNet, Twins
 from torch import Tensor, nn
 
 from .architectures import has_raster_tokens, why_unsupported_model
@@ -36,8 +36,6 @@ NAMED_STAGES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     # The paper's: feature_info has `act1` for ResNet, whose F_0 is after the max pooling, and no stem for ConvNeXt.
     (ResNet, ('maxpool', 'layer1', 'layer2', 'layer3', 'layer4')),
     (ConvNeXt, ('stem', 'stages.0', 'stages.1', 'stages.2', 'stages.3')),
-    # feature_info is missing in timm before 1.0.31.
-    (CoaT, ('serial_blocks1', 'serial_blocks2', 'serial_blocks3', 'serial_blocks4')),
     # feature_info has names that are no modules of these.
     (HighResolutionNet, ('incre_modules.0', 'incre_modules.1', 'incre_modules.2', 'incre_modules.3', 'final_layer')),
     (MultiScaleVit, ('stages.0', 'stages.1', 'stages.2', 'stages.3')),
@@ -239,20 +237,15 @@ def _default_names(model: nn.Module) -> list[str]:
 
 
 def _block_names(model: nn.Module) -> list[str]:
-    """The modules of timm's `feature_info`, or the blocks of a network without one."""
+    """The modules of timm's `feature_info`."""
     modules = dict(model.named_modules())
     names = []
     for info in getattr(model, 'feature_info', None) or []:
-        if info.get('reduction') == 0:  # ConViT before timm 1.0.31 lists its head alone
-            continue
         name = info.get('module', '')
         if name not in modules and f'encoder.{name}' in modules:  # gemma4_vit has the names of its encoder
             name = f'encoder.{name}'
         if name and name in modules:  # some of timm's tables name a module that is none, or '', the whole model
             names.append(_resolved(model, name))
-    blocks = getattr(model, 'blocks', None)
-    if not names and isinstance(blocks, (nn.ModuleList, nn.Sequential)):  # timm before 1.0.31 has no table of some
-        names = [f'blocks.{i}' for i in range(len(blocks))]
     return names
 
 

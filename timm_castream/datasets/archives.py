@@ -171,7 +171,6 @@ class VOC2012(IndexedImages):
     A target is a float32 array (20,): 1 where the class is present, 0 where it is absent, and `VOC_IGNORE` where
     all its objects are difficult. The devkit counts an image as neither right nor wrong for such a class: leave
     these entries out of the loss and of the average precision.
-    The prefetching loader of timm before 1.0.31 takes these targets with `collate_fn=default_collate` alone.
     The labels of the test split have never been published.
 
     The boxes are those of the archive's `Annotations`: `boxes_of` gives the objects of one class, difficult ones too.

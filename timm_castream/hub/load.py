@@ -109,7 +109,6 @@ def _open_file(name: str, path: Path, use_ema: bool, kwargs: dict[str, Any]) -> 
         load_stream(model, path)
         return model
     model = _create_model(name, **args)
-    _remember_args(model, args)
     if isinstance(model, CAStreamMixin) and not weights.stream:
         raise ValueError(
             f'{path} holds a model without a CA-Stream: open it as {backbone_name(model)}, or pass it as '
@@ -134,12 +133,6 @@ def _open_repository(name: str, checkpoint: str, kwargs: dict[str, Any]) -> nn.M
 def _backbone_weights(args: dict[str, Any]) -> dict[str, Any]:
     """The backbone's weights for a stream alone: timm's, unless the caller names others."""
     return {} if any(args.get(key) for key in _BACKBONE_WEIGHTS) else {'backbone_pretrained': True}
-
-
-def _remember_args(model: Any, args: dict[str, Any]) -> None:
-    # timm's save_for_hf writes _model_args, which create_model sets since 1.0.31 only.
-    if not hasattr(model, '_model_args'):
-        model._model_args = args
 
 
 def _take_image_settings(model: Any, weights: Weights) -> None:
@@ -192,9 +185,7 @@ def load_weights(model: CAStreamMixin, weights: Weights, cfg: dict[str, Any], in
     backbone = _fit_backbone(model, weights, own, adapted)
     if weights.stream:
         check_fit(stream, stream_state_dict(own), weights.origin, adapted)
-    # timm before 1.0.31 takes all weights for those of 3 channels.
-    first_conv = cfg.get('first_conv') if other_input else None
-    cfg = {**cfg, 'source': None, 'file': None, 'first_conv': first_conv, 'state_dict': {**backbone, **stream}}
+    cfg = {**cfg, 'source': None, 'file': None, 'state_dict': {**backbone, **stream}}
     timm.models.load_pretrained(model, cfg, num_classes=model.num_classes, in_chans=in_chans)
 
 

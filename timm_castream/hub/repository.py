@@ -92,8 +92,6 @@ def write_repository(
         config['model_args'].pop(name, None)
     if tag:
         config['model_args']['backbone_pretrained'] = tag
-    if 'in_chans' in config['model_args']:  # timm before 1.0.31 leaves the channels of the backbone's cfg
-        config['pretrained_cfg']['input_size'][0] = config['model_args']['in_chans']
     config['pretrained_cfg']['hf_hub_filename'] = WEIGHTS_NAME  # named, so that no client goes on to a pickle
     (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
@@ -126,7 +124,7 @@ def write_repository(
 
 
 def _remembered(model: nn.Module) -> dict[str, Any]:
-    """Arguments of `create_model`. timm keeps them since 1.0.31, and its save_for_hf writes them."""
+    """Arguments of `create_model`, which timm keeps and its save_for_hf writes."""
     return {k: v for k, v in getattr(model, '_model_args', {}).items() if not k.endswith('drop_rate')}
 
 

@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 class ParseKwargs(Action):
     """Reads `key=value` words: Python literals, or else strings.
 
-    timm's own ParseKwargs fails on a path before timm 1.0.30, and ends in a traceback where `=` is missing.
+    timm's own ParseKwargs ends in a traceback where `=` is missing.
     """
 
     def __call__(

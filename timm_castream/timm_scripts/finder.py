@@ -24,14 +24,10 @@ SCRIPTS = ('train.py', 'validate.py')
 # SHA-256 of the scripts by release, oldest first. The table ends at 1.0.28: its scripts were tried with timm 1.0.28 to
 # 1.0.31, and a later script is listed after it was read and tried. Until then a later timm runs those of 1.0.28.
 KNOWN_SHA256 = {
-    '1.0.27': {
-        'train.py': '1fb02d26fe16536bc7de2c987980644353117c2b2b8046532261464093cd1ac6',
-        'validate.py': 'ac3f1c64480bee4f1dba28fc2dd8dcd205c38fcd1002b26e0e3013cdb5ae0b0f',
-    },
     '1.0.28': {
         'train.py': '1fb02d26fe16536bc7de2c987980644353117c2b2b8046532261464093cd1ac6',
         'validate.py': '1ff87867c808997ce443eb8ff8b2c7324519cdd0ec9dafbc3d5e666f89436749',
-    },
+    }
 }
 URL_VARIABLE = 'TIMM_CASTREAM_SCRIPT_URL'
 DEFAULT_URL = 'https://raw.githubusercontent.com/huggingface/pytorch-image-models'

@@ -1,8 +1,8 @@
-"""Multi-label data in timm's scripts: dense targets from the loader, and the mean average precision of a validation.
+"""Multi-label data in timm's scripts: the loss and the mean average precision of a validation with dense targets.
 
-The scripts of timm 1.0.28 and older releases support one label for each image. Four parts are replaced, for dense
-targets (B, C) alone: the loader's collation, the loss and the accuracy of a validation, and the function `validate`,
-which adds `map` to its results. The training loss is timm's own, `--bce-loss`.
+The scripts of timm 1.0.28 and older releases support one label for each image. Three parts are replaced, for dense
+targets (B, C) alone: the loss and the accuracy of a validation, and the function `validate`, which adds `map` to its
+results. The training loss is timm's own, `--bce-loss`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from timm.data.loader import fast_collate
 from timm.utils import accuracy
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,15 +21,6 @@ from ..metrics.average_precision import mean_average_precision
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
-
-
-def collate(batch: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
-    """timm's `fast_collate`, with dense targets as float32. Before timm 1.0.30 it turns them into integers."""
-    if not np.ndim(batch[0][1]):
-        return fast_collate(batch)
-    images, _ = fast_collate([(image, 0) for image, _ in batch])
-    targets = torch.stack([torch.as_tensor(target, dtype=torch.float32) for _, target in batch])
-    return images, targets.repeat(len(images) // len(batch), 1)
 
 
 def leave_out_ignored(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

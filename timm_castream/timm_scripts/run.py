@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import timm
-import timm.data.loader
+import timm.data
 import timm.task
 import timm.utils
 import torch
@@ -76,7 +76,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f'castream {command}',
         usage=f"castream {command} [--timm-script PATH] [--debug] [options of timm's {name}]",
-        description=f"Runs timm's {name} unchanged with timm_castream loaded. Works with timm 1.0.27 to 1.0.31.",
+        description=f"Runs timm's {name} unchanged with timm_castream loaded.",
         epilog=f"example: {_EXAMPLES[name]}\n\nThe options of timm's {name}:\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
@@ -103,7 +103,6 @@ def _run(path: Path, options: list[str], parser: argparse.ArgumentParser) -> Non
     with _replaced(
         (sys, 'argv', [str(path)]),
         (timm.data, 'create_dataset', create_dataset),
-        (timm.data.loader, 'fast_collate', multilabel.collate),
         (timm.task, 'ClassificationTask', CAStreamTask),
         (timm.utils, 'ParseKwargs', ParseKwargs),
         (timm.utils, 'accuracy', score.accuracy),
