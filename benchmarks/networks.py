@@ -1,13 +1,13 @@
 """Attaches a stream to every network of timm that takes one, on the meta device, and writes the table of the docs.
 
-python benchmarks/networks.py docs/networks.md
-python benchmarks/networks.py /tmp/vit.md 'vit_*'
+python benchmarks/networks.py docs/networks.csv
+python benchmarks/networks.py /tmp/vit.csv 'vit_*'
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import csv
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,14 +22,7 @@ from timm_castream.backbones import architectures
 from timm_castream.backbones.layout import NHWC, Tokens
 from timm_castream.backbones.stages import head_pooling
 
-HEAD = """# Networks
-
-Each of these networks of timm {timm} has a variant `<name>_castream`. The pooling is the network's own: the stream
-replaces it. The stages are the default ones: the names of the modules, the last one for the tensor that is pooled. The
-parameters are those of the stream with its default arguments.
-
-The table is the output of `{command}`. The [limits](limits.md) have the networks that take no stream, with the reasons.
-"""
+COLUMNS = ('network', 'file of timm', 'pooling', 'stages', 'stream parameters')
 
 
 class Row(NamedTuple):
@@ -57,7 +50,7 @@ def main() -> int:
             rows.append(row_of(name))
         except Exception as error:  # the sweep tells all of them
             failures.append(f'{name}: {type(error).__name__}: {error}')
-    args.output.write_text(page(rows), encoding='utf-8')
+    write_table(rows, args.output)
     print(f'{len(rows)} of {len(names)} networks take a stream, the table is in {args.output}.')
     print('\n'.join(failures))
     return 1 if failures else 0
@@ -86,20 +79,19 @@ def row_of(name: str) -> Row:
     return row
 
 
-def page(rows: Iterable[Row]) -> str:
-    """The page of the docs: a table for each file of timm.models."""
-    lines = [HEAD.format(timm=timm.__version__, command=' '.join(['python', *sys.argv]))]
-    by_file = sorted(rows, key=lambda row: architectures.file_of(row.name))
-    for file, group in itertools.groupby(by_file, lambda row: architectures.file_of(row.name)):
-        lines += [f'## {file}\n', '| network | pooling | stages | stream parameters |', '| --- | --- | --- | ---: |']
-        lines += [f'| `{row.name}` | {row.pooling} | {", ".join(row.stages)} | {row.parameters:,} |' for row in group]
-        lines.append('')
-    return '\n'.join(lines)
+def write_table(rows: Iterable[Row], path: Path) -> None:
+    """The table of the docs, sorted by the file of timm.models."""
+    with path.open('w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(COLUMNS)
+        for row in sorted(rows, key=lambda row: architectures.file_of(row.name)):
+            stages = ' '.join(row.stages)
+            writer.writerow((row.name, architectures.file_of(row.name), row.pooling, stages, row.parameters))
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('output', type=Path, help='the Markdown file to write')
+    parser.add_argument('output', type=Path, help='the CSV file to write')
     parser.add_argument('filter', nargs='?', default='*', help='as for timm.list_models (default: all)')
     return parser.parse_args()
 
