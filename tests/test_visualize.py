@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,26 +11,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
 from timm_castream import attention_maps, forward_both
 from timm_castream.attribution import attribute
+from timm_castream.pictures import draw_row
 from timm_castream.visualize import (
     Panel,
     class_name,
     denormalised,
-    draw_grid,
     draw_identity,
     explain,
     find_images,
     overlay,
     read_image,
     saliency_row,
-    save,
 )
 
 NAMES = ('cat', 'dog', '$x_$', 'a very long name of a class indeed', *'efghij')
@@ -51,10 +50,6 @@ def photograph(*shape: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
 
-def rendered(figure: Figure, path: Path) -> np.ndarray:
-    return np.asarray(Image.open(save(figure, path)).convert('RGB'))
-
-
 def test_a_row_shows_the_image_the_attention_of_every_stage_and_each_method_under_each_pooling(
     model: nn.Module, one: Tensor
 ) -> None:
@@ -67,18 +62,22 @@ def test_a_row_shows_the_image_the_attention_of_every_stage_and_each_method_unde
     }
     assert [panel.title for panel in row] == [
         f'photo.jpg\n{says["gap"]}\n{says["ca"]}',
-        *(f'Attention\n{stage}' for stage in ('maxpool', 'layer1', 'layer2', 'layer3', 'layer4')),
+        'Attention\nlayer4, the last stage',
         f'Grad-CAM\n{says["gap"]}',
         f'Grad-CAM\n{says["ca"]}',
         f'Score-CAM\n{says["gap"]}',
         f'Score-CAM\n{says["ca"]}',
+        *(f'Attention\n{stage}, early' for stage in ('layer3', 'layer2', 'layer1', 'maxpool')),
     ]
     image = denormalised(model, one)[0]
     assert np.array_equal(row[0].pixels, image)
-    first = attention_maps(model, one)[0][0, 0].detach()
-    assert np.array_equal(row[1].pixels, overlay(image, (first - first.min()) / (first.max() - first.min())))
-    assert np.array_equal(row[7].pixels, overlay(image, attribute(model, one, 'grad_cam')[0]))
-    assert np.array_equal(row[6].pixels, overlay(image, attribute(model, one, 'grad_cam', pooling='gap')[0]))
+    for panel, maps in zip(
+        (row[9], row[1]), (attention_maps(model, one)[0], attention_maps(model, one)[-1]), strict=True
+    ):
+        mean = maps[0, 0].detach()
+        assert np.array_equal(panel.pixels, overlay(image, (mean - mean.min()) / (mean.max() - mean.min())))
+    assert np.array_equal(row[3].pixels, overlay(image, attribute(model, one, 'grad_cam')[0]))
+    assert np.array_equal(row[2].pixels, overlay(image, attribute(model, one, 'grad_cam', pooling='gap')[0]))
 
 
 def test_a_row_leaves_out_what_was_not_asked_for(model: nn.Module, one: Tensor) -> None:
@@ -92,52 +91,6 @@ def test_pixels_are_those_before_normalisation(model: nn.Module) -> None:
     assert np.array_equal(denormalised(model, x)[0], image)
 
 
-def test_an_overlay_is_blue_where_the_saliency_is_zero_and_red_where_it_is_one() -> None:
-    image = np.full((8, 8, 3), 100, dtype=np.uint8)
-    saliency = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
-    pixels = overlay(image, saliency)
-    assert pixels.shape == image.shape and pixels.dtype == np.uint8
-    assert pixels[0, 0].tolist() == [50, 50, 113] and pixels[7, 0].tolist() == [113, 50, 50]
-    # The metrics' resize: row 3 is (3.5 / 4 - .5) = .375 of the way from the first map row to the second.
-    between = np.array(colormaps['jet'](0.375, bytes=True)[:3], dtype=int)
-    assert pixels[3, 0].tolist() == ((100 + between) // 2).tolist()
-
-
-@pytest.mark.parametrize('opacity', [0.0, 0.25, 1.0])
-def test_the_opacity_is_the_share_of_the_colours(opacity: float) -> None:
-    image = np.asarray(photograph(8, 8, 3))
-    saliency = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
-    pixels = overlay(image, saliency, opacity)
-    for row in range(8):
-        for column in range(8):
-            colour = colormaps['jet'](saliency[row, column].item(), bytes=True)[:3]
-            pairs = zip(image[row, column].tolist(), colour, strict=True)
-            blend = [(1 - opacity) * below + opacity * above for below, above in pairs]
-            assert pixels[row, column].tolist() == pytest.approx(blend, abs=1)
-
-
-@pytest.mark.parametrize('opacity', [-0.1, 1.1, float('nan')])
-def test_an_opacity_out_of_range_is_refused(opacity: float) -> None:
-    with pytest.raises(ValueError, match='opacity must lie in'):
-        overlay(np.zeros((8, 8, 3), dtype=np.uint8), torch.zeros(8, 8), opacity)
-
-
-@pytest.mark.parametrize('side', [32, 224])
-def test_a_grid_shows_every_panel_pixel_by_pixel(side: int, tmp_path: Path) -> None:
-    panels = [Panel(f'title {i} $', np.asarray(photograph(side, side, 3, seed=i))) for i in range(5)]
-    pixels = rendered(draw_grid([panels[:3], panels[3:]]), tmp_path / 'grid.png')
-    enlarged = 5 if side == 32 else 1
-    for panel in panels:
-        expected = panel.pixels.repeat(enlarged, 0).repeat(enlarged, 1)
-        corners = np.argwhere((pixels == expected[0, 0]).all(-1))
-        found = [
-            (y, x) for y, x in corners if np.array_equal(pixels[y : y + len(expected), x : x + len(expected)], expected)
-        ]
-        assert len(found) == 1
-        y, x = found[0]
-        assert (pixels[y - 20 : y, x : x + len(expected)] < 100).any(), 'no title above'
-
-
 def test_the_identity_figure_shows_both_sides_and_a_difference_of_rounding(model: nn.Module, one: Tensor) -> None:
     figure = draw_identity(model, one)
     images = [axes.images[0].get_array() for axes in figure.axes if axes.images]
@@ -146,20 +99,6 @@ def test_the_identity_figure_shows_both_sides_and_a_difference_of_rounding(model
     assert np.abs(logits).max() > 1
     assert 'difference, at most' in figure.axes[3].get_title()
     np.testing.assert_array_equal(difference, logits - cam)
-
-
-def test_saving_leaves_nothing_behind_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / 'figure.png'
-    path.write_bytes(b'old')
-
-    def fail(self: Figure, name: Any, **kwargs: Any) -> None:
-        name.write(b'half')
-        raise OSError('disk full')
-
-    monkeypatch.setattr(Figure, 'savefig', fail)
-    with pytest.raises(OSError, match='disk full'):
-        save(Figure(), path)
-    assert path.read_bytes() == b'old' and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
@@ -212,6 +151,13 @@ def test_images_wider_than_8_bits_are_scaled_by_their_range(dtype: Any, name: st
     assert np.asarray(read_image(tmp_path / name, 'L')).tolist() == [[0, 64], [128, 255]]
 
 
+def test_a_map_that_says_nothing_is_called_constant(model: nn.Module, one: Tensor) -> None:
+    flat = np.full((1, 4, 4), 0.7)
+    row = saliency_row(model, one, {'flat': flat, 'grad_cam': 'grad_cam'}, ('ca',))
+    assert [panel.title.endswith('\nconstant map') for panel in row] == [False, True, False]
+    assert np.array_equal(row[1].pixels, row[0].pixels)
+
+
 def test_explaining_writes_a_picture_an_image_and_a_grid_and_reports_the_unreadable(
     model: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -234,6 +180,68 @@ def test_explaining_writes_a_picture_an_image_and_a_grid_and_reports_the_unreada
     one, two, grid = (np.asarray(Image.open(out / f'{name}.png').convert('RGB')) for name in ('one', 'two', 'grid'))
     assert one.shape == two.shape and grid.shape[1] == one.shape[1]
     assert grid.shape[0] > 1.9 * one.shape[0]
+
+
+def test_saved_maps_are_those_of_attribute_and_lie_over_the_whole_photograph(model: nn.Module, tmp_path: Path) -> None:
+    image = photograph(60, 150, 3)
+    image.save(tmp_path / 'wide.png')
+    done = explain(model, [tmp_path / 'wide.png'], ('attention', 'grad_cam'), tmp_path / 'out', save_maps=True)
+    (folder,) = done.maps
+    assert folder == tmp_path / 'out' / 'wide_maps'
+    names = [f'attention_{stage}' for stage in model.castream_stages] + ['grad_cam_gap', 'grad_cam_ca']
+    assert {path.name for path in folder.iterdir()} == {
+        'explanation.json',
+        *(f'{name}{ending}' for name in names for ending in ('.npy', '.jpg')),
+    }
+    config = timm.data.resolve_model_data_config(model)
+    x = timm.data.create_transform(**config, is_training=False)(image)[None]
+    for pooling in ('gap', 'ca'):
+        saved = np.load(folder / f'grad_cam_{pooling}.npy')
+        assert np.array_equal(saved, attribute(model, x, 'grad_cam', pooling=pooling)[0].numpy())
+    facts = json.loads((folder / 'explanation.json').read_text(encoding='utf-8'))
+    probabilities = forward_both(model, x)['gap'].softmax(1)[0]
+    assert [row['index'] for row in facts['top']['gap']] == probabilities.argsort(descending=True)[:5].tolist()
+    assert facts['top']['gap'][0]['name'] == NAMES[probabilities.argmax()]
+    assert facts['photograph'] == {'width': 150, 'height': 60}
+    # The shorter side is scaled to 64 / 0.95 = 67 pixels, and 64 x 64 of its middle are left.
+    side = 60 * 64 / 67
+    assert facts['crop']['bottom'] - facts['crop']['top'] == pytest.approx(side, abs=0.1)
+    assert facts['crop']['right'] - facts['crop']['left'] == pytest.approx(side, abs=0.5)
+    assert facts['crop']['left'] + facts['crop']['right'] == pytest.approx(150, abs=1.5)
+    drawn = np.asarray(Image.open(folder / 'grad_cam_ca.jpg'))
+    assert drawn.shape == (60, 150, 3)
+    assert np.ptp(drawn[:, :40].astype(int), axis=2).max() < 20  # grey where the network did not look
+    assert np.ptp(drawn[:, 60:90].astype(int), axis=2).max() > 100
+
+
+def test_the_picture_of_a_single_image_has_no_grid_beside_it(model: nn.Module, tmp_path: Path) -> None:
+    photograph(20, 20, 3).save(tmp_path / 'a.png')
+    done = explain(model, [tmp_path / 'a.png', tmp_path / 'missing.png'], ('grad_cam',), tmp_path / 'out')
+    assert done.grids == [] and [path.name for path in (tmp_path / 'out').iterdir()] == ['a.png']
+
+
+def test_each_row_is_drawn_once(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+
+    def counted(panels: list[Panel]) -> np.ndarray:
+        drawn.append(panels[0].title.split('\n')[0])
+        return draw_row(panels)
+
+    monkeypatch.setattr('timm_castream.visualize.draw_row', counted)
+    paths = [tmp_path / f'{i}.png' for i in range(3)]
+    for path in paths:
+        photograph(20, 20, 3).save(path)
+    done = explain(model, paths, ('grad_cam',), tmp_path / 'out')
+    assert drawn == ['0.png', '1.png', '2.png'] and len(done.grids) == 1
+
+
+@pytest.mark.parametrize('style', [{'colours': 'rainbow'}, {'opacity': 1.5}])
+def test_colours_and_an_opacity_that_do_not_exist_are_refused_before_an_image_is_read(
+    style: dict[str, Any], model: nn.Module, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match='|'.join(map(str, style.values()))):
+        explain(model, [tmp_path / 'missing.png'], ('grad_cam',), tmp_path / 'out', **style)
+    assert not (tmp_path / 'out').exists()
 
 
 def test_no_image_is_overwritten_and_no_picture_twice(model: nn.Module, tmp_path: Path) -> None:

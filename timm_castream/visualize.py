@@ -1,55 +1,81 @@
-"""Pictures of saliency: overlays, rows and grids of them, and the two sides of the paper's eq. (5).
+"""Images explained as pictures: rows and grids of overlays, saved maps, and the two sides of the paper's eq. (5).
 
-Figures are matplotlib's, made without pyplot: they share no state and need no closing. Letters: C channels of an image
-and H x W pixels, h x w the size of a saliency map.
+`pictures` draws the pixels. Letters: C channels of an image and H x W pixels, h x w the size of a saliency map.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import warnings
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import chain, count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ._utils.files import write_whole
 from .attach import attention_maps
 from .attribution.cam import scale_maps
 from .attribution.methods import METHODS, PAPER_METHODS, Method
 from .attribution.saliency import attention_identity, saliency_maps
 from .attribution.user_methods import UserMethod, check_maps, resolve_methods
 from .backbones.mixin import castream_model
-from .inference.images import check_images, normalisation, resize_saliency
+from .inference.images import check_images, normalisation
 from .inference.predictor import Predictor
+from .pictures import (
+    COLOURS,
+    OPACITY,
+    Panel,
+    check_style,
+    draw_grid,
+    draw_row,
+    heat_map,
+    overlay,
+    save,
+    stack_rows,
+    transform_image,
+    write_maps,
+)
+
+__all__ = [
+    'COLOURS',
+    'EARLY_STAGES',
+    'OPACITY',
+    'POOLING_NAMES',
+    'Explained',
+    'Panel',
+    'class_name',
+    'denormalised',
+    'draw_grid',
+    'draw_identity',
+    'explain',
+    'find_images',
+    'heat_map',
+    'overlay',
+    'printable',
+    'read_image',
+    'saliency_row',
+    'save',
+]
 
 POOLING_NAMES = {'gap': 'GAP', 'ca': 'CA'}
 ROWS_PER_GRID = 50
+EARLY_STAGES = (
+    'Early stages only prepare the query of the last one. In a stream that was trained briefly they often look at one '
+    'point.'
+)
 
-_PANEL_INCHES, _TITLE_INCHES, _GAP_INCHES = 1.8, 0.5, 0.08
-_LEAST_DPI = 80  # for the titles: smaller images are enlarged
 _LABEL_LETTERS, _NAME_LETTERS = 22, 30
+_NUM_TOP = 5
 _MAX_STEM_BYTES = 200
 
 _logger = logging.getLogger(__name__)
-
-
-class Panel(NamedTuple):
-    """One picture of a row: a title of one or more lines, and (H, W, 3) pixels of 8 bits."""
-
-    title: str
-    pixels: np.ndarray
 
 
 class Explained(NamedTuple):
@@ -57,13 +83,29 @@ class Explained(NamedTuple):
 
     Attributes:
         pictures: Files written, one an image, then the one of eq. (5) where asked for.
-        grids: Files of all rows together, one for every `ROWS_PER_GRID` images.
+        grids: Files of all rows together, one for every `ROWS_PER_GRID` images; none for a single image.
         unreadable: Image files skipped, and why.
+        maps: Folders of saved maps, one an image, where asked for.
     """
 
     pictures: list[Path]
     grids: list[Path]
     unreadable: dict[Path, str]
+    maps: list[Path]
+
+
+class _Result(NamedTuple):
+    """One image explained.
+
+    Attributes:
+        panels: Its row.
+        maps: {name of a file: (h, w) in [0, 1]}.
+        top: {pooling: (class, probability) from the highest}.
+    """
+
+    panels: list[Panel]
+    maps: dict[str, Tensor]
+    top: dict[str, list[tuple[int, float]]]
 
 
 def explain(
@@ -79,6 +121,9 @@ def explain(
     identity: bool = False,
     img_size: int | None = None,
     crop_pct: float | None = None,
+    colours: str = COLOURS[0],
+    opacity: float = OPACITY,
+    save_maps: bool = False,
 ) -> Explained:
     """Writes a row of overlays for each image as a PNG, and a grid of all rows, with a progress bar on a terminal.
 
@@ -98,12 +143,18 @@ def explain(
         identity: Write the figure of eq. (5) for each image too.
         img_size: Side of the input in pixels. None: that of the model's `pretrained_cfg`.
         crop_pct: Share of the image in the crop. None: that of the model's `pretrained_cfg`.
+        colours: One of `pictures.COLOURS`.
+        opacity: Factor of the colours' own opacity, in [0, 1].
+        save_maps: Write a folder for each image too: every map as an array (`.npy`, (h, w) in [0, 1], of the crop that
+            the network gets) and over the whole photograph (`.jpg`), and `explanation.json` with the most probable
+            classes and the crop in pixels of the photograph.
 
     Raises:
         ValueError: If there are no paths, an argument does not fit or the model has no stream.
     """
     if not paths:
         raise ValueError('There are no images to explain.')
+    check_style(colours, opacity)
     network = Predictor(model, poolings, layer=layer, activation=activation, batch_size=batch_size)
     rows_of_methods = resolve_methods(methods)
     check_maps(rows_of_methods, len(paths), network.poolings)
@@ -118,9 +169,17 @@ def explain(
     folder.mkdir(parents=True, exist_ok=True)
     images = [Path(path) for path in paths]
     taken = {_path_key(path) for path in images}
+    taken |= {_path_key(path.parent) for path in images}  # no folder of maps holds an image
     grid_paths = [_free_path(folder, 'grid', taken) for _ in range(0, len(images), ROWS_PER_GRID)]
-    done = Explained([], [], {})
-    rows: list[list[Panel]] = []
+    done = Explained([], [], {}, [])
+    strips: list[np.ndarray] = []
+    caption = EARLY_STAGES if any('stream' in method.needs for method in rows_of_methods) else ''
+
+    def save_grid() -> None:
+        if len(images) - len(done.unreadable) > 1:  # the grid of a single image would be its picture
+            done.grids.append(save(stack_rows(strips, caption), grid_paths[len(done.grids)]))
+        strips.clear()
+
     for index, path in enumerate(tqdm(images, desc='explain', unit='image', disable=None)):
         try:
             image = read_image(path, mode)
@@ -128,16 +187,22 @@ def explain(
             done.unreadable[path] = f'{type(error).__name__}: {error}'
             _logger.warning('%s cannot be read and is skipped: %s', printable(path), error)
             continue
-        x = transform(image)[None].to(parameter)
-        rows.append(_row(network, x, rows_of_methods, printable(path.name), index))
-        done.pictures.append(save(draw_grid(rows[-1:]), _free_path(folder, path.stem, taken)))
+        tensor, crop = transform_image(transform, image)
+        x = tensor[None].to(parameter)
+        result = _explain_one(network, x, rows_of_methods, printable(path.name), index, colours, opacity)
+        strips.append(draw_row(result.panels))
+        done.pictures.append(save(stack_rows(strips[-1:], caption), _free_path(folder, path.stem, taken)))
+        if save_maps:
+            maps = _free_path(folder, f'{path.stem}_maps', taken, '')
+            facts = {'image': str(path), 'top': _top_classes(network, result.top)}
+            write_maps(maps, image, crop, result.maps, facts, opacity, colours)
+            done.maps.append(maps)
         if identity:
             done.pictures.append(save(draw_identity(model, x), _free_path(folder, f'{path.stem}_identity', taken)))
-        if len(rows) == ROWS_PER_GRID:
-            done.grids.append(save(draw_grid(rows), grid_paths[len(done.grids)]))
-            rows.clear()
-    if rows:
-        done.grids.append(save(draw_grid(rows), grid_paths[len(done.grids)]))
+        if len(strips) == ROWS_PER_GRID:
+            save_grid()
+    if strips:
+        save_grid()
     return done
 
 
@@ -182,8 +247,10 @@ def saliency_row(
     *,
     activation: str = 'softmax',
     name: str = '',
+    colours: str = COLOURS[0],
+    opacity: float = OPACITY,
 ) -> list[Panel]:
-    """One image's row: the image, its attention in every stage, and each method under each pooling.
+    """One image's row: the image, the attention of the last stage, each method under each pooling, the early stages.
 
     A class activation map explains the class predicted under its pooling, which its title names with the probability.
 
@@ -191,70 +258,68 @@ def saliency_row(
         model: A model with a stream, or any timm model.
         x: (1, C, H, W), normalised as the model's `pretrained_cfg` says.
         name: Name of the image, for its title.
+        colours: One of `pictures.COLOURS`.
+        opacity: Factor of the colours' own opacity, in [0, 1].
 
     The other arguments, and the errors, are those of `explain`.
     """
     network = Predictor(model, poolings, layer=layer, activation=activation, batch_size=batch_size)
-    return _row(network, x, resolve_methods(methods), name)
+    return _explain_one(network, x, resolve_methods(methods), name, 0, colours, opacity).panels
 
 
-def _row(network: Predictor, x: Tensor, methods: Sequence[Method], name: str, index: int = 0) -> list[Panel]:
+def _explain_one(
+    network: Predictor, x: Tensor, methods: Sequence[Method], name: str, index: int, colours: str, opacity: float
+) -> _Result:
     check_images(x)
     backbone = network.backbone
     with network.evaluating():
-        maps = saliency_maps(network, x, methods, indices=torch.tensor([index]))
+        saliency = saliency_maps(network, x, methods, indices=torch.tensor([index]))
         logits = network.logits(x)
         stages = attention_maps(backbone, x) if any('stream' in method.needs for method in methods) else []
-    predictions = {}
-    for pooling in network.poolings:
-        probability, class_index = network.probabilities(logits[pooling], pooling)[0].max(0)
-        label = _cut(class_name(backbone, int(class_index)), _LABEL_LETTERS)
-        predictions[pooling] = f'{POOLING_NAMES[pooling]}: {label} {probability:.2f}'
+    top = {pooling: _top(network.probabilities(logits[pooling], pooling)[0]) for pooling in network.poolings}
+    predictions = {
+        pooling: f'{POOLING_NAMES[pooling]}: {_cut(class_name(backbone, best), _LABEL_LETTERS)} {probability:.2f}'
+        for pooling, ((best, probability), *_) in top.items()
+    }
     image = denormalised(backbone, x)[0]
-    row = [Panel('\n'.join([_cut(name, _NAME_LETTERS), *predictions.values()]), image)]
+    panels = [Panel('\n'.join([_cut(name, _NAME_LETTERS), *predictions.values()]), image)]
+    maps: dict[str, Tensor] = {}
+
+    def add(file_name: str, title: str, values: Tensor) -> None:
+        maps[re.sub(r'[^\w.+-]+', '_', file_name)] = values
+        note = '' if values.any() else '\nconstant map'
+        panels.append(Panel(title + note, overlay(image, values, opacity, colours)))
+
     title = METHODS['attention'].title
-    for stage, attention in zip(backbone.castream_stages if stages else (), stages, strict=True):
-        row.append(Panel(f'{title}\n{stage}', overlay(image, scale_maps(attention.mean(1)[0]))))
-    row += [
-        Panel(f'{method.title}\n{predictions[pooling]}', overlay(image, maps[pooling, method.name][0, 0]))
-        for method in methods
-        if 'stream' not in method.needs
-        for pooling in network.poolings
-    ]
-    return row
+    attention = {
+        stage: scale_maps(values.mean(1)[0])
+        for stage, values in zip(backbone.castream_stages if stages else (), stages, strict=True)
+    }
+    last = list(attention)[-1:]
+    for stage in last:
+        add(f'attention_{stage}', f'{title}\n{stage}, the last stage', attention[stage])
+    for method in methods:
+        for pooling in network.poolings if 'stream' not in method.needs else ():
+            values = saliency[pooling, method.name][0, 0]
+            add(f'{method.name}_{pooling}', f'{method.title}\n{predictions[pooling]}', values)
+    for stage in reversed([stage for stage in attention if stage not in last]):
+        add(f'attention_{stage}', f'{title}\n{stage}, early', attention[stage])
+    return _Result(panels, maps, top)
 
 
-def heat_map(saliency: Tensor, size: Sequence[int]) -> np.ndarray:
-    """The colours of a saliency map, from blue (0) to red (1).
-
-    Args:
-        saliency: (h, w) in [0, 1]; it is resized as the metrics do it, by `images.resize_saliency`.
-        size: (H, W).
-
-    Returns:
-        (H, W, 3) of 8 bits.
-    """
-    resized = resize_saliency(saliency[None], size)[0]
-    return colormaps['jet'](resized.cpu().numpy(), bytes=True)[..., :3]
+def _top(probabilities: Tensor) -> list[tuple[int, float]]:
+    values, indices = probabilities.topk(min(_NUM_TOP, len(probabilities)))
+    return list(zip(indices.tolist(), values.tolist(), strict=True))
 
 
-def overlay(image: np.ndarray, saliency: Tensor, opacity: float = 0.5) -> np.ndarray:
-    """An image under the colours of its saliency.
-
-    Args:
-        image: (H, W, 3) of 8 bits.
-        saliency: (h, w) in [0, 1], see `heat_map`.
-        opacity: Share of the colours in each pixel, in [0, 1]; the image has the rest.
-
-    Returns:
-        (H, W, 3) of 8 bits.
-
-    Raises:
-        ValueError: If the opacity is out of range.
-    """
-    if not 0 <= opacity <= 1:
-        raise ValueError(f'opacity must lie in [0, 1], got {opacity}.')
-    return ((1 - opacity) * image + opacity * heat_map(saliency, image.shape[:2])).astype(np.uint8)
+def _top_classes(network: Predictor, top: dict[str, list[tuple[int, float]]]) -> dict[str, list[dict[str, Any]]]:
+    return {
+        pooling: [
+            {'index': index, 'name': class_name(network.backbone, index), 'probability': probability}
+            for index, probability in classes
+        ]
+        for pooling, classes in top.items()
+    }
 
 
 def denormalised(model: nn.Module, x: Tensor) -> np.ndarray:
@@ -264,52 +329,29 @@ def denormalised(model: nn.Module, x: Tensor) -> np.ndarray:
     return pixels.movedim(1, -1).byte().cpu().numpy()
 
 
-def draw_grid(rows: Sequence[Sequence[Panel]]) -> Figure:
-    """A figure with a line of pictures, of equal sizes, for each row."""
-    height, width = rows[0][0].pixels.shape[:2]
-    enlarged = math.ceil(_LEAST_DPI * _PANEL_INCHES / width)
-    height, width = height * enlarged, width * enlarged
-    dpi = width / _PANEL_INCHES
-    gap, title_height = round(_GAP_INCHES * dpi), round(_TITLE_INCHES * dpi)
-    step_y, step_x = height + gap + title_height, width + gap
-    # One picture of all panels, pixel by pixel: an axes for each of hundreds would take minutes.
-    canvas = np.full((len(rows) * step_y + gap, max(map(len, rows)) * step_x + gap, 3), 255, dtype=np.uint8)
-    figure = Figure(figsize=(canvas.shape[1] / dpi, canvas.shape[0] / dpi), dpi=dpi)
-    for line, row in enumerate(rows):
-        for column, (title, pixels) in enumerate(row):
-            top, left = line * step_y + title_height + gap, column * step_x + gap
-            canvas[top : top + height, left : left + width] = pixels.repeat(enlarged, 0).repeat(enlarged, 1)
-            figure.text(
-                (left + width / 2) / canvas.shape[1],
-                1 - (top - gap / 2) / canvas.shape[0],
-                title,
-                fontsize=7,
-                horizontalalignment='center',
-                verticalalignment='bottom',
-                parse_math=False,
-            )
-    figure.figimage(canvas)
-    return figure
-
-
-def draw_identity(model: nn.Module, x: Tensor) -> Figure:
+def draw_identity(model: nn.Module, x: Tensor) -> Any:
     """Eq. (5) for one image: attention logits F a, the class agnostic CAM sum_k a_k F^k, and their difference.
 
     Args:
         model: A model with a stream.
         x: (1, C, H, W), normalised as the model's `pretrained_cfg` says.
+
+    Returns:
+        A `matplotlib.figure.Figure`, made without pyplot: it shares no state and needs no closing.
     """
+    from matplotlib.figure import Figure  # half a second that other pictures need not wait for
+
     logits, cam = (side[0].double().cpu().numpy() for side in attention_identity(model, x))
     difference = logits - cam
     furthest = np.abs(difference).max()
-    figure = Figure(figsize=(10, 2.8), dpi=2 * _LEAST_DPI, layout='constrained')
+    figure = Figure(figsize=(10, 2.8), dpi=160, layout='constrained')
     panels = figure.subplots(1, 4)
     panels[0].imshow(denormalised(castream_model(model), x)[0])
     panels[0].set_title('input')
     bounds = {'vmin': min(logits.min(), cam.min()), 'vmax': max(logits.max(), cam.max())}
     for axes, values, title, colours in (
-        (panels[1], logits, r'attention logits $F\,\alpha$', {'cmap': 'jet', **bounds}),
-        (panels[2], cam, r'CAM $\Sigma_k\,\alpha_k F^k$', {'cmap': 'jet', **bounds}),
+        (panels[1], logits, r'attention logits $F\,\alpha$', {'cmap': COLOURS[0], **bounds}),
+        (panels[2], cam, r'CAM $\Sigma_k\,\alpha_k F^k$', {'cmap': COLOURS[0], **bounds}),
         (
             panels[3],
             difference,
@@ -323,19 +365,6 @@ def draw_identity(model: nn.Module, x: Tensor) -> Figure:
         axes.set_axis_off()
         axes.title.set_fontsize(9)
     return figure
-
-
-def save(figure: Figure, path: str | Path) -> Path:
-    """Writes a figure as a PNG that takes its name once it is complete.
-
-    Returns:
-        The path.
-    """
-    path = Path(path)
-    with write_whole(path, 'wb') as file, warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph')  # matplotlib draws a box for a letter that its fonts lack
-        figure.savefig(file, format='png')
-    return path
 
 
 def class_name(model: nn.Module, index: int) -> str:
@@ -369,10 +398,10 @@ def _path_key(path: Path) -> str:
     return str(path.resolve()).casefold()  # some file systems take A.png for a.png
 
 
-def _free_path(folder: Path, stem: str, taken: set[str]) -> Path:
-    """The path of a PNG file that is not taken, and now is. A long name is cut: file systems end at 255 bytes."""
+def _free_path(folder: Path, stem: str, taken: set[str], ending: str = '.png') -> Path:
+    """A path that is not taken, and now is. A long name is cut: file systems end at 255 bytes."""
     stem = printable(stem).encode()[:_MAX_STEM_BYTES].decode(errors='ignore')
-    candidates = (folder / f'{name}.png' for name in chain([stem], (f'{stem}_{n}' for n in count(2))))
+    candidates = (folder / f'{name}{ending}' for name in chain([stem], (f'{stem}_{n}' for n in count(2))))
     path = next(path for path in candidates if _path_key(path) not in taken)
     taken.add(_path_key(path))
     return path

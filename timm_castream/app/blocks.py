@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..attribution.methods import METHODS
+from ..visualize import OPACITY
 from . import page
 from .explanation import Explanation, explain_image
 from .export import write_explanation
@@ -67,7 +68,7 @@ def create_app(opened: PageModel, examples: Sequence[str | Path] = (), choose_mo
                         label='Methods',
                         elem_id='cs-methods',
                     )
-                    slider = gr.Slider(0, 1, 0.5, step=0.05, label='Opacity of the maps', elem_id='cs-opacity')
+                    slider = gr.Slider(0, 1, OPACITY, step=0.05, label='Opacity of the maps', elem_id='cs-opacity')
         maps = gr.HTML(label='Maps', elem_id='cs-maps')
         attention = gr.HTML(label='Attention', elem_id='cs-attention')
         with gr.Column(visible=False) as measuring:

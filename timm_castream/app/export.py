@@ -1,4 +1,4 @@
-"""The picture, the curves and the figures of one explained image, as figures of matplotlib and as files."""
+"""The picture, the curves, the maps and the values of one explained image, as files."""
 
 from __future__ import annotations
 
@@ -11,43 +11,47 @@ import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
 
 from ..attribution.methods import METHODS
 from ..version import __version__
-from ..visualize import POOLING_NAMES, Panel, draw_grid, overlay, save
+from ..visualize import COLOURS, EARLY_STAGES, OPACITY, POOLING_NAMES, Panel, draw_grid, overlay, save
 from .explanation import Explanation, MapScores
 
 
-def draw_explanation(explanation: Explanation, methods: Sequence[str], target: int, opacity: float = 0.5) -> Figure:
-    """The picture of an explanation: the image and its attention, then a row for each pooling with every method.
+def draw_explanation(
+    explanation: Explanation, methods: Sequence[str], target: int, opacity: float = OPACITY, colours: str = COLOURS[0]
+) -> Image.Image:
+    """The picture of an explanation: a row for each pooling with every method, then the attention, last stage first.
 
     Args:
         explanation: Of an image.
         methods: Names of methods.
         target: Index of the class.
-        opacity: Of the maps over the image, in [0, 1].
+        opacity, colours: As for `pictures.overlay`.
     """
     opened = explanation.opened
     label = opened.class_name(target)
-    rows = [
-        [
-            Panel(opened.name[:40], explanation.pixels),
-            *(
-                Panel(f'{METHODS["attention"].title}\n{stage}', overlay(explanation.pixels, values, opacity))
-                for stage, values in explanation.attention.items()
-            ),
-        ]
-    ]
     maps = explanation.maps(methods, target)
+    original = Panel(opened.name[:40], explanation.pixels)
+
+    def panel(title: str, values: Tensor) -> Panel:
+        note = '' if values.any() else '\nconstant map'
+        return Panel(title + note, overlay(explanation.pixels, values, opacity, colours))
+
+    rows = []
     for name in opened.network.poolings if methods else ():
         title = f'{POOLING_NAMES[name]}: {label[:22]} {explanation.probabilities[name][target]:.2f}'
-        rows.append(
-            [
-                Panel(f'{METHODS[method].title}\n{title}', overlay(explanation.pixels, maps[name, method], opacity))
-                for method in methods
-            ]
-        )
-    return draw_grid(rows)
+        row = [panel(f'{METHODS[method].title}\n{title}', maps[name, method]) for method in methods]
+        rows.append([original, *row])
+    attention = [
+        panel(f'{METHODS["attention"].title}\n{stage}', values)
+        for stage, values in reversed(explanation.attention.items())
+    ]
+    if attention or not rows:
+        rows.append([original, *attention])
+    return draw_grid(rows, EARLY_STAGES if attention else '')
 
 
 def draw_scores(worth: dict[str, MapScores]) -> Figure:
@@ -73,8 +77,9 @@ def write_explanation(
     folder: str | Path,
     methods: Sequence[str],
     target: int,
-    opacity: float = 0.5,
+    opacity: float = OPACITY,
     measured: str | None = None,
+    colours: str = COLOURS[0],
 ) -> list[Path]:
     """Writes the picture and the figures of an explanation.
 
@@ -83,15 +88,15 @@ def write_explanation(
         folder: Gets `explanation.png`, `explanation.json` and, where a method is measured, `curves.png`.
         methods: Names of the methods in the picture.
         target: Index of the class.
-        opacity: Of the maps over the image, in [0, 1].
-        measured: Name of the method whose worth is in the figures, or None.
+        opacity, colours: As for `pictures.overlay`.
+        measured: Name of the method whose scores are in the values, or None.
 
     Returns:
         The files.
     """
     opened, folder = explanation.opened, Path(folder)
     worth = explanation.scores(measured, target) if measured else {}
-    files = [save(draw_explanation(explanation, methods, target, opacity), folder / 'explanation.png')]
+    files = [save(draw_explanation(explanation, methods, target, opacity, colours), folder / 'explanation.png')]
     if worth:
         files.append(save(draw_scores(worth), folder / 'curves.png'))
     figures: dict[str, Any] = {

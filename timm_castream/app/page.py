@@ -100,7 +100,7 @@ def maps(
         )
         cards.append(_card(title, _pictures(pictures)))
     body = ''.join(cards) or '<p class="cs-hint">Choose a method to see its maps.</p>'
-    return _block(explanation, f'Saliency of “{label}”', 'Red pixels matter most for the class.', body)
+    return _block(explanation, f'Saliency of “{label}”', 'Yellow, opaque pixels matter most for the class.', body)
 
 
 def attention(explanation: Explanation) -> str:
@@ -161,7 +161,7 @@ def _identity(explanation: Explanation) -> str:
     span = max(side.max().item() for side in sides) - low
     size = explanation.pixels.shape[:2]
     pictures = ''.join(
-        _figure(heat_map((side - low) / (span or 1), size), title, title)
+        _figure(heat_map((side - low) / (span or 1), size)[..., :3], title, title)
         for side, title in zip(sides, ('attention logits F q', 'CAM Σ qₖ Fₖ'), strict=True)
     )
     difference = (sides[0] - sides[1]).abs().max().item()

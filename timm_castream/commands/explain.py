@@ -17,6 +17,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_method_options(parser, ('attention', 'grad_cam'))
     add_size_options(parser)
+    pictures = parser.add_argument_group('pictures')
+    pictures.add_argument(
+        '--save-maps',
+        action='store_true',
+        help='write each map as .npy and over the whole photograph too, with the classes as JSON',
+    )
+    pictures.add_argument(
+        '--colours', default='viridis', metavar='NAME', help='viridis, inferno or jet (default: %(default)s)'
+    )
+    pictures.add_argument(
+        '--opacity', type=float, default=0.8, metavar='X', help='of the most salient pixels (default: %(default)s)'
+    )
     parser.add_argument('--identity', action='store_true', help='draw both sides of eq. (5) too, and their difference')
     parser.add_argument('--multilabel', action='store_true', help='probabilities by sigmoid')
     parser.add_argument('--output', default='explained', metavar='DIR', help='(default: %(default)s)')
@@ -43,7 +55,10 @@ def run(args: argparse.Namespace) -> int:
         activation='sigmoid' if args.multilabel else 'softmax',
         img_size=args.img_size,
         crop_pct=args.crop_pct,
+        colours=args.colours,
+        opacity=args.opacity,
+        save_maps=args.save_maps,
     )
-    for path in [*done.pictures, *done.grids]:
+    for path in [*done.pictures, *done.maps, *done.grids]:
         print(printable(path))
     return SKIPPED if done.unreadable else 0
