@@ -24,6 +24,15 @@ from timm_castream.hub.read import timm_weights_name
 pytest_plugins = ('hub_server',)
 
 
+WRAPPED = {
+    'plain': lambda state_dict: state_dict,
+    'model': lambda state_dict: {'model': state_dict, 'epoch': 3, 'args': {'lr': 0.1}},
+    'DistributedDataParallel': lambda state_dict: {f'module.{key}': value for key, value in state_dict.items()},
+    'averaged alone': lambda state_dict: {'state_dict_ema': state_dict},
+    'averaged alone, DeiT': lambda state_dict: {'model_ema': state_dict},
+}
+
+
 @pytest.mark.filterwarnings('ignore:freeze_backbone freezes a classifier')
 class TestCheckpoints:
     @pytest.fixture
@@ -75,6 +84,42 @@ class TestCheckpoints:
     def test_checkpoint_of_another_model_is_refused(self, folder):
         with pytest.raises(ValueError, match=r'last\.pth\.tar does not fit this model: it lacks stem\.0\.weight'):
             open_model('test_convnext_castream', folder[0] / 'last.pth.tar')
+
+    @pytest.mark.parametrize('wrap', WRAPPED.values(), ids=WRAPPED.keys())
+    @pytest.mark.parametrize('option', ['checkpoint', 'backbone_checkpoint'])
+    def test_the_weights_alone_are_found_in_every_form(self, wrap, option, tmp_path, caplog):
+        model = make_model('test_resnet', num_classes=5, seed=3)
+        path = tmp_path / 'weights.pth'
+        torch.save(wrap(snapshot(model)), path)
+        if option == 'checkpoint':
+            loaded = open_model('test_resnet', path, num_classes=5)
+            assert ('averaged weights' in caplog.text) == ('ema' in str(wrap({}).keys()))
+        else:
+            loaded = timm_castream.detach(make_model(num_classes=5, backbone_checkpoint=str(path)))
+        assert same(snapshot(loaded), snapshot(model))
+
+    def test_without_use_ema_the_weights_beside_averaged_ones_are_taken(self, tmp_path):
+        own, averaged = (snapshot(make_model('test_resnet', seed=seed)) for seed in (0, 1))
+        torch.save({'state_dict_ema': averaged, 'state_dict': own}, tmp_path / 'both.pth')
+        assert same(snapshot(open_model('test_resnet', tmp_path / 'both.pth')), own)
+        assert same(snapshot(open_model('test_resnet', tmp_path / 'both.pth', use_ema=True)), averaged)
+
+    @pytest.mark.parametrize('prefix', ['model.', 'net.0.', 'base_model.model.'])
+    def test_a_prefix_of_all_keys_is_named(self, prefix, tmp_path):
+        state_dict = {f'{prefix}{key}': value for key, value in snapshot(make_model('test_resnet')).items()}
+        torch.save({'state_dict': {**state_dict, 'loss.weight': torch.ones(2)}}, tmp_path / 'x.pth')
+        with pytest.raises(
+            ValueError, match=rf"x\.pth does not fit this model: its keys begin with '{prefix}'"
+        ) as error:
+            open_model('test_resnet', tmp_path / 'x.pth')
+        assert len(str(error.value)) < 300
+
+    @pytest.mark.parametrize('content', [{'epoch': 3, 'weights': {}}, {}, {'state_dict': None}])
+    def test_a_file_without_weights_names_its_keys(self, content, tmp_path):
+        torch.save(content, tmp_path / 'x.pth')
+        keys = ', '.join(map(repr, content)) or 'none'
+        with pytest.raises(ValueError, match=rf'x\.pth has no state_dict: .*state_dict, model.*its keys are {keys}'):
+            open_model('test_resnet', tmp_path / 'x.pth')
 
     @pytest.mark.parametrize('content', [b'', b'not a checkpoint', pickle.dumps([1, 2])])
     def test_file_that_is_no_checkpoint_is_refused(self, content, tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,7 @@ class TestStreamFiles:
         with safe_open(tmp_path / 's.safetensors', framework='pt') as file:
             header = file.metadata()
         assert header.pop('fingerprint') == weights.fingerprint(model)
+        assert header.pop('fingerprint_float16') == weights.fingerprint(model, torch.float16)
         assert json.loads(header.pop('stream_args')) == {
             'stream_start': 1,
             'stream_stages': ['layer1', 'layer3', 'layer4'],
@@ -242,3 +245,56 @@ class TestStreamFiles:
     def test_missing_stream_file_is_named(self, source):
         with pytest.raises(FileNotFoundError, match=source):
             timm_castream.load_stream(make_model(), source)
+
+
+class TestHalfAndOther:
+    @pytest.mark.parametrize('saved, loaded', [('float32', 'float16'), ('float16', 'float32'), ('float64', 'float16')])
+    def test_a_stream_fits_a_copy_of_its_backbone_in_half_precision(self, saved, loaded, tmp_path):
+        trained = make_model().to(getattr(torch, saved))
+        torch.nn.init.normal_(trained.castream.cls_token)
+        timm_castream.save_stream(trained, tmp_path / 's.safetensors')
+        model = make_model().to(getattr(torch, loaded))
+        timm_castream.load_stream(model, tmp_path / 's.safetensors')
+        torch.testing.assert_close(
+            model.castream.cls_token.double(), trained.castream.cls_token.double(), rtol=1e-3, atol=1e-3
+        )
+
+    def test_a_half_model_with_other_weights_is_refused(self, tmp_path):
+        timm_castream.save_stream(make_model(), tmp_path / 's.safetensors')
+        with pytest.raises(ValueError, match='was trained on other weights of test_resnet'):
+            timm_castream.load_stream(make_model(seed=1).half(), tmp_path / 's.safetensors')
+
+    def test_a_parametrized_stream_is_saved_as_the_weights_that_it_computes(self, tmp_path):
+        model = make_model()
+        linear = model.castream.blocks[1].proj
+        torch.nn.utils.parametrizations.weight_norm(linear)
+        torch.nn.init.normal_(linear.parametrizations.weight.original0)
+        timm_castream.save_stream(model, tmp_path / 's.safetensors')
+        plain = make_model()
+        timm_castream.load_stream(plain, tmp_path / 's.safetensors')
+        torch.testing.assert_close(plain.castream.blocks[1].proj.weight, linear.weight)
+        assert not torch.equal(make_model().castream.blocks[1].proj.weight, linear.weight)
+
+    def test_written_weights_have_the_mode_of_other_files(self, tmp_path):
+        mask = os.umask(0o022)
+        try:
+            weights.write_safetensors(tmp_path / 'a.safetensors', {'a': torch.ones(1)}, {})
+        finally:
+            os.umask(mask)
+        assert stat.S_IMODE((tmp_path / 'a.safetensors').stat().st_mode) == 0o644
+
+    @pytest.mark.filterwarnings('ignore')
+    def test_the_hash_of_a_quantised_model_depends_on_its_quantised_weights(self):
+        models = [make_model('test_resnet', seed=seed).eval() for seed in (0, 0, 1)]
+        models[2].load_state_dict(
+            {
+                **models[2].state_dict(),
+                **{  # the classifier alone differs
+                    key: value for key, value in models[0].state_dict().items() if not key.startswith('fc.')
+                },
+            }
+        )
+        hashes = [
+            weights.weights_hash(torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})) for model in models
+        ]
+        assert hashes[0] == hashes[1] != hashes[2]

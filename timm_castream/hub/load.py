@@ -12,14 +12,21 @@ from typing import Any
 
 import timm
 from timm.data import resolve_data_config
-from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from ..backbones.architectures import unknown_name_message
 from ..backbones.mixin import CAStreamMixin, castream_model
 from .download import read_architecture
 from .read import Weights, locate, read_checkpoint, read_file, read_timm_weights, timm_weights_name
-from .stream_file import STREAM_PREFIX, StreamHeader, backbone_name, check_fit, stream_state_dict, write_safetensors
+from .stream_file import (
+    STREAM_PREFIX,
+    StreamHeader,
+    backbone_name,
+    check_fit,
+    plain_stream,
+    stream_state_dict,
+    write_safetensors,
+)
 
 # Arguments of attach that act on the training alone. A saved model does not keep them.
 NOT_SAVED = ('freeze_backbone', 'backbone_pretrained', 'backbone_checkpoint')
@@ -42,10 +49,10 @@ def open_model(
 
     Args:
         name: A registered name such as `resnet50_castream` or `resnet50.a1_in1k`, `hf-hub:ORG/NAME` or `local-dir:DIR`.
-        checkpoint: A checkpoint of train.py, a safetensors file of a model or of a stream alone, or `ORG/NAME` on the
-            Hub, a model of the same architecture.
+        checkpoint: A checkpoint of train.py, a state dict, a safetensors file of a model or of a stream alone, or
+            `ORG/NAME` on the Hub, a model of the same architecture.
         pretrained: Take the published weights of the name.
-        use_ema: Take the averaged weights of the checkpoint.
+        use_ema: Take the averaged weights of the checkpoint. They are taken in any case where there are no others.
         **kwargs: Arguments of `timm.create_model`, which override those of the checkpoint. None leaves the choice to
             the checkpoint.
 
@@ -222,7 +229,8 @@ def load_gap_weights(model: Any, pretrained: bool | str = False, checkpoint: str
         model: A timm model without a stream.
         pretrained: True for timm's weights of the model's cfg, or a tag of them. The classifier is left out where they
             have other classes, the first convolution is adapted to other image channels.
-        checkpoint: A checkpoint in any format that timm loads, classifier included. It takes precedence.
+        checkpoint: A checkpoint in any format that timm loads, classifier included. It takes precedence. Averaged
+            weights are taken where it has some, as timm does.
 
     Raises:
         ValueError: If the model is not registered, the tag is unknown, or the checkpoint is of another network; nothing
@@ -232,7 +240,7 @@ def load_gap_weights(model: Any, pretrained: bool | str = False, checkpoint: str
     if checkpoint:
         if not Path(checkpoint).is_file():
             raise FileNotFoundError(f'There is no backbone_checkpoint {str(checkpoint)!r}.')
-        state_dict = load_state_dict(str(checkpoint))
+        state_dict = read_checkpoint(checkpoint, use_ema=None).state_dict
         origin = f'backbone_checkpoint {str(checkpoint)!r}'
     else:
         cfg = getattr(model, 'pretrained_cfg', None) or {}
@@ -276,7 +284,7 @@ def save_stream(model: nn.Module, path: str | Path) -> None:
         ValueError: If the model has no stream.
     """
     model = castream_model(model)
-    write_safetensors(path, stream_state_dict(model.state_dict()), StreamHeader.of(model).to_metadata())
+    write_safetensors(path, plain_stream(model), StreamHeader.of(model).to_metadata())
 
 
 def load_stream(model: nn.Module, source: str | Path, strict: bool = True, cache_dir: str | Path | None = None) -> None:

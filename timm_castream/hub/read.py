@@ -7,6 +7,7 @@ request fails. A pickle is read where the user names it, and with torch's `weigh
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import pickle
 from dataclasses import dataclass, field
@@ -22,6 +23,12 @@ from torch import Tensor
 from .configs import NAMESPACE_VARIABLE, hub_repository
 from .download import NO_PICKLE, PICKLE_NAME, WEIGHTS_NAME, download
 from .stream_file import STREAM_PREFIX, read_safetensors, stream_state_dict
+
+# Keys of timm's checkpoints, and of DeiT's and others', in the order in which timm reads them.
+_WEIGHTS_KEYS = ('state_dict', 'model')
+_AVERAGED_KEYS = ('state_dict_ema', 'model_ema')
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -137,12 +144,15 @@ def read_file(path: str | Path, origin: str | None = None) -> Weights:
         ) from error
 
 
-def read_checkpoint(path: str | Path, use_ema: bool = False) -> Weights:
-    """Reads a checkpoint that timm's train.py wrote, with the options of the training, or a safetensors file.
+def read_checkpoint(path: str | Path, use_ema: bool | None = False) -> Weights:
+    """Reads a checkpoint: of timm's train.py, a plain state dict, one under the key `model`, or a safetensors file.
+
+    The options of a training with timm's train.py are read too.
 
     Args:
-        path: `model_best.pth.tar`, `last.pth.tar`, `*.safetensors`.
-        use_ema: Take the averaged weights.
+        path: `model_best.pth.tar`, `last.pth.tar`, `*.pth`, `*.safetensors`.
+        use_ema: Take the averaged weights. False: take them only where there are no others. None: take them where there
+            are some, as timm does.
 
     Raises:
         ValueError: If the file is no such checkpoint, or has no averaged weights where they are asked for.
@@ -162,10 +172,9 @@ def read_checkpoint(path: str | Path, use_ema: bool = False) -> Weights:
             f"{path} is damaged, or no checkpoint of timm's train.py: more than tensors and plain data is "
             'not unpickled.'
         ) from error
-    key = 'state_dict_ema' if use_ema else 'state_dict'
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict):
-        raise ValueError(f'{path} has no {"EMA weights, train with --model-ema" if use_ema else "state_dict"}.')
-    train_args = vars(checkpoint.get('args') or argparse.Namespace())
+    state_dict = _find_state_dict(checkpoint, use_ema, str(path))
+    options = checkpoint.get('args')
+    train_args = options if isinstance(options, dict) else vars(options or argparse.Namespace())
     model_args = {
         'num_classes': train_args.get('num_classes'),
         'in_chans': train_args.get('in_chans'),
@@ -173,11 +182,35 @@ def read_checkpoint(path: str | Path, use_ema: bool = False) -> Weights:
         **(train_args.get('model_kwargs') or {}),
     }
     return Weights(
-        clean_state_dict(checkpoint[key]),
+        clean_state_dict(state_dict),
         str(path),
         train_args=train_args,
         model_args={name: value for name, value in model_args.items() if value is not None},
     )
+
+
+def _find_state_dict(checkpoint: Any, use_ema: bool | None, origin: str) -> dict[str, Any]:
+    """The state dict in a checkpoint: under a key of timm's, or the checkpoint itself."""
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f'{origin} holds a {type(checkpoint).__name__}, not a state dict.')
+    averaged, own = (
+        next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), None)
+        for keys in (_AVERAGED_KEYS, _WEIGHTS_KEYS)
+    )
+    if own is None and averaged is None and any(isinstance(value, Tensor) for value in checkpoint.values()):
+        own = checkpoint
+    if use_ema and averaged is None:
+        raise ValueError(f'{origin} has no EMA weights, train with --model-ema.')
+    if own is None and averaged is None:
+        raise ValueError(
+            f'{origin} has no state_dict: it is a state dict or has one under {", ".join(_WEIGHTS_KEYS)}, '
+            f'{" or ".join(_AVERAGED_KEYS)}; its keys are {", ".join(map(repr, list(checkpoint)[:5])) or "none"}.'
+        )
+    if own is None and use_ema is False:
+        _logger.warning('%s holds averaged weights (EMA) alone, which are taken.', origin)
+    chosen = own if averaged is None or (own is not None and use_ema is False) else averaged
+    assert chosen is not None
+    return chosen
 
 
 def locate(source: str, cache_dir: str | Path | None = None) -> tuple[Path, str]:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .._utils.files import write_whole
 
@@ -36,16 +39,19 @@ class StreamHeader:
         backbone: timm's name of the backbone, `resnet50`.
         stream_args: The `stream_*` keyword arguments.
         fingerprint: `fingerprint(model)` of the model that the stream was trained in.
+        fingerprint_float16: The same of the weights in float16, or '' in older files.
     """
 
     backbone: str
     stream_args: dict[str, Any]
     fingerprint: str
+    fingerprint_float16: str = ''
 
     @classmethod
     def of(cls, model: Any) -> StreamHeader:
         """The header of a model with a stream."""
-        return cls(backbone_name(model), json.loads(json.dumps(model.castream_config)), fingerprint(model))
+        config = json.loads(json.dumps(model.castream_config))
+        return cls(backbone_name(model), config, fingerprint(model), fingerprint(model, torch.float16))
 
     @classmethod
     def parse(cls, metadata: Mapping[str, str], origin: str) -> StreamHeader:
@@ -61,7 +67,12 @@ class StreamHeader:
         try:
             version = int(metadata['castream_format'])
             if version <= FORMAT_VERSION:
-                return cls(metadata['backbone'], dict(json.loads(metadata['stream_args'])), metadata['fingerprint'])
+                return cls(
+                    metadata['backbone'],
+                    dict(json.loads(metadata['stream_args'])),
+                    metadata['fingerprint'],
+                    metadata.get('fingerprint_float16', ''),
+                )
         except (KeyError, TypeError, ValueError):
             raise ValueError(
                 f'{origin} has no header of a CA-Stream: save streams with timm_castream.save_stream(model, path).'
@@ -79,6 +90,7 @@ class StreamHeader:
             'backbone': self.backbone,
             'stream_args': json.dumps(self.stream_args),
             'fingerprint': self.fingerprint,
+            'fingerprint_float16': self.fingerprint_float16,
         }
 
     def check_arguments(self, model: Any, origin: str) -> None:
@@ -105,11 +117,14 @@ class StreamHeader:
             ValueError: Naming both fingerprints.
         """
         own = fingerprint(model)
-        if own == self.fingerprint:
+        # A copy in float16 has other values in bfloat16, and equal ones in float16.
+        if own == self.fingerprint or fingerprint(model, torch.float16) == self.fingerprint_float16:
             return
+        half = any(p.dtype == torch.float16 for p in model.parameters()) and not self.fingerprint_float16
         message = (
             f'{origin} was trained on other weights of {self.backbone}: their fingerprint is '
-            f"{self.fingerprint}, this model's is {own}."
+            f"{self.fingerprint}, this model's is {own}"
+            f'{" (an older file cannot be compared with float16: load it before model.half())" if half else ""}.'
         )
         if strict:
             raise ValueError(f'{message[:-1]}; load those weights first, or pass strict=False.')
@@ -122,15 +137,16 @@ def backbone_name(model: nn.Module) -> str:
     return (cfg.get('architecture') or type(model).__name__).removesuffix('_castream')
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> str:
     """SHA-256 of the backbone's weights and normalisation statistics.
 
     The stream, the classifier (another number of classes is the same backbone) and integer counters are left out.
-    Values are rounded to bfloat16, so that copies in float64, float32 and bfloat16 agree. float16 rounds to other
-    values, so a float16 copy differs. Memory format, device and the order of the keys do not matter.
+    Values are rounded to bfloat16, so that copies in float64, float32 and bfloat16 agree, or to float16, so that those
+    in float64, float32 and float16 do. Memory format, device and the order of the keys do not matter.
 
     Args:
         model: A timm model, with a stream or without.
+        dtype: `torch.bfloat16` or `torch.float16`.
 
     Returns:
         64 hexadecimal digits.
@@ -140,7 +156,7 @@ def fingerprint(model: nn.Module) -> str:
     for key, tensor in sorted(model.state_dict().items()):
         if key.startswith(skip) or not tensor.is_floating_point():
             continue
-        values = tensor.to(torch.bfloat16).cpu().contiguous().view(torch.int16)
+        values = tensor.to(dtype).cpu().contiguous().view(torch.int16)
         digest.update(f'{key} {tuple(tensor.shape)}\n'.encode())
         digest.update(values.numpy())
     return digest.hexdigest()
@@ -151,8 +167,21 @@ def weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for part in _plain_parts(value):
+            digest.update(part)
     return digest.hexdigest()
+
+
+def _plain_parts(value: Any) -> Iterator[Any]:
+    """The bytes of an entry of a state dict. Quantised layers keep tuples and settings beside their tensors."""
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _plain_parts(item)
+    elif isinstance(value, Tensor):
+        plain = value.dequantize() if value.is_quantized else value
+        yield plain.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    else:
+        yield repr(value).encode()
 
 
 def _classifier_names(model: nn.Module) -> list[str]:
@@ -168,6 +197,22 @@ def stream_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state_dict.items() if key.startswith(STREAM_PREFIX)}
 
 
+def plain_stream(model: nn.Module) -> dict[str, Tensor]:
+    """The `castream.*` entries of a model's state dict, with the weight itself in place of its parametrisation.
+
+    Args:
+        model: A model with a stream. torch.nn.utils.parametrize may have replaced weights of it.
+    """
+    entries = stream_state_dict(model.state_dict())
+    for name, module in model.named_modules():
+        if not f'{name}.'.startswith(STREAM_PREFIX) or not is_parametrized(module):
+            continue
+        entries = {key: value for key, value in entries.items() if not key.startswith(f'{name}.parametrizations.')}
+        for weight in module.parametrizations:
+            entries[f'{name}.{weight}'] = getattr(module, weight)
+    return entries
+
+
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file, whole or not at all.
 
@@ -180,7 +225,9 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
         OSError: If the file cannot be written.
     """
     with write_whole(path, 'wb') as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file.name, metadata)
+        os.chmod(file.name, mode)  # save_file puts a file in its place that the user alone can read
 
 
 def read_safetensors(path: str | Path, origin: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -234,4 +281,14 @@ def check_fit(
         if keys
     ]
     if problems:
+        prefix = _other_prefix(unknown, state_dict, own)
+        if prefix:
+            problems = [f'its keys begin with {prefix!r}: save the state dict of the model under that name']
         raise ValueError(f'{origin} does not fit this model: {"; ".join(problems)}.')
+
+
+def _other_prefix(unknown: list[str], state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """The prefix, `model.` or the like, under which most keys of a model stand in another state dict, or ''."""
+    parts = unknown[0].split('.') if unknown else []
+    prefixes = ('.'.join(parts[:count]) + '.' for count in range(1, len(parts)))
+    return next((p for p in prefixes if sum(p + key in state_dict for key in own) > len(own) / 2), '')
