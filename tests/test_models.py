@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from timm.models import FeatureListNet, PretrainedCfg
 from torch import Tensor, nn
 
+import timm_castream
 from hf_configs import PUBLISHED
 from timm_castream import detach, forward_both, models, pooling
 from timm_castream.backbones import architectures as families
+from timm_castream.hub import repository
 
 BACKBONES = (
     'resnet18',
@@ -36,6 +38,8 @@ BACKBONES = (
     'test_convnext',
 )
 SMALL = ('test_resnet', 'test_convnext')
+# Variants whose trained stream is in the package.
+SHIPPED: tuple[str, ...] = ()
 # What the images of a network look like, and where its first and last layers are.
 CFG_FIELDS = (
     'input_size',
@@ -79,6 +83,7 @@ def weights_of_the_hub(monkeypatch) -> dict[str, Tensor]:
         return {key: value.clone() for key, value in state_dict.items()}
 
     monkeypatch.setattr('timm_castream.hub.load.read_timm_weights', answer)
+    monkeypatch.setattr('timm_castream.hub.repository.read_timm_weights', answer)
     monkeypatch.setattr('timm_castream.models.read_timm_weights', answer)
     yield state_dict
     assert asked
@@ -141,11 +146,60 @@ def test_every_variants_cfg_is_its_backbones_without_the_weights():
     for name in set(families.architectures()) - set(BACKBONES):
         own, backbone = timm.get_pretrained_cfg(f'{name}_castream'), timm.get_pretrained_cfg(name) or PretrainedCfg()
         assert {f: getattr(own, f) for f in fields} == {f: getattr(backbone, f) for f in fields}, name
-        assert (own.architecture, own.tag, bool(own.has_weights)) == (f'{name}_castream', None, False), name
+        shipped = f'{name}_castream' in SHIPPED
+        assert (own.architecture, own.tag, bool(own.has_weights)) == (f'{name}_castream', None, shipped), name
 
 
-def test_published_weights_alone_are_advertised():
-    assert timm.list_pretrained('*_castream*') == timm.list_models('*_castream*', pretrained=True) == sorted(PUBLISHED)
+def test_published_weights_and_the_streams_of_the_package_alone_are_advertised():
+    names = timm.list_pretrained('*_castream*')
+    assert names == timm.list_models('*_castream*', pretrained=True) == sorted({*PUBLISHED, *SHIPPED})
+
+
+class TestStreamOfThePackage:
+    """A stand-in: random weights of the backbone, and a stream of other arguments than the default ones."""
+
+    NAME = 'test_resnet_castream'
+
+    @pytest.fixture
+    def trained(self, weights_of_the_hub, monkeypatch, tmp_path):
+        """The model that `pretrained=True` should give, whose stream alone is in the package."""
+        model = timm.create_model(self.NAME, backbone_pretrained=True, stream_start=2)
+        timm_castream.save_stream(model, tmp_path / f'{self.NAME}.safetensors')
+        monkeypatch.setattr(models, '_shipped', {self.NAME: str(tmp_path / f'{self.NAME}.safetensors')})
+        return model.eval()
+
+    def create(self, **kwargs):
+        overlay = {'file': models._shipped[self.NAME]}
+        return timm.create_model(self.NAME, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+
+    def test_brings_its_arguments_and_takes_timms_weights_of_the_backbone(self, trained, x):
+        model = self.create()
+        assert model.castream_config == trained.castream_config
+        assert torch.equal(model(x), trained(x))
+
+    def test_loads_with_other_classes_and_as_feature_maps(self, trained, x):
+        model = self.create(num_classes=7)
+        assert model(x).shape == (len(x), 7)
+        assert torch.equal(model.castream.cls_token, trained.castream.cls_token)
+        maps = self.create(features_only=True)(x)
+        assert torch.allclose(maps[-1], trained.forward_features(x))
+
+    def test_other_arguments_or_another_backbone_are_refused(self, trained, tmp_path):
+        with pytest.raises(ValueError, match=r'stream_start=2, .* has stream_start=1'):
+            self.create(stream_start=1)
+        other = random_weights('test_resnet', num_classes=1000)
+        other['conv1.0.weight'] *= 2
+        torch.save(other, tmp_path / 'other.pth')
+        with pytest.raises(ValueError, match='trained on other weights of test_resnet: their fingerprint is'):
+            self.create(backbone_checkpoint=str(tmp_path / 'other.pth'))
+
+    def test_a_repository_of_the_same_content_can_be_pushed(self, trained, tmp_path, x):
+        for stream_only in (False, True):
+            folder = tmp_path / str(stream_only)
+            repository.write_repository(self.create(), folder, f'org/{self.NAME}', stream_only)
+            config = (folder / 'config.json').read_text()
+            assert str(tmp_path) not in config
+            assert torch.equal(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(x), trained(x))
 
 
 @pytest.mark.parametrize('name', ['test_efficientnet', 'test_vit', 'swin_tiny_patch4_window7_224'])

@@ -3,7 +3,7 @@
 `backbones.architectures` tells which ones do.
 
 The variants of the paper have their pretrained cfgs in `hf_configs/`. All others have those of their backbones, without
-the weights.
+the weights. Where the package has a trained stream of a variant, its cfg names that file.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from .attach import attach, check_flags
 from .backbones.architectures import architectures
-from .hub.configs import read_configs
+from .hub.configs import read_configs, shipped_streams
 from .hub.load import load_weights
 from .hub.read import read_cfg_weights, read_timm_weights, timm_weights_name
+from .hub.stream_file import StreamHeader
 
 # Backbones of the paper and of the tests, with the tag of the GAP weights on which their streams are trained. Other
 # backbones take timm's default tag.
@@ -80,9 +81,18 @@ def _create_castream(
     attach_args = {name: kwargs.pop(name) for name in _ATTACH_ARGS & kwargs.keys()}
     check_flags(attach_args)
     saved_args = {**kwargs, **attach_args}
-    gap_name = _gap_name(backbone, attach_args.pop('backbone_pretrained', False), pretrained, kwargs)
-    gap_cfg = resolve_pretrained_cfg(backbone, gap_name.partition('.')[2] or GAP_TAGS.get(backbone))
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    # The user names the file in the overlay. A repository cannot request a pickle in its config.json.
+    allow_pickle = bool((pretrained_cfg_overlay or {}).get('hf_hub_filename'))
+    weights = read_cfg_weights(cfg.to_dict(), cache_dir, allow_pickle) if pretrained else None
+    asked = attach_args.pop('backbone_pretrained', False)
+    if (
+        weights and cfg.file and cfg.file == _shipped.get(variant)
+    ):  # brings its arguments, and needs timm's weights of the backbone
+        attach_args = {**StreamHeader.parse(weights.metadata, weights.origin).stream_args, **attach_args}
+        asked = asked or not attach_args.get('backbone_checkpoint')
+    gap_name = _gap_name(backbone, asked, pretrained, kwargs)
+    gap_cfg = resolve_pretrained_cfg(backbone, gap_name.partition('.')[2] or GAP_TAGS.get(backbone))
     if gap_name and not isinstance(pretrained_cfg, dict):
         fields = {name: getattr(gap_cfg, name) for name in _WEIGHTS_FIELDS}
         cfg = replace(cfg, **{**fields, **(pretrained_cfg_overlay or {})})
@@ -97,9 +107,6 @@ def _create_castream(
         hf_hub_id=gap_cfg.hf_hub_id,
         hf_hub_filename=None,
     )
-    # The user names the file in the overlay. A repository cannot request a pickle in its config.json.
-    allow_pickle = bool((pretrained_cfg_overlay or {}).get('hf_hub_filename'))
-    weights = read_cfg_weights(cfg.to_dict(), cache_dir, allow_pickle) if pretrained else None
 
     if kwargs.get('features_only', False):  # feature maps are not pooled, so there is no stream
         state_dict = weights.backbone if weights else {}
@@ -154,13 +161,14 @@ def _create_backbone(
 
 
 def _variant_cfg(backbone: str) -> PretrainedCfg:
-    """The backbone's cfg without its weights."""
+    """The backbone's cfg without its weights, and with the stream of the package where there is one."""
     # The cfgs of a timm module are read without a copy: timm.get_pretrained_cfg copies each one deeply.
     cfgs = getattr(sys.modules[model_entrypoint(backbone).__module__], 'default_cfgs', {})
     cfg = cfgs[backbone].default if backbone in cfgs else PretrainedCfg()
     cfg = copy.copy(cfg)  # a tenth of the time of dataclasses.replace, for more than a thousand cfgs
     cfg.url = cfg.file = cfg.hf_hub_id = cfg.hf_hub_filename = cfg.label_offset = None
     cfg.custom_load = False
+    cfg.file = _shipped.get(f'{backbone}_castream')
     return cfg
 
 
@@ -178,6 +186,7 @@ def _register(backbone: str) -> None:
 
 _backbones = architectures()
 _configs = read_configs()
+_shipped = {name: str(path) for name, path in shipped_streams().items()}
 _in_paper = {cfg.architecture for cfg in _configs.values()}
 # timm's register_model reads this name.
 default_cfgs = generate_default_cfgs(

@@ -18,6 +18,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import timm_castream
 from timm_castream import cli, commands, demo
@@ -106,6 +107,11 @@ def test_the_training_commands_show_their_own_half_even_without_a_script(command
         (['app', '--checkpoint', 'missing.pth'], 'need the name of the model'),
         (['app', '--model', 'test_resnet_castream', '--checkpoint', 'missing.pth'], 'missing.pth'),
         (['push', 'missing.pth', '--model', 'test_resnet_castream', '--repo', 'a/b'], 'missing.pth'),
+        (['push', '--model', 'test_resnet_castream', '--repo', 'a/b'], 'either a CHECKPOINT or --pretrained'),
+        (
+            ['push', '--pretrained', '--model', 'test_resnet_castream', '--repo', 'a/b'],
+            'No pretrained weights exist for test_resnet_castream',
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(argv, words, capsys):
@@ -315,6 +321,17 @@ def test_push_writes_a_folder_that_loads_by_its_name(checkpoint, tmp_path):
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
     saved = torch.load(checkpoint, weights_only=True)['state_dict']
     assert loaded.keys() == saved.keys() and all(torch.equal(value, saved[key]) for key, value in loaded.items())
+
+
+def test_push_of_published_weights_writes_the_same_again(checkpoint, tmp_path):
+    argv = ['push', '--repo', 'me/test', '--dry-run', str(tmp_path / 'one'), str(checkpoint), '--model']
+    assert cli.main([*argv, 'test_resnet_castream', '--model-kwargs', 'num_classes=10']) == 0
+    argv = ['push', '--repo', 'me/test', '--dry-run', str(tmp_path / 'two'), '--pretrained', '--model']
+    assert cli.main([*argv, f'local-dir:{tmp_path / "one"}']) == 0
+    one, two = (load_file(tmp_path / name / 'model.safetensors') for name in ('one', 'two'))
+    assert one.keys() == two.keys() and all(torch.equal(value, two[key]) for key, value in one.items())
+    one, two = (json.loads((tmp_path / name / 'config.json').read_text()) for name in ('one', 'two'))
+    assert one == two
 
 
 def test_the_installed_command_is_this_one():

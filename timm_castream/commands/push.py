@@ -16,7 +16,10 @@ EXAMPLE = 'castream push model_best.pth.tar --model resnet50_castream --repo me/
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('checkpoint', metavar='CHECKPOINT', help="as timm's train.py writes it, or safetensors")
+    parser.add_argument(
+        'checkpoint', metavar='CHECKPOINT', nargs='?', help="as timm's train.py writes it, or safetensors"
+    )
+    parser.add_argument('--pretrained', action='store_true', help='in place of CHECKPOINT: the weights of the name')
     parser.add_argument('--model', required=True, help='name of the model')
     add_model_kwargs(parser)
     parser.add_argument('--repo', required=True, metavar='ORG/NAME')
@@ -33,9 +36,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not Path(args.checkpoint).is_file():
+    if bool(args.checkpoint) == args.pretrained:
+        raise ValueError('Name either a CHECKPOINT or --pretrained.')
+    if args.checkpoint and not Path(args.checkpoint).is_file():
         raise FileNotFoundError(f'There is no file {args.checkpoint}.')
-    model = open_model(args.model, args.checkpoint, use_ema=args.use_ema, **args.model_kwargs)
+    model = open_model(args.model, args.checkpoint, args.pretrained, args.use_ema, **args.model_kwargs)
     card = {
         'metrics': _read_json(args.metrics) if args.metrics else None,
         'dataset': args.dataset,

@@ -1,10 +1,11 @@
-"""Pretrained cfgs of the variants of the paper, one JSON file each in `hf_configs/`."""
+"""Pretrained cfgs of the variants of the paper, one JSON file each in `hf_configs/`, and the streams in the package."""
 
 from __future__ import annotations
 
 import json
 import os
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from timm.models import PretrainedCfg
@@ -36,6 +37,12 @@ def read_configs() -> dict[str, PretrainedCfg]:
             fields['hf_hub_id'] = hub_repository(name)
         cfgs[name] = PretrainedCfg(architecture=config['architecture'], num_classes=config['num_classes'], **fields)
     return cfgs
+
+
+def shipped_streams() -> dict[str, Path]:
+    """The trained streams of the package, files of `save_stream`, by the name of their variant."""
+    folder = Path(str(files('timm_castream'))) / 'pretrained'
+    return {path.stem: path for path in sorted(folder.glob('*_castream.safetensors'))}
 
 
 def hub_repository(name: str) -> str:

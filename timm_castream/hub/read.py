@@ -23,6 +23,7 @@ from torch import Tensor
 from .configs import NAMESPACE_VARIABLE, hub_repository
 from .download import NO_PICKLE, PICKLE_NAME, WEIGHTS_NAME, download
 from .stream_file import STREAM_PREFIX, read_safetensors, stream_state_dict
+from .wheels import read_wheel, wheel_of
 
 # Keys of timm's checkpoints, and of DeiT's and others', in the order in which timm reads them.
 _WEIGHTS_KEYS = ('state_dict', 'model')
@@ -251,18 +252,28 @@ def timm_weights_name(architecture: str, tag: str | None) -> str:
 
 
 def read_timm_weights(name: str) -> dict[str, Tensor]:
-    """Reads timm's own weights of a plain backbone from the Hub.
+    """Reads timm's own weights of a plain backbone: from an installed wheel that holds them, or else from the Hub.
 
     Args:
         name: `architecture.tag`, or `architecture` for its default weights.
 
     Raises:
-        ValueError, RuntimeError, OSError: As `download` and `read_safetensors`.
+        ValueError, RuntimeError, OSError: As `read_wheel`, `download` and `read_safetensors`.
     """
+    weights = read_wheel(name)
+    if weights is not None:
+        return weights
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or cfg.hf_hub_id is None:
         raise RuntimeError(f'timm has no {name} on the Hub: download the weights, and pass backbone_checkpoint.')
     filename = cfg.hf_hub_filename or WEIGHTS_NAME
     if not filename.endswith('.safetensors'):  # timm's repositories have safetensors beside the pickle
         filename = WEIGHTS_NAME
-    return read_safetensors(download(cfg.hf_hub_id, filename), f'{filename} of {cfg.hf_hub_id}')[0]
+    try:
+        path = download(cfg.hf_hub_id, filename)
+    except OSError as error:
+        wheel = wheel_of(name)
+        if wheel is None:
+            raise
+        raise OSError(f'{error} `pip install {wheel.project}` brings the same weights.') from error
+    return read_safetensors(path, f'{filename} of {cfg.hf_hub_id}')[0]
