@@ -27,7 +27,6 @@ from timm_castream.visualize import (
     explain,
     find_images,
     overlay,
-    read_image,
     saliency_row,
 )
 
@@ -120,35 +119,6 @@ def test_classes_without_names_are_imagenets_where_there_are_as_many() -> None:
     model = nn.Module()
     model.num_classes = 1000
     assert class_name(model, 1).startswith('goldfish')
-
-
-def test_images_of_every_kind_are_read_upright(tmp_path: Path) -> None:
-    original = photograph(20, 30, 3)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    original.save(tmp_path / 'turned.png', exif=exif)
-    assert np.array_equal(np.asarray(read_image(tmp_path / 'turned.png')), np.rot90(np.asarray(original), -1))
-
-    for name, image in {
-        'grey.png': photograph(5, 7),
-        'transparent.png': photograph(5, 7, 4),
-        'palette.gif': photograph(5, 7, 3).convert('P'),
-        'bits.bmp': photograph(5, 7).convert('1'),
-        'cmyk.jpg': photograph(5, 7, 3).convert('CMYK'),
-        'dot.webp': photograph(1, 1, 3),
-    }.items():
-        image.save(tmp_path / name)
-        assert (read_image(tmp_path / name).mode, read_image(tmp_path / name).size) == ('RGB', image.size)
-
-    frames = [Image.new('RGB', (4, 4), colour) for colour in ('red', 'blue')]
-    frames[0].save(tmp_path / 'frames.tiff', save_all=True, append_images=frames[1:])
-    assert read_image(tmp_path / 'frames.tiff').getpixel((0, 0)) == (255, 0, 0)
-
-
-@pytest.mark.parametrize(('dtype', 'name'), [(np.uint16, 'a.png'), (np.int32, 'a.tiff'), (np.float32, 'a.tiff')])
-def test_images_wider_than_8_bits_are_scaled_by_their_range(dtype: Any, name: str, tmp_path: Path) -> None:
-    Image.fromarray(np.array([[0, 1000], [2000, 4000]], dtype=dtype)).save(tmp_path / name)
-    assert np.asarray(read_image(tmp_path / name, 'L')).tolist() == [[0, 64], [128, 255]]
 
 
 def test_a_map_that_says_nothing_is_called_constant(model: nn.Module, one: Tensor) -> None:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -26,6 +25,7 @@ from .attribution.methods import METHODS, PAPER_METHODS, Method
 from .attribution.saliency import attention_identity, saliency_maps
 from .attribution.user_methods import UserMethod, check_maps, resolve_methods
 from .backbones.mixin import castream_model
+from .datasets import find_images, image_mode, open_image
 from .inference.images import check_images, normalisation
 from .inference.predictor import Predictor
 from .pictures import (
@@ -59,7 +59,6 @@ __all__ = [
     'heat_map',
     'overlay',
     'printable',
-    'read_image',
     'saliency_row',
     'save',
 ]
@@ -127,7 +126,7 @@ def explain(
 ) -> Explained:
     """Writes a row of overlays for each image as a PNG, and a grid of all rows, with a progress bar on a terminal.
 
-    An image stands upright by its EXIF data and goes through the model's own eval transform. One that cannot be read
+    An image is opened by `datasets.open_image` and goes through the model's own eval transform. One that cannot be read
     is named in a warning and skipped.
 
     Args:
@@ -160,7 +159,7 @@ def explain(
     check_maps(rows_of_methods, len(paths), network.poolings)
     config = resolve_data_config({'img_size': img_size, 'crop_pct': crop_pct}, model=network.backbone)
     transform = create_transform(**config, is_training=False)
-    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+    mode = image_mode(config['input_size'][0])
     parameter = next(model.parameters())
     if identity:
         castream_model(model)
@@ -182,8 +181,8 @@ def explain(
 
     for index, path in enumerate(tqdm(images, desc='explain', unit='image', disable=None)):
         try:
-            image = read_image(path, mode)
-        except Exception as error:  # PIL's decoders raise about anything on a broken file
+            image = open_image(path, mode)
+        except OSError as error:
             done.unreadable[path] = f'{type(error).__name__}: {error}'
             _logger.warning('%s cannot be read and is skipped: %s', printable(path), error)
             continue
@@ -204,37 +203,6 @@ def explain(
     if strips:
         save_grid()
     return done
-
-
-def find_images(folder: str | Path) -> list[Path]:
-    """Files below a folder whose names end as those of formats that PIL opens, in order of their paths.
-
-    Raises:
-        ValueError: If there is no such folder, or no such file.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f'{str(folder)!r} is no folder.')
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in endings and path.is_file())
-    if not paths:
-        raise ValueError(f'{str(folder)!r} has no images.')
-    return paths
-
-
-def read_image(path: str | Path, mode: str = 'RGB') -> Image.Image:
-    """An image file, upright by its EXIF data, of 8 bits a channel: wider ones are scaled by their own range.
-
-    Args:
-        path: Any file that PIL opens; of several frames the first is read.
-        mode: `'RGB'` or `'L'`.
-    """
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.mode[0] in 'IF':  # 16 or 32 bits, which convert() would cut off at 255
-            values = torch.from_numpy(np.asarray(image, dtype=np.float64))
-            image = Image.fromarray((255 * scale_maps(values)).round().byte().numpy())
-        return image.convert(mode)
 
 
 def saliency_row(

@@ -217,6 +217,7 @@ def test_a_photograph_stands_upright(opened: PageModel, tmp_path: Path) -> None:
     [
         (b'', 'The file is not an image that can be read.'),
         (b'no image', 'The file is not an image that can be read.'),
+        (bytes(4) + b'ftypheic' + bytes(8), 'The file is HEIC, which Pillow reads after pip install pillow-heif.'),
         ('truncated', 'The image file is damaged and cannot be read.'),
         (
             'huge',

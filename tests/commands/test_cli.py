@@ -291,7 +291,7 @@ def test_explain_skips_what_it_cannot_read_and_says_so(model_options, tmp_path, 
     out = tmp_path / 'out'
     argv = ['explain', *model_options, '--device', 'cpu', '--images', str(tmp_path), '--output', str(out), '--identity']
     assert cli.main(argv) == 1
-    assert {path.name for path in out.iterdir()} == {'good.png', 'good_identity.png', 'grid.png'}
+    assert {path.name for path in out.iterdir()} == {'good.png', 'good_identity.png'}
     assert 'bad.png' in caplog.text
     assert str(out / 'good.png') in capsys.readouterr().out
 

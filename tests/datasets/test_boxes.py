@@ -7,7 +7,7 @@ import pytest
 import timm
 import timm.data
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from references import VOC_CLASSES
 from timm.data import create_transform
 from timm.data import transforms as timm_transforms
@@ -19,12 +19,14 @@ from timm_castream.datasets import (
     VOC2012,
     DigitScenes,
     boxes_for,
+    create_dataset,
     has_boxes,
     input_boxes,
     read_boxes,
     without_substitutes,
 )
 from timm_castream.evaluate import evaluate
+from timm_castream.metrics.localization import energy_pointing_game, pointing_game
 
 SIZES = [(500, 375), (375, 500), (64, 64), (300, 301), (1000, 90), (37, 51)]
 PIPELINES = {
@@ -263,7 +265,11 @@ class TestReadBoxes:
         (folder / 'localization.txt').write_text('\n'.join(lines), encoding='utf-8-sig')
         for data in (timm.data.ImageDataset(folder / 'images' / 'val'), ImageFolder(folder / 'images' / 'val')):
             boxes = read_boxes(folder / 'localization.txt', data)
-            assert [b.tolist() for b in boxes] == [[[1, 2, 3, 4], [5, 6, 7, 8]], [], [[0.5, 0, 7, 8]]]
+            assert [b.tolist() for b in boxes] == [
+                [[1, 2, 4, 5], [5, 6, 8, 9]],
+                [],
+                [[0.5, 0, 8, 9]],
+            ]  # the last pixels inside
             data.boxes = boxes
             assert boxes_for(data, [2, 0], [0, 0]).isnan().all(-1).tolist() == [[False, True], [False, False]]
 
@@ -279,7 +285,10 @@ class TestReadBoxes:
                 (['n02/a.JPEG,1,2,3,4', line], r'boxes\.txt, line 2: .* is not of the form str, number, number')
                 for line in ('a.JPEG,1,2,3', 'a.JPEG,1,2,3,x', 'a.JPEG,1,2,nan,4', 'a.JPEG 1 2 3 4')
             ),
-            (['n01/a.JPEG,3,2,3,4'], r'boxes\.txt: the box \[3.0, 2.0, 3.0, 4.0\] of n01/a\.JPEG has no area'),
+            (
+                ['n01/a.JPEG,3,2,2,4'],
+                r'boxes\.txt: the box \[3.0, 2.0, 2.0, 4.0\] of n01/a\.JPEG ends before it begins',
+            ),
             (['n01/b.JPEG,1,2,3,4'], r'boxes\.txt lists none of the 3 images, such as val/n01/a\.JPEG'),
         ],
     )
@@ -296,9 +305,9 @@ class TestReadBoxes:
     def test_imagenets_xml_files_belong_to_the_images_of_their_names(self, folder, under):
         xml = folder / 'Annotations' / under
         xml.mkdir(parents=True)
-        (xml / 'c,d.xml').write_text(annotation([('n02', 0, 1, 20, 19, 0), ('n02', 3, 4, 5, 6, 0)]))
+        (xml / 'c,d.xml').write_text(annotation([('n02', 0, 1, 19, 18, 0), ('n02', 3, 4, 5, 4, 0)]))
         boxes = read_boxes(folder / 'Annotations', timm.data.ImageDataset(folder / 'images'))
-        assert [b.tolist() for b in boxes] == [[], [], [[0, 1, 20, 19], [3, 4, 5, 6]]]
+        assert [b.tolist() for b in boxes] == [[], [], [[0, 1, 20, 19], [3, 4, 6, 5]]]
 
     def test_folders_without_xml_files_or_with_two_of_a_name_are_refused(self, folder):
         data = timm.data.ImageDataset(folder / 'images')
@@ -309,3 +318,36 @@ class TestReadBoxes:
             (folder / 'xml' / name / 'a.xml').write_text(annotation([]))
         with pytest.raises(ValueError, match=r'xml has two files a\.xml: .*n01/a\.xml and .*n02/a\.xml'):
             read_boxes(folder / 'xml', data)
+
+    def test_boxes_of_the_last_column_and_of_one_row_count_their_pixels(self, folder):
+        """A box of the whole image, one of the last column, and one of a single row, as localization.txt writes them."""
+        path = 'n02/c,d.JPEG'
+        lines = [f'{path},0,0,19,19', f'{path},19,0,19,19', f'{path},2,7,5,7']
+        (folder / 'boxes.txt').write_text('\n'.join(lines))
+        data = timm.data.ImageDataset(folder / 'images' / 'val')
+        data.boxes = read_boxes(folder / 'boxes.txt', data)
+        whole, column, row = boxes_for(data, [2], [0]).unbind(1)
+        saliency = torch.zeros(1, 20, 20)
+        saliency[0, 7, 19] = 1.0
+        assert pointing_game(saliency, column[None]).item() == 100
+        assert energy_pointing_game(torch.ones(1, 20, 20), whole[None]).item() == 100
+        assert energy_pointing_game(torch.ones(1, 20, 20), row[None]).item() == pytest.approx(100 * 4 / 400)
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize(('upright', 'ending'), [(True, 'png'), (False, 'png'), (True, 'tiff'), (False, 'tiff')])
+def test_boxes_turn_with_the_image_where_the_data_set_turns_it(tmp_path, orientation, upright, ending):
+    """The box is drawn into the stored image; Pillow turns the pixels, and their bounding box is what is expected."""
+    box = (3, 4, 9, 15)
+    image = Image.new('RGB', (30, 20))
+    image.paste('white', box)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / 'a').mkdir()
+    image.save(tmp_path / 'a' / f'0.{ending}', exif=exif)
+    data = create_dataset('', tmp_path) if upright else ImageFolder(tmp_path)
+    data.boxes = [np.array([box])]
+    with Image.open(tmp_path / 'a' / f'0.{ending}') as stored:
+        stored.load()  # Pillow turns a TIFF itself
+        seen = ImageOps.exif_transpose(stored) if upright else stored.copy()
+    assert boxes_for(data, [0], [0])[0].tolist() == [list(seen.getbbox())]

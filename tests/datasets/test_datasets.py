@@ -417,10 +417,10 @@ class TestCreateDataset:
         with pytest.raises(ValueError, match='digits is made, not read: leave out some/folder'):
             create_dataset('digits', 'some/folder')
 
-    def test_every_other_name_goes_to_timm_unchanged(self, scenes, tmp_path):
+    def test_folders_take_timms_arguments_and_every_other_name_goes_to_timm(self, scenes, tmp_path):
         write_image_folder({'train': scenes}, tmp_path / 'digits')
         folder = create_dataset('', tmp_path / 'digits', 'train', True, {'7': 0}, transform=np.asarray)
-        assert type(folder) is timm.data.ImageDataset and folder.transform is np.asarray
+        assert isinstance(folder, timm.data.ImageDataset) and folder.transform is np.asarray
         assert len(folder) == (scenes.labels == 7).sum() and {label for _, label in folder} == {0}
         with pytest.raises(AssertionError, match='Unknown torchvision dataset'):
             create_dataset('torch/nothing', tmp_path)

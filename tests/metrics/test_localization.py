@@ -52,6 +52,16 @@ def iou(a, b, inclusive):
     return width * height / (sum(areas) - width * height)
 
 
+def whole_pixels(box):
+    """First and last pixels inside of a box whose x1 and y1 lie just outside, as files of boxes have them."""
+    return [math.floor(box[0]), math.floor(box[1]), math.floor(box[2] + 0.5) - 1, math.floor(box[3] + 0.5) - 1]
+
+
+def outside(box):
+    """x1 and y1 just outside, from the last pixels inside."""
+    return [box[0], box[1], box[2] + 1, box[3] + 1]
+
+
 def flood(mask, neighbours):
     """The components of a mask, each a list of (row, column), in reading order of their first pixels."""
     seen, components = np.zeros_like(mask), []
@@ -133,7 +143,7 @@ class TestAgainstLoops:
                 labels, _ = ndimage.label(levels > level, structure=np.ones((3, 3)))
                 for rows, columns in ndimage.find_objects(labels):
                     found = [columns.start, rows.start, min(columns.stop, width - 1), min(rows.stop, height - 1)]
-                    best = max(iou(found, [math.floor(corner) for corner in box], inclusive=True) for box in boxes[:2])
+                    best = max(iou(found, whole_pixels(box), inclusive=True) for box in boxes[:2])
                     expected[:, level] |= [best >= threshold for threshold in (0.3, 0.5, 0.7)]
             hits = box_accuracy_hits(*as_batch(saliency, boxes))[0]
             assert np.array_equal(hits.numpy(), expected)
@@ -144,7 +154,7 @@ class TestBoxAccuracy:
         """Each of their boxes fits itself perfectly; IoU([1, 2, 5, 6], [3, 1, 4, 5]) is 8 / 27."""
         assert iou([1, 2, 5, 6], [3, 1, 4, 5], inclusive=True) == 8 / 27
         for level, box in WSOL_BOXES.items():
-            hits = box_accuracy_hits(*as_batch(WSOL_MAP, [box]))[0]
+            hits = box_accuracy_hits(*as_batch(WSOL_MAP, [outside(box)]))[0]
             assert hits[:, level].all()
             misfits = [k for k, other in WSOL_BOXES.items() if iou(other, box, inclusive=True) < 0.7]
             assert not hits[2, misfits].any()
@@ -152,19 +162,28 @@ class TestBoxAccuracy:
     def test_an_iou_of_8_in_27_misses_the_lowest_threshold_and_9_in_27_hits_it(self):
         saliency = torch.zeros(9, 9)
         saliency[2:6, 1:5] = 1.0  # found as [1, 2, 5, 6]
-        assert not box_accuracy_hits(*as_batch(saliency, [[3, 1, 4, 5]])).any()
-        hits = box_accuracy_hits(*as_batch(saliency, [[3, 2, 4, 6]]))  # 10 of 25
+        assert not box_accuracy_hits(*as_batch(saliency, [outside([3, 1, 4, 5])])).any()
+        hits = box_accuracy_hits(*as_batch(saliency, [outside([3, 2, 4, 6])]))  # 10 of 25
         assert hits[0, 0, :255].all() and not hits[0, 1:].any() and not hits[0, 0, 255]
+
+    def test_a_box_that_ends_with_the_map_is_not_a_pixel_larger_than_the_map(self):
+        """A component of the whole map has an IoU of 1 with the box of the whole map, and one of 24 / 49 with 24 pixels."""
+        saliency = torch.ones(7, 7)
+        saliency[0, 0] = 0.0  # level 0 leaves a component around it, of the whole map
+        hits = box_accuracy_hits(*as_batch(saliency, [outside([0, 0, 6, 6])]))[0]
+        assert hits[:, 0].all()
+        hits = box_accuracy_hits(*as_batch(saliency, [outside([0, 0, 5, 3])]))[0]
+        assert hits[:, 0].tolist() == [True, False, False]  # 24 / 49 lies below 0.5; 35 / 56 of a larger box would not
 
     def test_any_component_suffices_not_only_the_largest(self):
         saliency = torch.zeros(20, 20)
         saliency[1:9, 1:9], saliency[12:15, 12:15] = 0.5, 1.0
-        small, large = as_batch(saliency, [[12, 12, 15, 15]]), as_batch(saliency, [[1, 1, 9, 9]])
+        small, large = (as_batch(saliency, [outside(box)]) for box in ([12, 12, 15, 15], [1, 1, 9, 9]))
         assert box_accuracy_hits(*small)[0, 2, :255].all()
         assert box_accuracy_hits(*large)[0, 2].tolist() == [level < 127 for level in range(256)]
 
     def test_diagonal_pixels_are_one_component(self):
-        hits = box_accuracy_hits(*as_batch(torch.eye(12), [[0, 0, 11, 11]]))
+        hits = box_accuracy_hits(*as_batch(torch.eye(12), [[0, 0, 12, 12]]))
         assert hits[0, :, :255].all()
         assert localization_error(*as_batch(torch.eye(12), [[0, 0, 12, 12]])).item() == 100  # 4-connected: one pixel
 

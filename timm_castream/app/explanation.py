@@ -25,10 +25,12 @@ from ..attach import attention_maps
 from ..attribution.cam import scale_maps
 from ..attribution.methods import METHODS
 from ..attribution.saliency import Identity, attention_identity, attribute_all
+from ..datasets import image_mode, open_image
+from ..datasets.image_files import PluginNeededError, stored_orientation
 from ..inference.images import mask_image
 from ..metrics.curves import deletion_curve, insertion_curve
 from ..metrics.table import DEFAULT_METRICS, METRICS, Measurements
-from ..visualize import POOLING_NAMES, denormalised, read_image
+from ..visualize import POOLING_NAMES, denormalised
 from .page_model import PageModel
 
 MAX_PIXELS = 50_000_000
@@ -205,8 +207,8 @@ def explain_image(opened: PageModel, image: str | Path | Image.Image) -> Explana
             user of a page and names no path.
     """
     config = resolve_model_data_config(opened.model)
-    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
-    image = image.convert(mode) if isinstance(image, Image.Image) else _read_file(Path(image), mode)
+    mode = image_mode(config['input_size'][0])
+    image = open_image(image, mode) if isinstance(image, Image.Image) else _read_file(Path(image), mode)
     parameter = next(opened.model.parameters())
     return Explanation(opened, create_transform(**config, is_training=False)(image)[None].to(parameter))
 
@@ -215,12 +217,13 @@ def _read_file(path: Path, mode: str) -> Image.Image:
     try:
         with warnings.catch_warnings():  # PIL warns about large images; the limit below is lower
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                width, height = file.size
+            (width, height), *_ = stored_orientation(path)
     except FileNotFoundError:
         raise FileNotFoundError(f'There is no file {path}.') from None
     except Image.DecompressionBombError:
         raise ValueError(f'The image is too large; at most {MAX_PIXELS // 10**6} million pixels are read.') from None
+    except PluginNeededError as error:
+        raise ValueError(f'The file is {error.plugin}.') from None
     except Exception:  # PIL's decoders raise about anything on a broken file
         raise ValueError('The file is not an image that can be read.') from None
     if width * height > MAX_PIXELS:
@@ -228,6 +231,6 @@ def _read_file(path: Path, mode: str) -> Image.Image:
             f'The image has {width} x {height} pixels; at most {MAX_PIXELS // 10**6} million pixels are read.'
         )
     try:
-        return read_image(path, mode)
+        return open_image(path, mode)
     except Exception:
         raise ValueError('The image file is damaged and cannot be read.') from None

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 
+from .folders import ImageFiles
 from .index_files import number, official_split, positive, read_rows, read_table, read_xml_boxes
 
 VOC_IGNORE = -1.0
@@ -71,7 +71,7 @@ class _IndexReader(Reader):
         return os.path.basename(file) if basename else str(self.folder / file) if absolute else file
 
 
-class IndexedImages(ImageDataset):
+class IndexedImages(ImageFiles):
     """N images with the targets that an official index gives them.
 
     Args:

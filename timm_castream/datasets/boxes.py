@@ -1,6 +1,7 @@
-"""Boxes of a data set's objects: read them from files, and carry them through an image's resize and crop.
+"""Boxes of a data set's objects: read them from files, and carry them to the pixels of the network's input.
 
-A box is x0, y0, x1, y1 in pixels; x1 and y1 lie just outside. J boxes an image, R pairs of an image and a class.
+A box is x0, y0, x1, y1 in pixels; x1 and y1 lie just outside. Boxes belong to the stored image: where `open_image`
+turns it upright, they turn with it. J boxes an image, R pairs of an image and a class.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import ImageDataset
 from timm.data import transforms as timm_transforms
 from torch import Tensor
 from torchvision import transforms
 
+from .image_files import open_image, stored_orientation
 from .index_files import number, read_rows, read_xml_boxes
 from .unreadable import image_name, innermost
 
@@ -33,6 +36,8 @@ _UNMOVED = (
 )
 """Transforms that leave every pixel where it is."""
 
+_LAST_PIXEL = np.array((0, 0, 1, 1))  # from corners inside to corners just outside
+
 
 def has_boxes(dataset: Any) -> bool:
     """Whether `boxes_for` finds boxes in a data set."""
@@ -44,7 +49,7 @@ def boxes_for(dataset: Any, indices: Sequence[int], labels: Sequence[int]) -> Te
     """The boxes of classes in images, in pixels of the network's input, as `localization` takes them.
 
     Row r belongs to the image `indices[r]` and the class `labels[r]`: an image of several classes has several rows.
-    Boxes go through the resize and crop of `dataset.transform`, as the pixels do.
+    Boxes are turned upright and go through the resize and crop of `dataset.transform`, as the pixels do.
 
     A data set has boxes by one of two attributes. `boxes` is a sequence of N arrays (J, 4) or (4,), in pixels of the
     stored images, used for every class: `CUB200`, `TinyImageNet` and `DigitScenes` have it, and any other data set gets
@@ -65,10 +70,10 @@ def boxes_for(dataset: Any, indices: Sequence[int], labels: Sequence[int]) -> Te
         OSError: The size of an image cannot be read.
         ValueError: The data set has no boxes, or a transform moves pixels in an unknown way.
     """
-    rows = []
-    for index, label in zip(indices, labels, strict=True):
-        boxes, size, transform = _stored_boxes(dataset, int(index), int(label))
-        rows.append(input_boxes(boxes, size, transform))
+    rows = [
+        input_boxes(*_upright_boxes(dataset, int(index), int(label)))
+        for index, label in zip(indices, labels, strict=True)
+    ]
     padded = torch.full((len(rows), max(map(len, rows), default=1) or 1, 4), torch.nan)
     for row, boxes in zip(padded, rows, strict=True):
         row[: len(boxes)] = torch.from_numpy(boxes)
@@ -79,8 +84,8 @@ def input_boxes(boxes: np.ndarray, image_size: tuple[int, int], transform: Any) 
     """Boxes after an image's transform.
 
     Args:
-        boxes: (J, 4) in pixels of the stored image.
-        image_size: Width and height of the stored image, as `PIL.Image.Image.size`.
+        boxes: (J, 4) in pixels of the upright image.
+        image_size: Width and height of the upright image, as `PIL.Image.Image.size`.
         transform: From a PIL image to the network's input: a resize, crop or trim of timm's or torchvision's, a
             transform that moves no pixels, a `Compose` of these, or None.
 
@@ -106,7 +111,8 @@ def read_boxes(path: str | os.PathLike, dataset: Any) -> list[np.ndarray]:
         path: Either a text file with a line `path,x0,y0,x1,y1` a box, as the `localization.txt` of the WSOL benchmark;
             its paths and the images' belong together where one ends in the other. Or a folder of XML files, such as
             ImageNet's `Annotations/CLS-LOC/val`, with or without subfolders; `NAME.xml` belongs to `NAME.JPEG`, and the
-            boxes of all its objects are taken, whatever their class.
+            boxes of all its objects are taken, whatever their class. In both, pixels count from 0, and x1 and y1 are
+            the last ones inside, as in these files: 1 is added to them.
         dataset: N images with file names: timm's `filename(index, absolute=True)`, or torchvision's `samples`.
 
     Returns:
@@ -123,11 +129,11 @@ def read_boxes(path: str | os.PathLike, dataset: Any) -> list[np.ndarray]:
     found = [read(PurePath(image_name(dataset, index, absolute=True))) for index in range(len(dataset))]
     if not any(map(len, found)):
         raise ValueError(f'{path} lists none of the {len(found)} images, such as {image_name(dataset, 0)}')
-    return found
+    return [boxes + _LAST_PIXEL for boxes in found]
 
 
-def _stored_boxes(dataset: Any, index: int, label: int) -> tuple[np.ndarray, tuple[int, int], Any]:
-    """Boxes of a class in a stored image, the size of that image, and the transform on its way to the network."""
+def _upright_boxes(dataset: Any, index: int, label: int) -> tuple[np.ndarray, tuple[int, int], Any]:
+    """Boxes of a class in an upright image, its width and height, and the transform on its way to the network."""
     dataset, index = innermost(dataset, index)
     if getattr(dataset, 'boxes', None) is not None:
         boxes = dataset.boxes[index]
@@ -135,18 +141,32 @@ def _stored_boxes(dataset: Any, index: int, label: int) -> tuple[np.ndarray, tup
         boxes = dataset.boxes_of(index, label)
     else:
         raise ValueError(f'{type(dataset).__name__} has no boxes: name a file or a folder with them')
-    return boxes, _image_size(dataset, index), getattr(dataset, 'transform', None)
+    size, orientation = _stored_size(dataset, index)
+    boxes, size = _turned(np.asarray(boxes, dtype=np.float64).reshape(-1, 4), size, orientation)
+    return boxes, size, getattr(dataset, 'transform', None)
 
 
-def _image_size(dataset: Any, index: int) -> tuple[int, int]:
-    """Width and height of a stored image, read from its header."""
+def _stored_size(dataset: Any, index: int) -> tuple[tuple[int, int], int]:
+    """Width and height of a stored image, and the EXIF orientation by which the data set turns it, 1 for none."""
     if hasattr(dataset, 'image_size'):
-        return dataset.image_size(index)
+        return dataset.image_size(index), 1
     image = dataset.reader[index][0] if hasattr(dataset, 'reader') else dataset.samples[index][0]
-    if isinstance(image, Image.Image):
-        return image.size
-    with Image.open(image) as opened:
-        return opened.size
+    size, orientation, by_pillow = stored_orientation(image)
+    is_turned = by_pillow or isinstance(dataset, ImageDataset) or getattr(dataset, 'loader', None) is open_image
+    return size, orientation if is_turned else 1
+
+
+def _turned(boxes: np.ndarray, size: tuple[int, int], orientation: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Boxes, and the image's width and height, after the image is turned upright from an EXIF orientation, 1 to 8."""
+    width, height = size
+    x0, y0, x1, y1 = boxes.T
+    if orientation in (2, 3, 7, 8):  # mirrored from left to right
+        x0, x1 = width - x1, width - x0
+    if orientation in (3, 4, 6, 7):  # from top to bottom
+        y0, y1 = height - y1, height - y0
+    if orientation > 4:
+        x0, y0, x1, y1, width, height = y0, x0, y1, x1, height, width
+    return np.stack([x0, y0, x1, y1], 1), (width, height)
 
 
 def _steps(transform: Any) -> list[Any]:
@@ -200,8 +220,8 @@ def _text_file(path: Path) -> Callable[[PurePath], np.ndarray]:
     """From an image's path to its boxes in a text file."""
     boxes: dict[tuple[str, ...], list[tuple[float, ...]]] = {}
     for file, *box in read_rows(path, str, number, number, number, number, separator=','):
-        if box[2] <= box[0] or box[3] <= box[1]:
-            raise ValueError(f'{path}: the box {box} of {file} has no area')
+        if box[2] < box[0] or box[3] < box[1]:
+            raise ValueError(f'{path}: the box {box} of {file} ends before it begins')
         boxes.setdefault(PurePath(file).parts, []).append(tuple(box))
     by_name: dict[str, list[tuple[str, ...]]] = {}
     for parts in boxes:

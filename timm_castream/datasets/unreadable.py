@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from PIL import Image
 from timm.data import ImageDataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from .folders import ImageFiles, read_item
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ def without_substitutes(dataset: Dataset) -> Dataset:
     """A data set of the same items in which one that cannot be read is an `Unreadable`, never another item.
 
     timm's `ImageDataset` gives the next image with its label in place of an image that cannot be read, and fails where
-    many in a row cannot be read. Other data sets raise. The result gives an `Unreadable` for each such image.
+    many in a row cannot be read. Other data sets raise. The result gives an `Unreadable` for each such image. It opens
+    the images of timm's data sets by `open_image`.
 
     The result has the attributes of the data set, such as `classes` and `boxes`. An attribute that is set, such as the
     `transform` by timm's `create_loader`, changes the result alone. It can be pickled if the data set can.
@@ -161,15 +163,7 @@ class WithoutSubstitutes(Dataset):
             raise IndexError(f'index {index} is out of range for {len(self)} items')
         dataset, place = innermost(self, index)
         try:
-            if not isinstance(dataset, ImageDataset):
-                return dataset[place]
-            single = copy.copy(dataset)
-            single.reader = _SingleRead(dataset.reader)
-            try:
-                return single[place]
-            except _SecondReadError:
-                _open(dataset, place)
-                raise
+            return read_item(dataset, place) if _is_plain(dataset) else dataset[place]
         except MemoryError:
             raise
         except Exception as error:
@@ -195,32 +189,6 @@ class WithoutSubstitutes(Dataset):
         object.__setattr__(self, 'dataset', dataset)
 
 
-class _SecondReadError(Exception):
-    """timm's ImageDataset goes on to another image."""
-
-
-class _SingleRead:
-    """A reader of timm's that gives one image alone."""
-
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
-        self.is_read = False
-
-    def __getitem__(self, index: int) -> Any:
-        if self.is_read:
-            raise _SecondReadError('the image cannot be opened')
-        self.is_read = True
-        return self.reader[index]
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.reader, name)
-
-
-def _open(dataset: Any, index: int) -> None:
-    """Raises the error for which timm's ImageDataset left out an image; timm only logs it."""
-    image, *_ = dataset.reader[index]
-    with Image.open(image) as opened:
-        opened.load()
+def _is_plain(dataset: Any) -> bool:
+    """Whether a data set reads its items as timm's `ImageDataset` does, so that `read_item` reads them."""
+    return type(dataset).__getitem__ in (ImageDataset.__getitem__, ImageFiles.__getitem__)

@@ -29,9 +29,10 @@ _BITS = 48  # results in one number: float64 holds integers up to 2 ** 53
 def box_accuracy_hits(saliency: Tensor, boxes: Tensor) -> Tensor:
     """The levels at which each map has a component whose box fits one of its boxes, for `max_box_acc_v2`.
 
-    As in the code of the metric's authors, the IoU counts both corners of a box as inside; boxes are rounded down; and
-    a component has its corners at its first column and row and at the column and row after its last, as far as the map
-    has one. Their contours include the outlines of holes too, which are not used here. A constant map has no hits.
+    As in the code of the metric's authors, boxes cover whole pixels, of which they round the first and the last down;
+    and the IoU counts both corners of a component as inside, which lie at its first column and row and at the column
+    and row after its last, as far as the map has one. Their contours include the outlines of holes too, which are not
+    used here. A constant map has no hits.
 
     Args, Raises: as `pointing_game`.
 
@@ -46,11 +47,12 @@ def box_accuracy_hits(saliency: Tensor, boxes: Tensor) -> Tensor:
     corner = torch.tensor([0, 0, 1, 1], dtype=torch.float64)
     last = torch.tensor([width - 1, height - 1] * 2, dtype=torch.float64)
     for i, values in enumerate(saliency.detach().cpu().double()):
-        truth = boxes[i][is_box(boxes[i])].cpu().double().floor()
+        truth = boxes[i][is_box(boxes[i])].cpu().double()
+        # x1 and y1 lie just outside: they already hold the pixel that the authors add to the last one inside.
+        truth = torch.cat([truth[:, :2].floor(), (truth[:, 2:] + 0.5).floor()], 1)
         spread = values.max() - values.min()
         if not len(truth) or not spread:
             continue
-        truth += corner  # inclusive corners, made those of a plain IoU
         min_area = float(thresholds[0] * box_area(truth).min())
         scaled = (values - values.min()) / spread
         levels, components = map(torch.from_numpy, component_boxes(scaled.numpy(), min_area))

@@ -1,0 +1,113 @@
+"""Classes by name: those of a data set against those of a network, or of another split."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+_NUM_SHOWN = 5
+
+_logger = logging.getLogger(__name__)
+
+
+def label_names_of(dataset: Any) -> list[str] | None:
+    """Names of the classes of a data set in the order of their indices, or None where it has no list of them."""
+    names = getattr(dataset, 'classes', None)
+    if names and all(isinstance(name, str) for name in names):
+        return list(names)
+    indices = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or getattr(dataset, 'class_to_idx', None)
+    if not indices or not all(isinstance(name, str) for name in indices):
+        return None
+    named = {index: name for name, index in reversed(list(indices.items()))}
+    return [named.get(index, f'class {index}') for index in range(max(named) + 1)]
+
+
+def match_classes(names: Sequence[str], label_names: Sequence[str], owner: str) -> dict[str, int]:
+    """The index of each class in a list of names.
+
+    Names are compared letter by letter; a letter with an accent is the same however Unicode writes it.
+
+    Args:
+        names: Classes of a data set.
+        label_names: All classes that are known, in the order of their indices.
+        owner: The data set, for messages.
+
+    Raises:
+        ValueError: A class is not among the known ones.
+    """
+    known: dict[str, int] = {}
+    for index, name in enumerate(label_names):
+        known.setdefault(unicodedata.normalize('NFC', name), index)
+    indices = {name: known.get(unicodedata.normalize('NFC', name), -1) for name in names}
+    new = [name for name, index in indices.items() if index < 0]
+    missing = [name for index, name in enumerate(label_names) if index not in indices.values()]
+    if new:
+        near = difflib.get_close_matches(new[0].casefold(), {name.casefold(): name for name in missing}, 1)
+        spelt = {name.casefold(): name for name in missing}
+        hint = f' Is {new[0]} meant to be {spelt[near[0]]}?' if near else ''
+        raise ValueError(
+            f'{owner} has {_counted(new)} that {"is" if len(new) == 1 else "are"} not known: the known classes are '
+            f'{_shown(label_names)}.{hint} A class map gives folders their indices.'
+        )
+    if missing:
+        _logger.warning('%s lacks %s; the other classes keep their indices.', owner, _counted(missing))
+    order = list(indices.values())
+    if order != sorted(order):
+        _logger.info('%s has its classes in another order; they are matched by name.', owner)
+    return indices
+
+
+def align_classes(dataset: Any, label_names: Sequence[str], owner: str = 'The data set') -> None:
+    """Gives the targets of a data set the indices that their classes have in a list of names, in place.
+
+    Args:
+        dataset: A data set of timm's, torchvision's or this package. One without a list of classes is left as it is.
+        label_names: Names of all classes in the order of their indices, such as those of a network.
+        owner: The data set, for messages.
+
+    Raises:
+        ValueError: A class is not among the names, or the targets cannot be changed.
+    """
+    own = label_names_of(dataset)
+    if own is None or own == list(label_names):
+        return
+    indices = match_classes(own, label_names, owner)
+    table = np.array([indices[name] for name in own])
+    reader = getattr(dataset, 'reader', None)
+    if reader is not None and isinstance(getattr(reader, 'targets', None), np.ndarray):  # (N, C), several labels
+        targets = np.full((len(reader.targets), len(label_names)), -1, dtype=reader.targets.dtype)
+        targets[:, table] = reader.targets
+        reader.targets = targets
+    elif hasattr(dataset, 'target_transform'):
+        dataset.target_transform = _Reindexed(table, dataset.target_transform)
+    elif hasattr(dataset, 'labels'):  # of scenes
+        dataset.labels = table[dataset.labels]
+    else:
+        raise ValueError(f'{owner} has its classes in another order than the known ones, and no target_transform.')
+    if reader is not None and hasattr(reader, 'class_to_idx'):
+        reader.class_to_idx = {name: index for index, name in enumerate(label_names)}
+    dataset.classes = list(label_names)
+
+
+class _Reindexed:
+    """A target transform that gives classes other indices."""
+
+    def __init__(self, table: np.ndarray, before: Callable[[Any], Any] | None) -> None:
+        self.table = table
+        self.before = before
+
+    def __call__(self, target: Any) -> int:
+        return int(self.table[int(target if self.before is None else self.before(target))])
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f'the class {names[0]!r}' if len(names) == 1 else f'{len(names)} classes, {_shown(names)},'
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ', '.join(map(repr, names[:_NUM_SHOWN])) + (', ...' if len(names) > _NUM_SHOWN else '')
