@@ -16,14 +16,11 @@ from benchmarks.evidence import __main__ as program
 from benchmarks.evidence import maps, pieces
 from benchmarks.evidence.choice import take
 from benchmarks.evidence.images import Images, read_images
-from benchmarks.evidence.page import MARKS, page_text, readme_text
-from benchmarks.evidence.page.cells import wrap
-from benchmarks.evidence.page.main_table import excess
+from benchmarks.evidence.page import MARKS, excess, page_text, readme_text, wrap
 from benchmarks.evidence.quick import make_data
 from benchmarks.evidence.results import Results, Table
 from benchmarks.evidence.setup import read_settings
 from benchmarks.evidence.statistics import Difference, compare
-from benchmarks.evidence.training import fit_temperature
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'benchmarks' / 'evidence_results'
@@ -84,17 +81,6 @@ def test_the_setting_with_the_best_saliency_among_the_accurate_ones_is_taken():
     assert rate(63.5, 3.1) == 1  # the scores 15 and 18 count as equal, so fewer epochs win
     assert rate(64.5, 0.0) == 1
     assert rate(66.0, 0.0) == 1  # none is accurate enough
-
-
-def test_the_fitted_temperature_has_the_least_cross_entropy():
-    generator = torch.Generator().manual_seed(0)
-    logits, labels = 5 * torch.randn(300, 7, generator=generator), torch.randint(7, (300,), generator=generator)
-    temperature = fit_temperature(logits, labels)
-
-    def loss(value: float) -> float:
-        return torch.nn.functional.cross_entropy(logits / value, labels).item()
-
-    assert loss(temperature) <= min(loss(temperature * factor) for factor in (0.9, 0.99, 1.01, 1.1))
 
 
 def test_no_line_of_a_paragraph_begins_a_list():
@@ -315,7 +301,7 @@ def test_temperatures_and_baselines_have_the_differences_of_the_committed_values
             check_difference(baselines[f'{other}, CA - GAP'][i], gap, runs)
             mains = [column(piece, name) for piece in pieces_of('main')]
             check_difference(
-                baselines[f"Grad-CAM's CA - GAP less that of {other}"][i],
+                baselines[f"Grad-CAM's CA - GAP minus that of {other}"][i],
                 [a - b for a, b in zip(column('main-gap', name), gap, strict=True)],
                 [[a - b for a, b in zip(main, run, strict=True)] for main, run in zip(mains, runs, strict=True)],
             )

@@ -5,7 +5,7 @@
     python -m benchmarks.evidence --steps page
     python -m benchmarks.evidence --quick
 
-Run it from the root of the repository. Every step goes on where it was killed.
+Run it from the root of the repository. Every step resumes after a kill.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from .choice import choose
@@ -32,7 +31,6 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 RESULTS = ROOT / 'benchmarks' / 'evidence_results'
 PAGE = ROOT / 'docs' / 'evidence.md'
-SIZE_SEEDS = (0, 1, 2)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -60,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         args.backbone_checkpoint,
         shlex.join(command),
     )
-    known = ['choices', *settings['tables'], 'growth', *settings.get('sizes', {}), 'strip', 'page']
+    known = ['choices', *settings['tables'], 'growth', 'strip', 'page']
     steps = args.steps or known
     if unknown := [step for step in steps if step not in known]:
         raise SystemExit(f'Step {unknown[0]!r} is unknown, valid ones: {", ".join(known)}.')
@@ -87,8 +85,6 @@ def run_step(setup: Setup, step: str, args: argparse.Namespace) -> None:
         run_growth(setup, args.streams, args.seeds)
     elif step == 'strip':
         draw_strip(setup, args.page)
-    elif step in setup.settings.get('sizes', {}):
-        run_size(setup.of_size(step), args.seeds)
     else:
         for piece in pieces(setup.settings, step):
             if (piece.stream is None or args.seeds is None or piece.seed in args.seeds) and (
@@ -96,15 +92,6 @@ def run_step(setup: Setup, step: str, args: argparse.Namespace) -> None:
             ):
                 run_piece(setup, piece)
     print(f'{step}: {time.monotonic() - start:.0f} s', flush=True)
-
-
-def run_size(setup: Setup, seeds: Sequence[int] | None) -> None:
-    """Runs the main row at another size, plain and with fitted temperatures."""
-    setup.fit_gap()
-    for table in ('main', 'temperatures'):
-        for piece in pieces(setup.settings, table):
-            if piece.stream is None or piece.seed in (seeds or SIZE_SEEDS):
-                run_piece(setup, piece)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -117,9 +104,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument('--network', help='another timm network than that of the settings')
     parser.add_argument('--image-size', type=int, help='pixels, instead of the settings')
     parser.add_argument(
-        '--steps',
-        nargs='+',
-        help='choices, a table of the settings, growth, a size of the settings, strip or page; all by default',
+        '--steps', nargs='+', help='choices, a table of the settings, growth, strip or page; all by default'
     )
     parser.add_argument('--seeds', nargs='+', type=int, help='only these seeds of the tables')
     parser.add_argument('--streams', nargs='+', help='only these kinds of stream of the tables')

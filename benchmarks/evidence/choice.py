@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from timm_castream.attribution import attribute_all
+from timm_castream.evaluation.calibration import fit_temperature
 from timm_castream.metrics import average_drop, average_gain, average_increase, mask_image
 
 from .setup import Setup, read_json
-from .training import accuracy, fit_temperature, stream_logits
+from .training import accuracy, stream_logits
 
 BATCH = 32
 
@@ -22,7 +23,7 @@ BATCH = 32
 def choose(setup: Setup, kind: str) -> dict[str, Any]:
     """Trains a stream of this kind with each of the settings tried, and takes one by the rule of the settings file.
 
-    Every try is written as it ends; a second call goes on after a kill.
+    Every try is written as it ends; a second call resumes after a kill.
     """
     rule = setup.settings['choice']
     path = setup.results_dir / 'choices' / f'{kind}.json'
@@ -69,7 +70,7 @@ def take(tried: Sequence[dict[str, Any]], least_accuracy: float, score_margin: f
 
 def recipe_of(setup: Setup, kind: str) -> dict[str, Any]:
     """The training settings of a kind of stream: chosen for it, or for the kind that it is `like`."""
-    return choose(setup.base or setup, setup.settings['streams'][kind].get('like', kind))['taken']
+    return choose(setup, setup.settings['streams'][kind].get('like', kind))['taken']
 
 
 def _gap(setup: Setup) -> dict[str, float]:

@@ -21,12 +21,13 @@ from torch._inductor import config as inductor
 from torch.utils.data import DataLoader
 
 from timm_castream.evaluate import evaluate
+from timm_castream.evaluation.calibration import fit_temperature
 
 from .choice import recipe_of
 from .images import Images
 from .product import RECIPE, product_model
 from .setup import Setup, read_json
-from .training import fit_temperature, stream_logits
+from .training import stream_logits
 
 METRICS = {
     'masked': ('average_drop', 'average_gain', 'average_increase'),

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from timm_castream.metrics import METRICS
+
 from .pieces import read_values
 from .setup import read_json
-from .statistics import LOWER_IS_BETTER, Difference, compare
+from .statistics import Difference, compare
 
 Values = dict[str, np.ndarray]
 
@@ -47,10 +49,6 @@ class Results:
         """The settings tried for the classifier under GAP."""
         path = self.folder / 'classifier.json'
         return read_json(path) if path.is_file() else None
-
-    def of_size(self, name: str) -> Results:
-        """The results of a run of `sizes` in the settings: the main row at another size."""
-        return Results(self.folder / name, self.settings | self.settings['sizes'][name])
 
     def strip(self) -> dict[str, Any] | None:
         """The facts of the strip of photographs."""
@@ -123,7 +121,7 @@ class Table:
             return None
         scale = 100 if column == 'prob' else 1
         metric = column.rpartition('/')[2]
-        lower_is_better = None if metric == 'prob' else metric in LOWER_IS_BETTER
+        lower_is_better = None if metric == 'prob' else metric in METRICS and not METRICS[metric].higher_is_better
         count = min(len(self.gap['image']), *(len(values['image']) for values in runs))  # a table may be half rerun
         return compare(
             scale * self.gap[gap_column or column][:count],

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ class Setup:
         results_dir: Gets the JSON and CSV that the page is made from; committed.
         backbone_checkpoint: Weights of the network with ImageNet's classes. None: timm downloads its own.
         command: The command line, for the results.
-        base: The run whose training settings are taken. None: this one chooses its own.
     """
 
     settings: dict[str, Any]
@@ -49,17 +48,6 @@ class Setup:
     results_dir: Path
     backbone_checkpoint: str | None = None
     command: str = ''
-    base: Setup | None = None
-
-    def of_size(self, name: str) -> Setup:
-        """The run of the main row at another size, one of `sizes` in the settings, in folders of its own."""
-        return replace(
-            self,
-            settings=self.settings | self.settings['sizes'][name],
-            work_dir=self.work_dir / name,
-            results_dir=self.results_dir / name,
-            base=self,
-        )
 
     @cached_property
     def image_set(self) -> ImageSet:

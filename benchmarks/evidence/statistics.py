@@ -10,7 +10,6 @@ import numpy as np
 
 RESAMPLES = 2000
 LEVELS = (0.025, 0.975)
-LOWER_IS_BETTER = ('average_drop', 'deletion')
 
 
 @dataclass(frozen=True)

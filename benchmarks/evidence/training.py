@@ -1,4 +1,4 @@
-"""Training beside the frozen network: the classifier under GAP, the streams on cached maps, temperatures."""
+"""Training beside the frozen network: the classifier under GAP, the streams on cached maps."""
 
 from __future__ import annotations
 
@@ -132,18 +132,3 @@ def stream_logits(model: Any, maps: Maps, size: int = 128) -> Tensor:
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Top-1 accuracy in percent."""
     return 100 * (logits.argmax(1) == labels).float().mean().item()
-
-
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The positive number that divides (N, C) logits for the least cross entropy."""
-    log_scale = torch.zeros((), requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_scale], max_iter=50, line_search_fn='strong_wolfe')
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(logits * log_scale.exp(), labels)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return (-log_scale.detach()).exp().item()

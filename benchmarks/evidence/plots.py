@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..results import Results
-from ..statistics import Difference
+from .results import Results
+from .statistics import Difference
 
 GOOD, BAD, NEITHER = '#1b7f4d', '#b3382c', '#6b7280'
 
