@@ -96,6 +96,10 @@ def test_the_training_commands_show_their_own_half_even_without_a_script(command
             'cannot be imported',
         ),
         (['evaluate', '--model', 'test_resnet', '--dataset', 'digits', '--methods', 'lime'], "'lime' is unknown"),
+        (
+            ['evaluate', '--model', 'test_resnet', '--dataset', 'digits', '--methods', 'a=captum:Lime,n_samples=5'],
+            'captum:Lime cannot run here: it needs a mask',
+        ),
         (['evaluate', '--model', 'test_resnet_castream', '--checkpoint', 'missing.pth'], 'missing.pth'),
         (['evaluate', '--model', 'no_such_castream', '--dataset', 'digits'], 'no_such_castream'),
         (
@@ -283,6 +287,36 @@ def test_evaluate_writes_the_table_and_a_row_an_image(model_options, tmp_path, c
     # Started again, it finds everything finished and prints the same table.
     assert cli.main(argv) == 0
     assert capsys.readouterr().out == printed
+
+
+def test_methods_of_other_libraries_have_names_with_arguments_and_labels(model_options, tmp_path, capsys):
+    argv = [
+        'evaluate', *model_options, '--dataset', 'digits', '--img-size', '64', '--num-samples', '2', '-j', '0',
+        '--device', 'cpu', '--metrics', 'average_drop', '--output', str(tmp_path), '--methods', 'grad_cam',
+        'captum:InputXGradient', 'ig=captum:IntegratedGradients,n_steps=3,method=riemann_left', 'torchcam:GradCAM',
+    ]  # fmt: skip
+    assert cli.main(argv) == 0
+    assert 'captum:InputXGradient' in capsys.readouterr().out
+    with open(tmp_path / 'images.csv', encoding='utf-8') as file:
+        values = list(csv.DictReader(file))
+    for row in values:
+        assert float(row['ca/torchcam:GradCAM/average_drop']) == pytest.approx(
+            float(row['ca/grad_cam/average_drop']), abs=1e-2
+        )
+        assert 'gap/ig/average_drop' in row
+
+
+@pytest.mark.slow
+def test_all_methods_are_one_word(model_options, tmp_path, capsys, caplog):
+    argv = [
+        'evaluate', *model_options, '--dataset', 'digits', '--img-size', '64', '--num-samples', '1', '-j', '0',
+        '--device', 'cpu', '--metrics', 'average_drop', '--output', str(tmp_path), '--methods', 'all',
+    ]  # fmt: skip
+    assert cli.main(argv) == 0
+    printed = capsys.readouterr().out
+    for name in ('Attention', 'Centre', 'captum:Saliency', 'grad-cam:AblationCAM', 'torchcam:CAM'):
+        assert name in printed
+    assert 'captum:LRP' in caplog.text and 'captum:LRP' not in printed
 
 
 def test_explain_skips_what_it_cannot_read_and_says_so(model_options, tmp_path, capsys, caplog):

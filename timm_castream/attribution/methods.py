@@ -36,6 +36,7 @@ class Method:
         needs: Of `'stream'`, `'feature maps'`, `'gradients'`, `'masked forwards'`, `'seed'`.
         in_paper: Whether the paper shows the method.
         source: Name, callable or arrays behind a method of the user.
+        check: Function that raises ValueError if the method cannot run on a network, before long work.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Method:
     needs: frozenset[str] = frozenset()
     in_paper: bool = False
     source: Any = field(default=None, repr=False, compare=False)
+    check: Callable[[Predictor], None] = field(default=lambda predictor: None, repr=False, compare=False)
 
     @property
     def identity(self) -> str:

@@ -1,4 +1,4 @@
-"""Methods of the user: names, callables and saved maps become rows of the table of methods.
+"""Methods of the user: names, callables, saved maps and methods of other libraries become rows of the table of methods.
 
 Letters: B images, K targets an image, N images of a data set, h x w locations.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from .._utils.checks import check_names
 from . import cam
 from .methods import METHODS, Batch, Method
+from .peers import is_peer, peer_method
 
 __all__ = ['UserMethod', 'check_maps', 'resolve_methods']
 
@@ -26,15 +27,15 @@ def resolve_methods(methods: Sequence[str] | Mapping[str, UserMethod]) -> tuple[
     """The rows of the methods asked for.
 
     Args:
-        methods: Names of `METHODS`, or a mapping from a label to a name, a callable or an array of maps; see
-            `evaluate.evaluate`.
+        methods: Names of `METHODS` or of methods of other libraries, or a mapping from a label to a name, a callable
+            or an array of maps; see `evaluate.evaluate`.
 
     Raises:
         ValueError: If a name is unknown or repeated, or a value of the mapping is of another type.
     """
     if not isinstance(methods, Mapping):
-        check_names('method', methods, tuple(METHODS))
-        return tuple(METHODS[name] for name in methods)
+        check_names('method', methods, (*METHODS, *filter(is_peer, methods)))
+        return tuple(METHODS[name] if name in METHODS else _user_method(name, name) for name in methods)
     if not methods:
         raise ValueError('methods is empty: name one of ' + ', '.join(map(repr, METHODS)) + '.')
     return tuple(_user_method(str(label), value) for label, value in methods.items())
@@ -54,6 +55,8 @@ def _user_method(label: str, value: Any) -> Method:
         return value
     if label in METHODS and not (isinstance(value, str) and value == label):
         raise ValueError(f'method {label!r} is the name of a built-in method: choose another label.')
+    if is_peer(value):
+        return peer_method(value, label)
     if isinstance(value, str):
         check_names('method', (value,), tuple(METHODS))
         row = METHODS[value]

@@ -333,6 +333,14 @@ def query_of(features: Tensor) -> Tensor:
     return query
 
 
+def carry_query(features: Tensor, changed: Tensor) -> Tensor:
+    """Leaves the query of a feature map, where it has one, on the map that takes its place."""
+    query = getattr(features, '_castream_query', None)
+    if query is not None:
+        changed._castream_query = query  # type: ignore[attr-defined]
+    return changed
+
+
 def check_class_specific(num_classes: int, global_pool: str | None) -> None:
     if num_classes < 1 or global_pool == '':
         raise ValueError(

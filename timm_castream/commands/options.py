@@ -17,6 +17,7 @@ from torch import nn
 
 from ..attach import POOLINGS
 from ..attribution.methods import METHODS
+from ..attribution.peers import is_peer, peers_that_work
 from ..attribution.user_methods import UserMethod
 from ..hub.load import open_model
 from ..inference.predictor import Predictor
@@ -108,7 +109,8 @@ def add_method_options(parser: argparse.ArgumentParser, methods: Sequence[str]) 
         '--methods',
         nargs='+',
         metavar='METHOD',
-        help=f'of {", ".join(METHODS)}, or LABEL=package.module:function (default: {" ".join(methods)}; without '
+        help=f'all, or of {", ".join(METHODS)}, captum:NAME, grad-cam:NAME, torchcam:NAME with ,key=value arguments of the library, or '
+        f'LABEL=NAME or LABEL=package.module:function (default: {" ".join(methods)}; without '
         'attention for a model without a stream)',
     )
     parser.set_defaults(default_methods=tuple(methods))
@@ -141,20 +143,34 @@ def methods_from(args: argparse.Namespace, model: nn.Module) -> dict[str, UserMe
             if args.maps
             else [name for name in args.default_methods if has_stream or 'stream' not in METHODS[name].needs]
         )
+    if 'all' in names:
+        at = list(names).index('all')
+        names = [*names[:at], *_every_method(args, model), *names[at + 1 :]]
     methods: dict[str, UserMethod] = {}
     for word in (*names, *args.maps):
-        label, equals, source = word.partition('=')
+        label, equals, source = (word, '', word) if is_peer(word) else word.partition('=')
         if label in methods:
             raise ValueError(f'method {label!r} is given twice.')
         if word in args.maps:
             methods[label] = _load_maps(word, source)
-        elif source in METHODS:
+        elif source in METHODS or is_peer(source):
             methods[label] = source
         elif equals:
             methods[label] = _import_function(word, source, model)
         else:
             methods[label] = label
     return methods
+
+
+def _every_method(args: argparse.Namespace, model: nn.Module) -> list[str]:
+    """Names of the built-in methods and of those of the installed libraries that run on a model."""
+    from timm.data import resolve_data_config
+
+    predictor = Predictor(model, layer=args.layer)
+    config = resolve_data_config({'img_size': args.img_size}, model=model)
+    noise = torch.randn(1, *config['input_size'], generator=torch.Generator().manual_seed(0))
+    own = [name for name, row in METHODS.items() if predictor.has_stream or 'stream' not in row.needs]
+    return [*own, *peers_that_work(predictor, noise.to(predictor.device))]
 
 
 def _load_maps(word: str, path: str) -> np.ndarray:

@@ -147,6 +147,7 @@ class Predictor:
         self.check_channels(x)
         self.normalisation(x)
         for method in methods:
+            method.check(self)
             if 'stream' in method.needs:
                 castream_model(self.model)
             if 'feature maps' in method.needs and self.has_feature_maps:

@@ -1,0 +1,112 @@
+"""Maps of pytorch-grad-cam's methods by name against pytorch-grad-cam called by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_grad_cam
+import torch
+from by_hand import grad_cam_maps, seed
+from torch import Tensor, nn
+
+from timm_castream.attribution import attribute
+from timm_castream.attribution.peers import LIBRARIES
+
+TARGET = torch.tensor([7, 2])
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    **{
+        name: {}
+        for name in (
+            'GradCAM', 'HiResCAM', 'GradCAMElementWise', 'GradCAMPlusPlus', 'XGradCAM', 'LayerCAM', 'EigenCAM',
+            'EigenGradCAM', 'SegEigenCAM', 'KPCA_CAM', 'ShapleyCAM', 'FinerCAM', 'FullGrad', 'ScoreCAM',
+        )
+    },
+    'FEM': {'k': 0.5},
+    'AblationCAM': {'batch_size': 8},
+    'SESS': {'num_scales': 2, 'smooth': False},
+}  # fmt: skip
+# ShapleyCAM reshapes neither the maps that it weighs nor the class token away, and AblationCAM ablates the class token.
+NOT_BY_HAND = {('swin', 'ShapleyCAM'), ('test_vit', 'ShapleyCAM'), ('test_vit', 'AblationCAM')}
+FAST = [
+    *(('test_resnet', name) for name in ARGUMENTS),
+    ('test_convnext', 'GradCAMPlusPlus'),
+    ('swin', 'EigenGradCAM'),
+    ('swin', 'AblationCAM'),
+    ('test_vit', 'GradCAM'),
+    ('test_vit', 'ScoreCAM'),
+    ('test_vit', 'KPCA_CAM'),
+]
+ALL = [
+    (backbone, name)
+    for backbone in ('test_resnet', 'test_convnext', 'swin', 'test_vit')
+    for name in ARGUMENTS
+    if (backbone, name) not in NOT_BY_HAND
+]
+
+
+def check(backbone: str, name: str, make_model: Callable[..., nn.Module], x: Tensor, mode: str) -> None:
+    model, arguments = make_model(backbone), ARGUMENTS[name]
+    expected = grad_cam_maps(name, backbone, model, x, TARGET, mode, **arguments)
+    source = ','.join([f'grad-cam:{name}', *(f'{key}={value}' for key, value in arguments.items())])
+    torch.testing.assert_close(attribute(model, x, source, TARGET, mode), expected, atol=2e-4, rtol=0)
+    assert (expected.amax((1, 2)) == 1).any()
+
+
+@pytest.mark.parametrize(('backbone', 'name'), FAST)
+def test_maps_are_those_of_pytorch_grad_cam_by_hand(
+    backbone: str, name: str, make_model: Callable[..., nn.Module], x: Tensor
+) -> None:
+    check(backbone, name, make_model, x, 'ca' if name in ('LayerCAM', 'ShapleyCAM') else 'gap')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mode', ['gap', 'ca'])
+@pytest.mark.parametrize(('backbone', 'name'), ALL)
+def test_maps_are_those_of_pytorch_grad_cam_by_hand_on_every_kind_of_network(
+    backbone: str, name: str, mode: str, make_model: Callable[..., nn.Module], x: Tensor
+) -> None:
+    check(backbone, name, make_model, x, mode)
+
+
+def test_arguments_of_the_call_and_of_the_base_method_reach_the_library(
+    make_model: Callable[..., nn.Module], x: Tensor
+) -> None:
+    model = make_model('test_resnet')
+    plain = attribute(model, x, 'grad-cam:EigenGradCAM', TARGET, 'ca')
+    smooth = attribute(model, x, 'grad-cam:EigenGradCAM,aug_smooth=True', TARGET, 'ca')
+    assert (plain - smooth).abs().max() > 0.05
+    finer = attribute(model, x, 'grad-cam:FinerCAM,alpha=0.5,comparison_categories=[1,2],base_method=LayerCAM', TARGET)
+    assert (finer - attribute(model, x, 'grad-cam:FinerCAM', TARGET)).abs().max() > 0.05
+
+
+def test_random_weights_are_those_of_the_image_and_the_seed(make_model: Callable[..., nn.Module], x: Tensor) -> None:
+    model, expected = make_model('test_resnet'), []
+    for i in range(2):
+        np.random.seed(seed(i))
+        expected.append(grad_cam_maps('RandomCAM', 'test_resnet', model, x[i : i + 1], TARGET[i : i + 1]))
+    state = np.random.get_state()[1].copy()
+    maps = attribute(model, x, 'grad-cam:RandomCAM', TARGET, 'gap')
+    torch.testing.assert_close(maps, torch.cat(expected), atol=1e-5, rtol=0)
+    assert np.array_equal(state, np.random.get_state()[1])
+    assert not torch.equal(maps, attribute(model, x, 'grad-cam:RandomCAM', TARGET, 'gap', seed=1))
+
+
+def test_shapley_cam_reads_tokens(make_model: Callable[..., nn.Module], x: Tensor) -> None:
+    """Behind the pooled map of swin are an average and a linear layer: no second derivative, so Grad-CAM is left."""
+    model = make_model('swin')
+    torch.testing.assert_close(
+        attribute(model, x, 'grad-cam:ShapleyCAM', TARGET, 'gap'),
+        grad_cam_maps('GradCAM', 'swin', model, x, TARGET),
+        atol=1e-4,
+        rtol=0,
+    )
+    assert attribute(make_model('test_vit'), x, 'grad-cam:ShapleyCAM', TARGET, 'gap').amax() == 1
+
+
+def test_every_method_of_this_pytorch_grad_cam_works_or_has_a_reason() -> None:
+    helpers = {'AblationLayer', 'AblationLayerVit', 'AblationLayerFasterRCNN', 'ActivationsAndGradients'}
+    classes = {name for name, value in vars(pytorch_grad_cam).items() if isinstance(value, type)}
+    assert classes - helpers == set(LIBRARIES['grad-cam'].methods)

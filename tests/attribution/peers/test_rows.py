@@ -1,0 +1,136 @@
+"""Names of methods of other libraries: arguments, refusals, missing libraries, and what an evaluation does with them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from timm_castream.attribution import attribute, attribute_all
+from timm_castream.attribution.peers import LIBRARIES, is_peer, peer_method, peers_that_work
+from timm_castream.attribution.user_methods import resolve_methods
+from timm_castream.evaluate import evaluate
+from timm_castream.inference.predictor import Predictor
+
+TARGET = torch.tensor([7, 2])
+
+
+def test_arguments_are_literals_and_text_needs_no_quotes() -> None:
+    method = peer_method(
+        'captum:Occlusion,sliding_window_shapes=(3, 16,16),strides=(3,8,8),baselines=0.5,perturbations_per_eval=4'
+    )
+    assert method.saliency.arguments == {
+        'sliding_window_shapes': (3, 16, 16),
+        'strides': (3, 8, 8),
+        'baselines': 0.5,
+        'perturbations_per_eval': 4,
+    }
+    method = peer_method('captum:IntegratedGradients,method=riemann_trapezoid,multiply_by_inputs=False', 'ig')
+    assert method.saliency.arguments == {'method': 'riemann_trapezoid', 'multiply_by_inputs': False}
+    assert method.name == method.title == 'ig'
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('captum:Salience', 'captum:Salience is no method of captum, valid ones: Saliency, '),
+        ('grad-cam:CAM', 'grad-cam:CAM is no method of grad-cam, valid ones: GradCAM, '),
+        ('captum:Saliency,absolute=True', "no argument 'absolute', valid ones: abs"),
+        ('captum:Saliency,target=3', "no argument 'target', valid ones: abs"),
+        ('torchcam:GradCAMpp,50', "'torchcam:GradCAMpp,50' has arguments that are not key=value"),
+        ('captum:Saliency,abs=__import__("os")', 'has arguments that are not key=value'),
+        ('captum:GradientShap', 'captum:GradientShap cannot run here: it needs a set of baseline images'),
+        ('captum:Lime', 'captum:Lime cannot run here: it needs a mask'),
+        ('captum:FeaturePermutation', 'captum:FeaturePermutation cannot run here: .*other images'),
+        ('captum:NeuronGradient', 'captum:NeuronGradient cannot run here: it explains a neuron'),
+        ('grad-cam:RefineCAM', 'grad-cam:RefineCAM cannot run here: .*several layers'),
+        ('torchcam:LeGrad', 'torchcam:LeGrad cannot run here: .*MultiheadAttention'),
+    ],
+)
+def test_a_name_that_cannot_run_is_refused_with_its_reason(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_methods({'a': name})
+
+
+@pytest.mark.parametrize(
+    ('name', 'module', 'package'),
+    [('captum:Saliency', 'captum.attr', 'captum'), ('grad-cam:GradCAM', 'pytorch_grad_cam', 'grad-cam'),
+     ('torchcam:CAM', 'torchcam.methods', 'torchcam')],
+)  # fmt: skip
+def test_a_missing_library_is_named_with_what_to_install(
+    name: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in (module.partition('.')[0], module):
+        monkeypatch.setitem(sys.modules, part, None)
+    with pytest.raises(ValueError, match=f'{name} needs {package}.*: pip install {package}'):
+        resolve_methods([name])
+
+
+def test_names_stand_beside_built_in_ones_and_labels(make_model: Callable[..., nn.Module], x: Tensor) -> None:
+    assert is_peer('captum:Saliency') and not is_peer('package.module:function') and not is_peer(3)
+    model = make_model('test_resnet')
+    maps = attribute_all(model, x, ['grad_cam', 'torchcam:GradCAM'], TARGET)
+    labelled = attribute_all(model, x, {'theirs': 'torchcam:GradCAM', 'ours': 'grad_cam'}, TARGET)
+    for mode in ('gap', 'ca'):
+        torch.testing.assert_close(maps[mode, 'torchcam:GradCAM'], maps[mode, 'grad_cam'], atol=1e-5, rtol=0)
+        assert torch.equal(labelled[mode, 'theirs'], maps[mode, 'torchcam:GradCAM'])
+    with pytest.raises(ValueError, match="method 'captum:Saliency' is given twice"):
+        resolve_methods(['captum:Saliency', 'captum:Saliency'])
+
+
+def test_each_target_of_an_image_gets_its_map(make_model: Callable[..., nn.Module], x: Tensor) -> None:
+    model, targets = make_model('test_resnet'), torch.tensor([[7, 1], [2, 2]])
+    for name in ('captum:InputXGradient', 'torchcam:FinerCAM'):
+        maps = attribute(model, x, name, targets)
+        for k in range(2):
+            torch.testing.assert_close(maps[:, k], attribute(model, x, name, targets[:, k]))
+
+
+def test_figures_do_not_depend_on_the_batches(make_model: Callable[..., nn.Module]) -> None:
+    images = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model, labels = make_model('test_resnet'), torch.tensor([1, 2, 3, 4, 5])
+    methods = {
+        'noise': 'captum:NoiseTunnel,nt_samples=2',
+        'ig': 'captum:IntegratedGradients,n_steps=3',
+        'smooth': 'torchcam:SmoothGradCAMpp,num_samples=2',
+        'drawn': 'grad-cam:RandomCAM',
+    }
+    rows = [
+        evaluate(model, DataLoader(TensorDataset(images, labels), size), methods, metrics=('average_drop',)).values.rows
+        for size in (1, 3, 5)
+    ]
+    for other in rows[1:]:
+        torch.testing.assert_close(torch.from_numpy(other), torch.from_numpy(rows[0]), atol=2e-2, rtol=1e-3)
+
+
+def test_an_evaluation_refuses_before_it_reads_images(make_model: Callable[..., nn.Module]) -> None:
+    model = make_model('test_convnext')
+    read = []
+
+    class Data(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            read.append(index)
+            return super().__getitem__(index)
+
+    loader = DataLoader(Data(torch.randn(4, 3, 64, 64), torch.zeros(4, dtype=torch.long)), 2)
+    with pytest.raises(ValueError, match=r'captum:GuidedBackprop does not fit ConvNeXt: .*nn\.ReLU'):
+        evaluate(model, loader, {'guided': 'captum:GuidedBackprop'}, metrics=('average_drop',))
+    assert len(set(read)) <= 1
+
+
+def test_all_takes_what_runs_on_the_network_and_says_why_others_do_not(
+    make_model: Callable[..., nn.Module], caplog: pytest.LogCaptureFixture
+) -> None:
+    predictor = Predictor(make_model('test_convnext'))
+    with caplog.at_level(logging.INFO):
+        names = peers_that_work(predictor, torch.randn(1, 3, 64, 64))
+    assert {'captum:Saliency', 'captum:LayerGradCam', 'grad-cam:EigenCAM', 'torchcam:CAM'} <= set(names)
+    assert not {'captum:LRP', 'captum:GuidedBackprop', 'captum:Lime', 'torchcam:SSCAM', 'grad-cam:SESS'} & set(names)
+    every = {f'{library.prefix}:{name}' for library in LIBRARIES.values() for name in library.methods}
+    for name in every - set(names):
+        assert any(f'{name} is left out: ' in record.message for record in caplog.records), name

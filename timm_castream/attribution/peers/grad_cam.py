@@ -1,0 +1,94 @@
+"""Methods of pytorch-grad-cam: weighted feature maps, resized to the image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .hookable import HookableNetwork
+from .library import Library, PeerMethod, split
+
+_LAYERS = 'it multiplies the maps of several layers, and an evaluation has one'
+
+
+class GradCam(Library):
+    """pytorch-grad-cam's classes: `Class(model, [layer])(x, targets)`."""
+
+    prefix, module, package = 'grad-cam', 'pytorch_grad_cam', 'grad-cam'
+    given = frozenset(
+        {
+            'model',
+            'target_layers',
+            'reshape_transform',
+            'input_tensor',
+            'targets',
+            'tta_transforms',
+            'ablation_layer',
+            'target_idx',
+        }
+    )
+    methods = {
+        row.name: row
+        for row in (
+            PeerMethod('GradCAM'),
+            PeerMethod('HiResCAM'),
+            PeerMethod('GradCAMElementWise'),
+            PeerMethod('GradCAMPlusPlus'),
+            PeerMethod('XGradCAM'),
+            PeerMethod('LayerCAM'),
+            PeerMethod('EigenCAM'),
+            PeerMethod('EigenGradCAM'),
+            PeerMethod('SegEigenCAM'),
+            PeerMethod('KPCA_CAM'),
+            PeerMethod('FEM'),
+            PeerMethod('ShapleyCAM'),
+            PeerMethod('FinerCAM'),
+            PeerMethod('FullGrad', layer=False),
+            PeerMethod('RandomCAM', random=True),
+            PeerMethod('AblationCAM', forward_a_channel=True),
+            PeerMethod('ScoreCAM', alone=True, forward_a_channel=True),
+            PeerMethod(
+                'SESS', costly='its default twelve scales take more than a hundred forwards and backwards an image'
+            ),
+            PeerMethod('RefineCAM', refused=_LAYERS),
+            PeerMethod(
+                'GuidedBackpropReLUModel',
+                refused='it leaves other ReLU modules in the network: take captum:GuidedBackprop',
+            ),
+            PeerMethod('DeepFeatureFactorization', refused='it finds concepts, and explains no score'),
+        )
+    }
+
+    def functions(self, row: PeerMethod, arguments: Mapping[str, Any]) -> tuple[Callable[..., Any], ...]:
+        cls = self.method_class(row.name)
+        return cls.__init__, cls.__call__, cls.forward
+
+    def maps(
+        self,
+        network: HookableNetwork,
+        x: Tensor,
+        classes: list[int],
+        row: PeerMethod,
+        arguments: Mapping[str, Any],
+        batch_size: int,
+    ) -> np.ndarray:
+        target = import_module('pytorch_grad_cam.utils.model_targets').ClassifierOutputTarget
+        arguments = dict(arguments)
+        if 'base_method' in arguments:
+            arguments['base_method'] = self.method_class(arguments['base_method'])
+        init, call, forward = split(arguments, self.functions(row, arguments))
+        method = self.method_class(row.name)(network, [network.layer] if row.layer else [], **init)
+        try:
+            # The second derivative that ShapleyCAM takes is written for plain attention alone.
+            with sdpa_kernel(SDPBackend.MATH) if row.name == 'ShapleyCAM' else nullcontext():
+                return method(x, [target(index) for index in classes], **call, **forward)
+        finally:
+            # Its own clean-up detaches them in place, which fails on views with a message at some later time.
+            kept = getattr(method, 'base_cam', method).activations_and_grads
+            kept.activations, kept.gradients = [], []

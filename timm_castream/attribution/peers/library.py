@@ -1,0 +1,149 @@
+"""What the adapters of libraries have in common: the rows of their methods, and arguments by name.
+
+Letters: B images, C channels of the images, K classes, D channels and h x w locations of the layer, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor
+
+from ...inference.predictor import Predictor
+from .hookable import HookableNetwork
+
+
+@dataclass(frozen=True)
+class PeerMethod:
+    """A method of a library.
+
+    Attributes:
+        name: Its class in the library.
+        layer: Whether it reads the feature maps of a layer.
+        alone: Whether it gets one image at a time, because its memory grows with the batch.
+        random: Whether it draws random numbers. It then gets one image at a time too, with a seed of its own.
+        forward_a_channel: Whether it takes a forward for each channel of the layer.
+        costly: Why `all` leaves it out, or ''.
+        refused: Why it cannot run here, or ''.
+        unfit: Function from a network to the reason why the method says nothing about it, or ''.
+        defaults: Function from (C, H, W) to arguments for which the library has no value.
+    """
+
+    name: str
+    layer: bool = True
+    alone: bool = False
+    random: bool = False
+    forward_a_channel: bool = False
+    costly: str = ''
+    refused: str = ''
+    unfit: Callable[[Predictor], str] = field(default=lambda predictor: '', repr=False)
+    defaults: Callable[[Sequence[int]], dict[str, Any]] = field(default=lambda shape: {}, repr=False)
+
+
+class Library:
+    """A library of methods, over its public interface.
+
+    Attributes:
+        prefix: What names its methods, as in `captum:Saliency`.
+        module: Module that has the classes of the methods.
+        package: Package to install.
+        methods: Rows by name.
+    """
+
+    prefix: str
+    module: str
+    package: str
+    methods: Mapping[str, PeerMethod]
+    given: frozenset[str]  # arguments of the library that the adapter gives
+
+    def functions(self, row: PeerMethod, arguments: Mapping[str, Any]) -> tuple[Callable[..., Any], ...]:
+        """The functions of the library that take the arguments of a method."""
+        raise NotImplementedError
+
+    def maps(
+        self,
+        network: HookableNetwork,
+        x: Tensor,
+        classes: list[int],
+        row: PeerMethod,
+        arguments: Mapping[str, Any],
+        batch_size: int,
+    ) -> Any:
+        """Maps of the library.
+
+        Args:
+            network: The network, with a layer where the method reads one.
+            x: (B, C, H, W) images without gradients.
+            classes: B class indices.
+            row: The method.
+            arguments: Arguments of the library by name.
+            batch_size: Images of one forward where the library has a setting that bounds them.
+
+        Returns:
+            (B, h, w) or (B, D, h, w), a tensor or an array.
+        """
+        raise NotImplementedError
+
+    @property
+    def installed(self) -> bool:
+        """Whether the library is there. It is not imported."""
+        return find_spec(self.module.partition('.')[0]) is not None
+
+    @property
+    def version(self) -> str:
+        """Version of the installed library."""
+        return version(self.package)
+
+    def method_class(self, name: str) -> Any:
+        """The class of a method.
+
+        Raises:
+            ValueError: If the library is not installed, cannot be imported, or is older than the method.
+        """
+        try:
+            return getattr(import_module(self.module), name)
+        except ImportError as error:
+            problem = f', which cannot be imported ({error})' if self.installed else ''
+            raise ValueError(
+                f'{self.prefix}:{name} needs {self.package}{problem}: pip install {self.package}'
+            ) from None
+        except AttributeError:
+            raise ValueError(
+                f'{self.prefix}:{name} needs a newer {self.package} than {self.version}: '
+                f'pip install --upgrade {self.package}'
+            ) from None
+
+    def check(self, row: PeerMethod, arguments: Mapping[str, Any]) -> None:
+        """Raises ValueError if the library is missing, or the method takes no argument of a name."""
+        self.method_class(row.name)
+        valid = [name for name in parameter_names(self.functions(row, arguments)) if name not in self.given]
+        for name in arguments:
+            if name not in valid:
+                raise ValueError(f'{self.prefix}:{row.name} has no argument {name!r}, valid ones: {", ".join(valid)}.')
+
+
+def parameter_names(functions: Iterable[Callable[..., Any]]) -> list[str]:
+    """Names of the parameters of functions, each once."""
+    open_ended = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = [
+        name
+        for function in functions
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind not in open_ended and name != 'self'
+    ]
+    return list(dict.fromkeys(names))
+
+
+def split(arguments: Mapping[str, Any], functions: Sequence[Callable[..., Any]]) -> list[dict[str, Any]]:
+    """The arguments that go to each function: to the first one that has a parameter of the name."""
+    parts: list[dict[str, Any]] = [{} for _ in functions]
+    names = [parameter_names([function]) for function in functions]
+    for name, value in arguments.items():
+        parts[next(i for i, own in enumerate(names) if name in own)][name] = value
+    return parts

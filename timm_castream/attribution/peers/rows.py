@@ -1,0 +1,192 @@
+"""Methods of other libraries as rows of the table of methods: `captum:NAME`, `grad-cam:NAME` and `torchcam:NAME`.
+
+Letters: B images, K targets an image, h x w locations of a map.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...inference.predictor import Predictor
+from .. import cam
+from ..methods import Batch, Method
+from .captum import Captum
+from .grad_cam import GradCam
+from .hookable import hookable
+from .library import Library, PeerMethod
+from .torchcam import TorchCam
+
+LIBRARIES: dict[str, Library] = {library.prefix: library for library in (Captum(), GradCam(), TorchCam())}
+_logger = logging.getLogger(__name__)
+
+
+def is_peer(source: Any) -> bool:
+    """Whether the name of a method is that of a method of another library."""
+    return isinstance(source, str) and ':' in source and source.partition(':')[0] in LIBRARIES
+
+
+def peer_method(source: str, label: str | None = None) -> Method:
+    """A method of another library as a row of the table of methods.
+
+    Args:
+        source: `prefix:NAME` or `prefix:NAME,key=value,...`, with arguments of the library as Python literals. Text
+            needs no quotes.
+        label: Name of the row. None: the source.
+
+    Raises:
+        ValueError: If the name or an argument is unknown, the library is not installed, or the method cannot run here.
+    """
+    prefix, _, call = source.partition(':')
+    name, _, text = call.partition(',')
+    library = LIBRARIES[prefix]
+    row = library.methods.get(name)
+    if row is None:
+        valid = [method.name for method in library.methods.values() if not method.refused]
+        raise ValueError(f'{prefix}:{name} is no method of {library.package}, valid ones: {", ".join(valid)}.')
+    if row.refused:
+        raise ValueError(f'{prefix}:{name} cannot run here: {row.refused}.')
+    arguments = _parsed_arguments(source, text)
+    library.check(row, arguments)
+    label = source if label is None else label
+    saliency = PeerMaps(label, library, row, arguments)
+    needs = frozenset({'seed'}) if row.random else frozenset()
+    version = f'{library.package} {library.version}'
+    return Method(label, label, saliency, needs, source=f'{source} of {version}', check=saliency.check)
+
+
+def peers_that_work(predictor: Predictor, x: Tensor) -> list[str]:
+    """Names of the methods of the installed libraries that run on a network. A line of the log, at level INFO, has the
+    reason for each of the others.
+
+    Methods are tried on one image. Those with a forward a channel are not tried, and those with many are left out.
+
+    Args:
+        predictor: The network.
+        x: (1, C, H, W), an image of the network's size.
+    """
+    names, left_out = [], []
+    for library in LIBRARIES.values():
+        if not library.installed:
+            _logger.warning('all: %s is not installed, so its methods are left out.', library.package)
+            continue
+        for row in library.methods.values():
+            name = f'{library.prefix}:{row.name}'
+            problem = row.refused or (row.costly and f'{row.costly}: name it to run it') or _problem(name, predictor, x)
+            if problem:
+                _logger.info('all: %s is left out: %s', name, problem)
+                left_out.append(name)
+            else:
+                names.append(name)
+    if left_out:
+        _logger.warning('all leaves out %d methods of other libraries: %s.', len(left_out), ', '.join(left_out))
+    return names
+
+
+def _problem(name: str, predictor: Predictor, x: Tensor) -> str:
+    """Why a method does not run on a network, or ''."""
+    try:
+        method = peer_method(name)
+        peer = method.saliency
+        assert isinstance(peer, PeerMaps)
+        peer.check(predictor)
+        if not peer.row.forward_a_channel:
+            with predictor.evaluating():
+                batch = Batch(predictor, x, (method,))
+                batch.targets = dict.fromkeys(predictor.poolings, torch.zeros(1, 1, dtype=torch.int64, device=x.device))
+                peer(batch, predictor.poolings[0])
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ''
+
+
+@dataclass(frozen=True)
+class PeerMaps:
+    """Maps of a method of another library.
+
+    An exception of the library becomes the cause of a RuntimeError with the label of the method.
+    """
+
+    label: str
+    library: Library
+    row: PeerMethod
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self, predictor: Predictor) -> None:
+        """Raises ValueError if the method cannot run on a network, or would give the maps of another method."""
+        name = f'{self.library.prefix}:{self.row.name}'
+        problem = self.row.unfit(predictor)
+        if problem:
+            raise ValueError(f'{name} does not fit {predictor.name}: {problem}.')
+        if self.row.layer:
+            if not predictor.has_feature_maps:
+                raise ValueError(f'{name} reads the maps of a layer: name one of {predictor.name} with layer=.')
+            predictor.stage  # noqa: B018 it is found here, before long work
+
+    def __call__(self, batch: Batch, pooling: str) -> Tensor:
+        """(B, K, h, w) maps in [0, 1]."""
+        self.check(batch.network)
+        return torch.stack([self._of_target(batch, pooling, target) for target in batch.targets[pooling].unbind(1)], 1)
+
+    def _of_target(self, batch: Batch, pooling: str, target: Tensor) -> Tensor:
+        size = 1 if self.row.alone or self.row.random else len(batch.x)
+        parts = []
+        for images, classes, indices in zip(
+            batch.x.split(size), target.split(size), batch.indices.split(size), strict=True
+        ):
+            seed = np.random.SeedSequence([batch.seed, *indices.tolist()]).generate_state(1)[0]
+            with _seeded(int(seed), images.device):
+                parts.append(self._maps(batch.network, images.detach().clone(), classes, pooling))
+        return cam.scale_maps(torch.cat(parts).float().clamp(min=0))
+
+    def _maps(self, predictor: Predictor, x: Tensor, classes: Tensor, pooling: str) -> Tensor:
+        """(B, h, w) maps as the library gives them, channels summed."""
+        arguments = {**self.row.defaults(x.shape[1:]), **self.arguments}
+        size = predictor.batch_size(x)
+        try:
+            with hookable(predictor, pooling, layer=self.row.layer) as network:
+                maps = self.library.maps(network, x, classes.tolist(), self.row, arguments, size)
+        except Exception as error:
+            raise RuntimeError(f'method {self.label!r} raised {type(error).__name__}: {error}') from error
+        maps = torch.as_tensor(maps).detach().to(x.device)
+        return maps.sum(1) if maps.ndim == 4 else maps
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of torch and numpy from a seed inside, the caller's own afterwards."""
+    state = np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(state)
+
+
+def _parsed_arguments(source: str, text: str) -> dict[str, Any]:
+    """The arguments in `key=value,...`."""
+    try:
+        call = ast.parse(f'f({text})', mode='eval').body
+        assert isinstance(call, ast.Call)
+        if call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError
+        return {
+            str(keyword.arg): keyword.value.id
+            if isinstance(keyword.value, ast.Name)
+            else ast.literal_eval(keyword.value)
+            for keyword in call.keywords
+        }
+    except (SyntaxError, ValueError):
+        raise ValueError(
+            f'{source!r} has arguments that are not key=value,key=value with numbers, text or tuples.'
+        ) from None
