@@ -10,6 +10,7 @@ from typing import Any
 
 from . import models as models
 from .attach import attach, attention_maps, class_labels, detach, forward_both, freeze_backbone, pooling
+from .fit import fit
 from .hub import load_stream, push_to_hub, save_stream
 from .stream import CAStream
 from .version import __version__
@@ -21,6 +22,7 @@ __all__ = [
     'attention_maps',
     'class_labels',
     'detach',
+    'fit',
     'forward_both',
     'freeze_backbone',
     'load_stream',

@@ -10,6 +10,7 @@ COMMANDS = {
     'list': 'show the models with a stream, by name or with their parameters and stages',
     'train': "timm's train.py with the plugin loaded",
     'validate': "timm's validate.py with the plugin loaded",
+    'fit': 'fit a stream beside a frozen network from a folder of images, without labels',
     'evaluate': "the paper's interpretability protocol over a data set",
     'explain': 'write saliency maps over images',
     'push': 'publish a trained model on the Hugging Face Hub',

@@ -31,7 +31,7 @@ from .wheels import read_wheel
 
 # Arguments of attach that act on the training alone. A saved model does not keep them.
 NOT_SAVED = ('freeze_backbone', 'backbone_pretrained', 'backbone_checkpoint')
-_BACKBONE_WEIGHTS = ('backbone_pretrained', 'backbone_checkpoint')
+BACKBONE_WEIGHTS = ('backbone_pretrained', 'backbone_checkpoint')
 # Options of timm's train.py that change the images which the network sees.
 _DATA_OPTIONS = ('img_size', 'input_size', 'crop_pct', 'crop_mode', 'mean', 'std', 'interpolation')
 
@@ -75,7 +75,7 @@ def open_model(
         return _open_repository(name, str(checkpoint), kwargs)
     model: Any = _create_model(name, pretrained=pretrained, **kwargs)
     if not pretrained:
-        part = 'The stream' if any(kwargs.get(key) for key in _BACKBONE_WEIGHTS) else 'Every weight'
+        part = 'The stream' if any(kwargs.get(key) for key in BACKBONE_WEIGHTS) else 'Every weight'
         _logger.warning('%s of %s is random: name trained weights, a checkpoint or the published ones.', part, name)
     return model
 
@@ -145,7 +145,7 @@ def _open_repository(name: str, checkpoint: str, kwargs: dict[str, Any]) -> nn.M
 
 def _backbone_weights(args: dict[str, Any]) -> dict[str, Any]:
     """The backbone's weights for a stream alone: timm's, unless the caller names others."""
-    return {} if any(args.get(key) for key in _BACKBONE_WEIGHTS) else {'backbone_pretrained': True}
+    return {} if any(args.get(key) for key in BACKBONE_WEIGHTS) else {'backbone_pretrained': True}
 
 
 def _take_image_settings(model: Any, weights: Weights) -> None:
