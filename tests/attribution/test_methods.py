@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,6 @@ from timm_castream import pooling
 from timm_castream.attribution import attribute, attribute_all
 from timm_castream.attribution.activations import Activations
 from timm_castream.attribution.methods import METHODS, PAPER_METHODS, TABLE_METHODS
-from timm_castream.attribution.user_methods import resolve_methods
 from timm_castream.evaluate import evaluate
 
 GRADIENT_METHODS = [name for name, method in METHODS.items() if 'gradients' in method.needs]
@@ -102,15 +100,16 @@ def test_random_maps_depend_on_the_seed_and_the_position_of_the_image_alone(mode
     images = torch.randn(5, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     loader = DataLoader(TensorDataset(images, torch.zeros(5, dtype=torch.long)), 2)
 
-    def rows(seed: int, **kwargs: Any) -> dict[int, list[float]]:
+    def drops(seed: int, **kwargs: Any) -> dict[int, float]:
         report = evaluate(model, loader, ('random',), ('gap',), metrics=('average_drop',), seed=seed, **kwargs)
-        return {int(row[0]): row[2:].tolist() for row in report.values.rows}
+        pairs = report.values.pairs
+        return dict(zip(pairs['image'].tolist(), pairs['gap/random/average_drop'].tolist(), strict=True))
 
-    every, some = rows(1), rows(1, num_samples=2)
+    every, some = drops(1), drops(1, num_samples=2)
     assert len(some) == 2
-    for index, values in some.items():
-        assert every[index] == pytest.approx(values, abs=1e-2)
-    assert rows(2) != every
+    for index, value in some.items():
+        assert every[index] == pytest.approx(value, abs=1e-2)
+    assert drops(2) != every
     maps = attribute(model, images, 'random', seed=1, pooling='gap')
     assert maps.shape == (5, 3, 3) and len({tuple(m.flatten().tolist()) for m in maps}) == 5
     assert torch.equal(maps, attribute(model, images, 'random', seed=1, pooling='ca'))
@@ -199,13 +198,17 @@ def test_arrays_follow_the_order_of_the_data_set(model: nn.Module) -> None:
     images, labels = torch.randn(6, 3, 64, 64, generator=generator), torch.arange(6)
     arrays = np.random.default_rng(0).uniform(0, 1, (6, 4, 4)).astype(np.float32)
     loader = DataLoader(TensorDataset(images, labels), 4)
-    whole = evaluate(model, loader, {'mine': arrays}, ('ca',), metrics=('average_drop',))
-    some = evaluate(model, loader, {'mine': arrays}, ('ca',), metrics=('average_drop',), num_samples=3, seed=1)
-    by_image = {row[0]: row[-1] for row in whole.values.rows}
-    for row in some.values.rows:
-        assert row[-1] == pytest.approx(by_image[row[0]], abs=1e-2)
-    reordered = evaluate(model, loader, {'mine': arrays[::-1].copy()}, ('ca',), metrics=('average_drop',))
-    assert not np.allclose(reordered.values.rows, whole.values.rows)
+
+    def drops(maps: np.ndarray, **kwargs: Any) -> dict[int, float]:
+        report = evaluate(model, loader, {'mine': maps}, ('ca',), metrics=('average_drop',), **kwargs)
+        pairs = report.values.pairs
+        return dict(zip(pairs['image'].tolist(), pairs['ca/mine/average_drop'].tolist(), strict=True))
+
+    whole, some = drops(arrays), drops(arrays, num_samples=3, seed=1)
+    assert len(some) == 3
+    for image, value in some.items():
+        assert value == pytest.approx(whole[image], abs=1e-2)
+    assert drops(arrays[::-1].copy()) != pytest.approx(whole)
 
 
 @pytest.mark.parametrize(
@@ -239,22 +242,6 @@ def test_an_exception_of_a_callable_is_reported_with_the_method_and_its_type(mod
     with pytest.raises(RuntimeError, match="method 'mine' raised KeyError: 'foo'") as error:
         attribute_all(model, x, {'mine': method})
     assert isinstance(error.value.__cause__, KeyError)
-
-
-def test_functions_that_differ_have_different_identities() -> None:
-    def f(x: Tensor, target: Tensor, side: int = 0) -> Tensor:
-        return x[:, side]
-
-    methods = {
-        'a': functools.partial(f, side=0),
-        'b': functools.partial(f, side=1),
-        'c': lambda x, t: x[:, 0],
-        'd': lambda x, t: x[:, 1],
-        'e': f,
-    }
-    identities = [method.identity for method in resolve_methods(methods)]
-    assert len(set(identities)) == 5
-    assert identities == [method.identity for method in resolve_methods(dict(methods))]
 
 
 def test_a_callable_leaves_no_gradients_behind(model: nn.Module, x: Tensor) -> None:

@@ -50,7 +50,7 @@ def test_an_evaluation_fits_on_images_outside_its_sample(make_model, tmp_path: P
     loader = DataLoader(TensorDataset(images, labels), 4)
     arguments = {'methods': ('grad_cam',), 'metrics': ('average_drop',), 'num_samples': 5}
     report = evaluate(model, loader, **arguments, temperature='fit', output_dir=tmp_path)
-    inside = report.values.images[:, 0].astype(int).tolist()
+    inside = report.values.images['image'].tolist()
     outside = [i for i in range(12) if i not in inside]
     with torch.no_grad():
         logits = forward_both(model, images)

@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import timm_castream
 from timm_castream.attribution.user_methods import resolve_methods
 from timm_castream.evaluate import evaluate
-from timm_castream.evaluation.protocol import Protocol
-from timm_castream.inference.predictor import Predictor
+from timm_castream.evaluation.plan import Plan
 from timm_castream.metrics import DEFAULT_METRICS as METRICS
 
 METHODS = ('grad_cam', 'grad_cam_pp', 'score_cam')
@@ -200,7 +199,7 @@ def test_both_poolings_share_every_forward_but_those_of_their_own_maps(model, im
     features = model.forward_features(images)
     masks = int((features.amax((2, 3)) > features.amin((2, 3))).sum())
     own = 5 * len(METHODS) * (1 + 2 * (SIDE * SIDE // STEP - 1))  # masked images, and curves without their ends
-    shared = 5 + 5 + 2 + 5 + masks  # images, blurred, zeros once a batch, images again for their maps, masks
+    shared = 5 + 5 + 3 + masks  # images, blurred, zeros for the first batch, masks
     assert images_through_the_backbone(model, loader, METHODS, ('ca',)) == shared + own
     assert images_through_the_backbone(model, loader, METHODS, ('gap',)) == shared + own
     assert images_through_the_backbone(model, loader, METHODS, POOLINGS) == shared + 2 * own
@@ -236,7 +235,7 @@ def test_options_for_speed_change_rounding_alone(model, images, monkeypatch) -> 
 def test_probabilities_are_float32_under_autocast(model, images) -> None:
     model, images = model.float(), images.float()
     report = evaluate(model, loader_of(images, LABELS), ('grad_cam',), amp_dtype=torch.bfloat16)
-    prob = report.values.rows[:, report.values.row_columns.index(('ca', 'prob'))]
+    prob = report.values.pairs['ca/prob']
     bfloat16 = torch.tensor(prob).bfloat16().double().numpy()
     assert (prob != bfloat16).all()
     np.testing.assert_allclose(
@@ -265,6 +264,6 @@ def test_labels_that_do_not_fit_are_refused(model, images, labels, message) -> N
         evaluate(model, loader_of(images, labels), ('grad_cam',))
 
 
-def test_an_unknown_target_is_refused(model) -> None:
+def test_an_unknown_target_is_refused() -> None:
     with pytest.raises(ValueError, match="target 'best' is unknown, valid ones: 'truth', 'predicted'"):
-        Protocol(Predictor(model), resolve_methods(METHODS), METRICS, 'best', num_classes=10)
+        Plan(resolve_methods(METHODS), POOLINGS, target='best')

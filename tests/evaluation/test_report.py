@@ -13,20 +13,21 @@ import pytest
 from timm_castream.evaluation.report import Estimate, ImageValues, Report
 from timm_castream.metrics import DEFAULT_METRICS as METRICS
 
-NAMES = (('image',), ('ca', 'class'), ('ca', 'prob'), *(('ca', 'grad_cam', k) for k in METRICS))
-
 
 def make_report(
-    metrics: np.ndarray, accuracy: np.ndarray, image_of_row: np.ndarray | None = None, seed: int = 0
+    metrics: np.ndarray, accuracy: np.ndarray, image_of_pair: np.ndarray | None = None, seed: int = 0
 ) -> Report:
-    """Of (R, 5) metrics and (N,) accuracies; row i is of image i where nothing else is said."""
-    numbers = np.arange(len(accuracy)) * 10.0
-    rows = numbers if image_of_row is None else numbers[image_of_row]
+    """Of (R, 5) metrics and (N,) accuracies; pair i is of image i where nothing else is said."""
+    numbers = np.arange(len(accuracy)) * 10
+    image = numbers if image_of_pair is None else numbers[image_of_pair]
     values = ImageValues(
-        row_columns=NAMES,
-        rows=np.column_stack([rows, np.full(len(rows), 7), np.full(len(rows), 0.5), metrics]),
-        image_columns=(('image',), ('ca', 'accuracy')),
-        images=np.column_stack([numbers, accuracy]),
+        {'image': numbers, 'ca/accuracy': accuracy},
+        {
+            'image': image,
+            'ca/class': np.full(len(image), 7),
+            'ca/prob': np.full(len(image), 0.5),
+            **{f'ca/grad_cam/{name}': column for name, column in zip(METRICS, metrics.T, strict=True)},
+        },
     )
     return Report.from_values('tiny', ('ca',), ('grad_cam',), METRICS, values, seed, {'target': 'truth', 'seed': seed})
 
@@ -101,7 +102,7 @@ def test_saved_files_hold_the_figures_the_settings_and_the_values_of_every_image
             assert estimate == report['ca', 'grad_cam', k]
 
     lines = list(csv.reader(io.StringIO((tmp_path / 'new' / 'images.csv').read_text())))
-    assert lines[0] == ['image', 'ca/accuracy', *('/'.join(name) for name in NAMES[1:])]
+    assert lines[0] == ['image', 'ca/accuracy', 'ca/class', 'ca/prob', *(f'ca/grad_cam/{k}' for k in METRICS)]
     assert [line[0] for line in lines[1:]] == ['0', '0', '10', '20', '30']
     assert [len(line) for line in lines[1:]] == [9, 9, 2, 2, 9]
     assert [float(value) for value in lines[5][4:]] == pytest.approx(metrics[2])
@@ -112,19 +113,20 @@ def make_pair(rng: np.random.Generator, num_images: int = 60) -> tuple[Report, d
     shared = rng.uniform(20, 80, num_images)
     gap = shared + rng.normal(0, 1, num_images)
     ca = shared + rng.normal(5, 1, num_images)
-    names = [('image',)]
-    columns = [np.arange(num_images)]
+    number = np.arange(num_images)
+    images, pairs = {'image': number}, {'image': number}
     for p, values in (('gap', gap), ('ca', ca)):
-        names += [(p, 'class'), (p, 'prob'), (p, 'grad_cam', 'average_gain'), (p, 'grad_cam', 'average_drop')]
-        columns += [np.zeros(num_images), values / 100, values, values]
-    values = ImageValues(
-        row_columns=tuple(names),
-        rows=np.column_stack(columns),
-        image_columns=(('image',), ('gap', 'accuracy'), ('ca', 'accuracy')),
-        images=np.column_stack([np.arange(num_images), np.full(num_images, 100.0), np.full(num_images, 100.0)]),
-    )
+        images[f'{p}/accuracy'] = np.full(num_images, 100.0)
+        pairs |= {f'{p}/class': 0 * number, f'{p}/prob': values / 100}
+        pairs |= {f'{p}/grad_cam/{name}': values for name in ('average_gain', 'average_drop')}
     report = Report.from_values(
-        'tiny', ('gap', 'ca'), ('grad_cam',), ('average_gain', 'average_drop'), values, 0, {'target': 'truth'}
+        'tiny',
+        ('gap', 'ca'),
+        ('grad_cam',),
+        ('average_gain', 'average_drop'),
+        ImageValues(images, pairs),
+        0,
+        {'target': 'truth'},
     )
     return report, {'gap': gap, 'ca': ca}
 
@@ -192,18 +194,17 @@ def test_unreadable_images_are_counted_in_print_and_json(tmp_path) -> None:
 
 
 def test_box_metrics_leave_out_maps_without_a_box() -> None:
-    rows = np.array([[0.0, 0, 0.5, 100, 3], [1, 0, 0.5, np.nan, np.nan], [2, 0, 0.5, 0, 5]])
+    number = np.arange(3)
     values = ImageValues(
-        row_columns=(
-            ('image',),
-            ('gap', 'class'),
-            ('gap', 'prob'),
-            ('gap', 'a', 'pointing_game'),
-            ('gap', 'a', 'energy_pointing_game'),
-        ),
-        rows=rows,
-        image_columns=(('image',), ('gap', 'accuracy')),
-        images=np.array([[0.0, 0], [1, 0], [2, 0]]),
+        {'image': number, 'gap/accuracy': np.zeros(3)},
+        {
+            'image': number,
+            'gap/class': 0 * number,
+            'gap/prob': np.full(3, 0.5),
+            'gap/has_box': np.array([True, False, True]),
+            'gap/a/pointing_game': np.array([100, np.nan, 0]),
+            'gap/a/energy_pointing_game': np.array([3, np.nan, 5]),
+        },
     )
     report = Report.from_values(
         'tiny', ('gap',), ('a',), ('pointing_game', 'energy_pointing_game'), values, 0, {'target': 'truth'}
@@ -216,17 +217,13 @@ def test_box_metrics_of_both_poolings_have_the_same_images() -> None:
     """GAP and CA explain their own predictions, and only images 0 and 3 have boxes of both."""
     nan = np.nan
     gap, ca = np.array([10.0, 20, nan, 40, nan]), np.array([15.0, nan, 35, 55, nan])
-    names = [('image',)]
-    columns = [np.arange(5.0)]
-    for p, values in (('gap', gap), ('ca', ca)):
-        names += [(p, 'class'), (p, 'prob'), (p, 'a', 'energy_pointing_game'), (p, 'a', 'average_gain')]
-        columns += [np.zeros(5), np.full(5, 0.5), values, np.arange(5.0)]
-    values = ImageValues(
-        row_columns=tuple(names),
-        rows=np.column_stack(columns),
-        image_columns=(('image',), ('gap', 'accuracy'), ('ca', 'accuracy')),
-        images=np.column_stack([np.arange(5), np.full(5, 100.0), np.full(5, 100.0)]),
-    )
+    number = np.arange(5)
+    images, pairs = {'image': number}, {'image': number}
+    for p, energy in (('gap', gap), ('ca', ca)):
+        images[f'{p}/accuracy'] = np.full(5, 100.0)
+        pairs |= {f'{p}/class': 0 * number, f'{p}/prob': np.full(5, 0.5), f'{p}/has_box': ~np.isnan(energy)}
+        pairs |= {f'{p}/a/energy_pointing_game': energy, f'{p}/a/average_gain': np.arange(5.0)}
+    values = ImageValues(images, pairs)
     metrics = ('energy_pointing_game', 'average_gain')
     report = Report.from_values('tiny', ('gap', 'ca'), ('a',), metrics, values, 0, {'target': 'predicted'})
     assert report['gap', 'a', 'energy_pointing_game'].value == (10 + 40) / 2
@@ -236,3 +233,31 @@ def test_box_metrics_of_both_poolings_have_the_same_images() -> None:
     assert report['ca', 'a', 'average_gain'].value == 2
     assert report.num_boxed == 2
     assert 'Localisation: 2 of 5 maps have a box under both poolings' in str(report)
+
+
+def hits_of(num_pairs: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random((num_pairs, 768)) < 0.3
+
+
+def test_hits_are_kept_in_a_file_of_their_own_and_give_the_metric(tmp_path) -> None:
+    hits, has_box = hits_of(4), np.array([True, True, False, True])
+    number = np.arange(4)
+    values = ImageValues(
+        {'image': number, 'gap/accuracy': np.zeros(4)},
+        {
+            'image': number,
+            'gap/class': number,
+            'gap/prob': np.full(4, 0.5),
+            'gap/has_box': has_box,
+            'gap/a/max_box_acc_v2': hits,
+        },
+    )
+    report = Report.from_values('tiny', ('gap',), ('a',), ('max_box_acc_v2',), values, 0, {'target': 'truth'})
+    shares = hits[has_box].mean(0).reshape(3, 256)
+    assert report['gap', 'a', 'max_box_acc_v2'].value == pytest.approx(100 * shares.max(1).mean())
+    report.save(tmp_path)
+    assert (tmp_path / 'images.csv').read_text().splitlines()[0] == 'image,gap/accuracy,gap/class,gap/prob'
+    with np.load(tmp_path / 'hits.npz') as saved:
+        assert set(saved) == {'image', 'gap/has_box', 'gap/a/max_box_acc_v2'}
+        np.testing.assert_array_equal(saved['gap/a/max_box_acc_v2'], hits)
+        np.testing.assert_array_equal(saved['gap/has_box'], has_box)

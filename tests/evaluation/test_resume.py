@@ -1,8 +1,7 @@
-"""The folder of an evaluation: the lock, damaged files, records of one image twice, and folders of 0.1."""
+"""The folder of an evaluation: the lock, damaged files, and values of one image twice."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -10,44 +9,54 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from timm_castream.evaluation.resume import Journal
+from timm_castream.evaluation.values import ImageValues
 
-WIDTHS = {'rows': 3, 'images': 2}
 SETTINGS = {'weights': 'abc', 'methods': ['grad_cam'], 'metrics': ['average_drop'], 'seed': None}
 
 
-def record(*indices: int, value: float = 1.0) -> dict[str, Any]:
-    return {'rows': [[i, 7.0, value] for i in indices], 'images': [[i, 100.0] for i in indices]}
+def record(*indices: int, value: float = 1.0) -> ImageValues:
+    image = np.array(indices)
+    return ImageValues(
+        {'image': image, 'gap/accuracy': np.full(len(image), 100.0)},
+        {'image': image, 'gap/class': np.full(len(image), 7), 'gap/a/average_drop': np.full(len(image), value)},
+    )
 
 
-def write(folder: Path, *records: dict[str, Any], rank: int = 0, settings: dict[str, Any] | None = None) -> None:
+def write(folder: Path, *records: ImageValues, rank: int = 0, settings: dict[str, Any] | None = None) -> None:
     journal = Journal(folder, rank)
     journal.lock()
-    journal.resume(settings or SETTINGS, WIDTHS)
+    journal.resume(settings or SETTINGS)
     for each in records:
         journal.append(each)
     journal.close()
 
 
-def read(folder: Path, settings: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+def read(folder: Path, settings: dict[str, Any] | None = None) -> ImageValues:
     journal = Journal(folder, 0)
     try:
-        return journal.resume(settings or SETTINGS, WIDTHS)
+        return journal.resume(settings or SETTINGS)
     finally:
         journal.close()
 
 
-def test_records_come_back(tmp_path: Path) -> None:
-    write(tmp_path, record(0, 1), record(2))
-    assert read(tmp_path) == [record(0, 1), record(2)]
+def assert_values(found: ImageValues, images: list[int], drops: list[float]) -> None:
+    assert found.images['image'].tolist() == found.pairs['image'].tolist() == images
+    assert found.pairs['gap/a/average_drop'].tolist() == drops
+    assert found.pairs['gap/class'].tolist() == [7] * len(images)
+
+
+def test_values_come_back_in_the_order_of_the_images(tmp_path: Path) -> None:
+    write(tmp_path, record(2), record(0, 1, value=0.1))
+    assert_values(read(tmp_path), [0, 1, 2], [0.1, 0.1, 1.0])
 
 
 def test_an_image_recorded_twice_counts_once(tmp_path: Path) -> None:
     write(tmp_path, record(0, 1), record(1, 2, value=5.0), record(2, value=9.0))
-    found = read(tmp_path)
-    assert [row for each in found for row in each['rows']] == [[0, 7.0, 1.0], [1, 7.0, 1.0], [2, 7.0, 5.0]]
+    assert_values(read(tmp_path), [0, 1, 2], [1.0, 1.0, 5.0])
 
 
 def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
@@ -87,7 +96,17 @@ def test_missing_or_damaged_settings_are_named(content: str | None, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    'line', ['hello', '[1, 2]', '{"rows": [[0, 1]], "images": [[0, 100]]}', '{"rows": 3}', 'null', '{"other": []}']
+    'line',
+    [
+        'hello',
+        '[1, 2]',
+        '{"rows": [[0, 1]], "images": [[0, 100]]}',
+        '{"images": 3, "pairs": 3}',
+        'null',
+        '{"images": {}, "pairs": {}}',
+        '{"images": {"image": [0]}, "pairs": {"image": [0], "gap/prob": [1.0, 2.0]}}',
+        '{"images": {"image": [0]}, "pairs": {"image": [0], "gap/prob": [null]}}',
+    ],
 )
 def test_foreign_lines_are_named(line: str, tmp_path: Path) -> None:
     write(tmp_path, record(0))
@@ -101,7 +120,7 @@ def test_a_line_that_a_kill_cut_off_does_not_count(tmp_path: Path) -> None:
     write(tmp_path, record(0), record(1))
     path = tmp_path / 'finished.0.jsonl'
     path.write_bytes(path.read_bytes()[:-9])
-    assert read(tmp_path) == [record(0)]
+    assert_values(read(tmp_path), [0], [1.0])
 
 
 def test_refusals_are_short(tmp_path: Path) -> None:
@@ -116,39 +135,6 @@ def test_changed_images_are_named(tmp_path: Path) -> None:
     write(tmp_path, record(0), settings={**SETTINGS, 'images': 'one'})
     with pytest.raises(ValueError, match='The images have changed since the evaluation in'):
         read(tmp_path, {**SETTINGS, 'images': 'other'})
-
-
-def test_a_folder_of_0_1_goes_on(tmp_path: Path) -> None:
-    """0.1 recorded no metrics, images, size and normalisation, a seed in any case, and the dropout rate."""
-    stream = {'stream_start': 0, 'stream_block': 'ca'}
-    old = {
-        'weights': 'abc',
-        'methods': ['grad_cam'],
-        'seed': 0,
-        'stream': {**stream, 'stream_drop': 0.0},
-        'layer': None,
-    }
-    (tmp_path / 'settings.json').write_text(json.dumps(old))
-    (tmp_path / 'finished.0.jsonl').write_text('\n' + json.dumps(record(0, 1)) + '\n')
-    five = ['average_drop', 'average_gain', 'average_increase', 'insertion', 'deletion']
-    new = {
-        **SETTINGS,
-        'stream': stream,
-        'layer': None,
-        'metrics': five,
-        'images': 'hash',
-        'user_methods': {},
-        'temperature': None,
-        'architecture': 'hash',
-        'input_size': [3, 64, 64],
-        'transform': 'Compose()',
-        'loader_normalisation': [[0.5], [0.5]],
-        'mean': [0.5],
-        'std': [0.5],
-    }
-    assert read(tmp_path, new) == [record(0, 1)]
-    with pytest.raises(ValueError, match='metrics='):
-        read(tmp_path, {**new, 'metrics': five[:3]})
 
 
 def test_temperatures_of_an_evaluation_that_finished_nothing_are_dropped(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from references import resized_bilinearly
 from torch import nn
 
+from timm_castream.inference.images import resize_saliency
 from timm_castream.metrics.curves import (
     CURVE_SETTINGS,
     blur,
@@ -19,6 +20,7 @@ from timm_castream.metrics.curves import (
     deletion_curve,
     insertion_curve,
     perturbation_curves,
+    saliency_rank,
 )
 
 CLASSES = 5
@@ -102,10 +104,17 @@ class PixelOrder:
         return (1 - images.view(-1, num_points, images.shape[1])).sum(1)
 
 
+def curves_of_maps(predict, start, finish, saliency, **kwargs):
+    """(M, B, n + 1, ...) curves of M maps an image, (M, B, h, w)."""
+    rank = saliency_rank(resize_saliency(saliency.flatten(0, 1), start.shape[2:]))
+    image = torch.arange(len(start)).repeat(len(saliency))
+    return perturbation_curves(predict, start, finish, rank, image=image, **kwargs).unflatten(0, saliency.shape[:2])
+
+
 def pixel_order(saliency, size, **kwargs):
     seen = PixelOrder()
     zeros = torch.zeros(saliency.shape[1], 1, *size)
-    perturbation_curves(seen, zeros, zeros + 1, saliency, step=1, **kwargs)
+    curves_of_maps(seen, zeros, zeros + 1, saliency, step=1, **kwargs)
     return seen.order(size[0] * size[1] + 1)
 
 
@@ -226,7 +235,7 @@ def test_the_batch_size_never_shows(model, batch, batch_size):
 def test_no_more_images_than_the_batch_size_are_forwarded_at_once():
     seen = PixelOrder()
     start = torch.zeros(2, 1, 6, 6)
-    perturbation_curves(seen, start, start + 1, torch.rand(3, 2, 4, 4), step=5, batch_size=7)
+    curves_of_maps(seen, start, start + 1, torch.rand(3, 2, 4, 4), step=5, batch_size=7)
     assert max(seen.batches) == 7 and sum(seen.batches) == 3 * 2 * 9
 
 
@@ -273,13 +282,13 @@ def test_several_maps_and_columns_at_once_equal_curves_one_by_one(model, batch):
 
     def predict(images, index):
         logits = model(images)
-        return torch.stack([logits.softmax(1).gather(1, target[index, None])[:, 0], logits.sigmoid()[:, 0]], dim=1)
+        return torch.stack([logits.softmax(1).gather(1, target[index % 3, None])[:, 0], logits.sigmoid()[:, 0]], dim=1)
 
     zeros = torch.zeros_like(x)
     everyone = torch.arange(3)
-    ends = predict(x, everyone).detach(), predict(zeros, everyone).detach()
-    whole = perturbation_curves(predict, x, zeros, maps, step=100)
-    inner = perturbation_curves(predict, x, zeros, maps, step=100, ends=ends, batch_size=4)
+    ends = tuple(predict(images, everyone).detach().repeat(2, 1) for images in (x, zeros))
+    whole = curves_of_maps(predict, x, zeros, maps, step=100)
+    inner = curves_of_maps(predict, x, zeros, maps, step=100, ends=ends, batch_size=4)
     assert whole.shape == (2, 3, 9, 2)
     torch.testing.assert_close(inner, whole, atol=1e-5, rtol=0)
     for m in range(2):
@@ -294,10 +303,10 @@ def test_known_ends_are_not_forwarded_again():
     seen = PixelOrder()
     start, finish = torch.zeros(2, 1, 6, 6), torch.ones(2, 1, 6, 6)
     saliency = torch.rand(3, 2, 6, 6)
-    curves = perturbation_curves(seen, start, finish, saliency, step=12, ends=(torch.zeros(2), torch.ones(2)))
+    curves = curves_of_maps(seen, start, finish, saliency, step=12, ends=(torch.zeros(6), torch.ones(6)))
     torch.testing.assert_close(curves, torch.tensor([0, 1 / 3, 2 / 3, 1]).expand(3, 2, 4))
     assert sum(seen.batches) == 3 * 2 * 2
-    one_step = perturbation_curves(seen, start, finish, saliency, step=36, ends=(torch.zeros(2), torch.ones(2)))
+    one_step = curves_of_maps(seen, start, finish, saliency, step=36, ends=(torch.zeros(6), torch.ones(6)))
     assert torch.equal(one_step, torch.tensor([0.0, 1.0]).expand(3, 2, 2))
 
 
@@ -413,5 +422,5 @@ def test_a_bad_blur_is_refused(model, batch, change, message):
 
 def test_maps_for_another_number_of_images_are_refused():
     start = torch.zeros(2, 1, 4, 4)
-    with pytest.raises(ValueError, match=r'saliency must have shape \(M, 2, h, w\), got \(2, 4, 4\)'):
-        perturbation_curves(PixelOrder(), start, start + 1, torch.rand(2, 4, 4), step=4)
+    with pytest.raises(ValueError, match=r'rank must have shape \(2, 4, 4\), got \(3, 4, 4\)'):
+        perturbation_curves(PixelOrder(), start, start + 1, saliency_rank(torch.rand(3, 4, 4)), step=4)

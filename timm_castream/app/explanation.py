@@ -179,7 +179,10 @@ class Explanation:
                 for curve in (insertion_curve, deletion_curve)
             ]
         measured = Measurements(
-            self.probabilities[pooling][indices], self._probabilities(masked)[pooling][:, target], *curves
+            prob=self.probabilities[pooling][indices],
+            masked_prob=self._probabilities(masked)[pooling][:, target],
+            insertion_curve=curves[0],
+            deletion_curve=curves[1],
         )
         return MapScores(
             prob=measured.prob.item(),

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..inference.predictor import Predictor
 from . import cam
 from .activations import Activations
-from .method_hash import identity
+from .method_hash import method_hash
 
 SaliencyFunction = Callable[['Batch', str], Tensor]
 
@@ -33,7 +33,7 @@ class Method:
         name: Key in Python, on the command line and in files.
         title: Name in tables and pictures.
         saliency: Maps of a batch under a pooling, (B, K, h, w) in [0, 1].
-        needs: Of `'stream'`, `'feature maps'`, `'gradients'`, `'masked forwards'`, `'seed'`.
+        needs: Of `'stream'`, `'feature maps'`, `'grid'`, `'gradients'`, `'masked forwards'`, `'seed'`.
         in_paper: Whether the paper shows the method.
         source: Name, callable or arrays behind a method of the user.
         check: Function that raises ValueError if the method cannot run on a network, before long work.
@@ -48,9 +48,9 @@ class Method:
     check: Callable[[Predictor], None] = field(default=lambda predictor: None, repr=False, compare=False)
 
     @property
-    def identity(self) -> str:
+    def source_hash(self) -> str:
         """Text that tells one method of the user from another, for the settings of an evaluation."""
-        return '' if self.source is None else identity(self.source)
+        return '' if self.source is None else method_hash(self.source)
 
 
 class Batch:
@@ -69,6 +69,7 @@ class Batch:
     ) -> None:
         self.network = network
         self.x = x
+        self.methods = tuple(methods)
         self.indices = torch.arange(len(x)) if indices is None else indices
         self.seed = seed
         self.targets: dict[str, Tensor] = {}  # {pooling: (B, K)}, set before the first method runs
@@ -79,6 +80,16 @@ class Batch:
     def activations(self) -> Activations:
         """The forward that gives feature maps, logits and attention."""
         return Activations(self.network, self.x, attention='stream' in self._needs)
+
+    @cached_property
+    def logits(self) -> dict[str, Tensor]:
+        """{pooling: (B, C)} of the images, from the forward that gives the feature maps if a method reads them."""
+        if self.network.halves_are_forward:
+            if 'feature maps' in self._needs:
+                return {pooling: value.detach() for pooling, value in self.activations.logits.items()}
+            if 'grid' in self._needs and self._has_grid:
+                return {pooling: value.detach() for pooling, value in self.activations.logits.items()}
+        return self.network.all_logits(self.x)
 
     @cached_property
     def score_cam_weights(self) -> dict[str, Tensor]:
@@ -106,12 +117,18 @@ class Batch:
     @property
     def grid(self) -> tuple[int, ...]:
         """(h, w): the locations of the feature maps, or one location for 32 x 32 pixels where there are none."""
-        if self.network.has_feature_maps:
-            try:
-                return self.activations.feature_maps.shape[-2:]
-            except ValueError:  # a network that pools no feature map
-                pass
+        if self._has_grid:
+            return self.activations.feature_maps.shape[-2:]
         return tuple(max(1, side // 32) for side in self.x.shape[-2:])
+
+    @cached_property
+    def _has_grid(self) -> bool:
+        if not self.network.has_feature_maps:
+            return False
+        try:
+            return self.activations.feature_maps.ndim == 4
+        except ValueError:  # a network that pools no feature map
+            return False
 
 
 def _attention(batch: Batch, pooling: str) -> Tensor:
@@ -176,7 +193,7 @@ METHODS: dict[str, Method] = {
         Method('layer_cam', 'Layer-CAM', _layer_cam, _GRADIENT),
         Method('xgrad_cam', 'XGrad-CAM', _xgrad_cam, _GRADIENT),
         Method('hires_cam', 'HiResCAM', _hires_cam, _GRADIENT),
-        Method('random', 'Random', _random, frozenset({'seed'})),
+        Method('random', 'Random', _random, frozenset({'seed', 'grid'})),
         Method('centre', 'Centre', _centre),
     )
 }

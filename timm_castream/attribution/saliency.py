@@ -130,20 +130,22 @@ def saliency_maps(
     Raises:
         ValueError: As `attribute_all`.
     """
-    if any('stream' in method.needs for method in methods):
-        castream_model(network.model)
-    batch = Batch(network, x, methods, indices, seed)
-    for pooling in network.poolings:
+    return explain(Batch(network, x, methods, indices, seed), target)
+
+
+def explain(batch: Batch, target: Target = None) -> dict[tuple[str, str], Tensor]:
+    """`saliency_maps` of a batch whose forward others may share."""
+    if any('stream' in method.needs for method in batch.methods):
+        castream_model(batch.network.model)
+    poolings = batch.network.poolings
+    for pooling in poolings:
         of_pooling = _of_pooling(target, pooling)
         if of_pooling is None:
-            reads_maps = any('feature maps' in method.needs for method in methods)
-            logits = batch.activations.logits if reads_maps else network.all_logits(x)
-            batch.targets[pooling] = logits[pooling].argmax(1, keepdim=True)
+            batch.targets[pooling] = batch.logits[pooling].argmax(1, keepdim=True)
         else:
-            batch.targets[pooling] = _class_indices(of_pooling, len(x), network.num_classes).to(x.device)
-    return {
-        (pooling, method.name): method.saliency(batch, pooling) for method in methods for pooling in network.poolings
-    }
+            classes = _class_indices(of_pooling, len(batch.x), batch.network.num_classes)
+            batch.targets[pooling] = classes.to(batch.x.device)
+    return {(p, method.name): method.saliency(batch, p) for method in batch.methods for p in poolings}
 
 
 class Identity(NamedTuple):

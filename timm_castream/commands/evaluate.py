@@ -13,28 +13,26 @@ from .options import add_method_options, add_model_options, add_size_options, me
 
 EXAMPLE = 'castream evaluate --model resnet50_castream --checkpoint last.pth.tar --data-dir /data/imagenet'
 
-# Options that do not change the figures. They may differ when an interrupted evaluation goes on.
-_NO_SETTINGS = frozenset(
-    {
-        'debug',
-        'output',
-        'device',
-        'workers',
-        'batch_size',
-        'mask_batch_size',
-        'torchcompile',
-        'channels_last',
-        'plot',
-        'methods',
-        'default_methods',
-        'maps',
-        'seed',
-    }
+# Options that say which network and which images; evaluate itself records the others that change values.
+_RECORDED = (
+    'model',
+    'pretrained',
+    'checkpoint',
+    'use_ema',
+    'num_classes',
+    'model_kwargs',
+    'data_dir',
+    'dataset',
+    'split',
+    'class_map',
+    'boxes',
+    'img_size',
+    'crop_pct',
 )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    from ..evaluation.protocol import TARGETS
+    from ..evaluation.plan import TARGETS
     from ..metrics.curves import CURVE_SETTINGS
     from ..metrics.table import DEFAULT_METRICS, METRICS
 
@@ -129,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
             device=device,
             persistent_workers=False,
         )
-        has_curves = any('curve' in need for name in args.metrics for need in METRICS[name].needs)
+        has_curves = any(METRICS[name].curve for name in args.metrics)
         report = evaluate(
             model,
             loader,
@@ -148,11 +146,13 @@ def run(args: argparse.Namespace) -> int:
             temperature=args.temperature,
             keep_curves=args.plot and has_curves,
             output_dir=args.output,
-            arguments={k: v for k, v in vars(args).items() if k not in _NO_SETTINGS},
+            arguments={name: getattr(args, name) for name in _RECORDED},
             progress=True,
         )
         if place['global_rank'] == 0:
-            written = ['table.csv', 'evaluation.json', 'images.csv', *(_plot(report, args.output) if args.plot else ())]
+            written = ['table.csv', 'evaluation.json', 'images.csv']
+            written += ['hits.npz'] if report.values.hits() else []
+            written += _plot(report, args.output) if args.plot else []
             print(f'\n{report}\n\nWritten to {args.output}: {", ".join(written)}')
     finally:
         if place['distributed']:

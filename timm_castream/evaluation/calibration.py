@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._utils.files import write_whole
+from ..inference.predictor import Predictor
+from .image_source import ImageSource
+
+_MAX_IMAGES = 2000
+_BATCH_SIZE = 64
 _PLAUSIBLE = (0.05, 20.0)
 _logger = logging.getLogger(__name__)
 
@@ -49,3 +58,47 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
             len(logits),
         )
     return temperature
+
+
+def temperatures(
+    asked: str | Mapping[str, float] | None, predictor: Predictor, source: ImageSource, seed: int, path: Path | None
+) -> dict[str, float]:
+    """One temperature a pooling: as given, as an interrupted evaluation fitted them, or fitted to images outside.
+
+    Args:
+        asked: None for none, {pooling: temperature}, or `'fit'`.
+        predictor: The network.
+        source: The images; those outside the sample are fitted to, at most 2000 of them.
+        seed: Seed of their choice.
+        path: File of fitted temperatures, or None.
+
+    Raises:
+        ValueError: If the file is damaged, or no image outside the sample can be read.
+    """
+    if asked is None:
+        return {}
+    if isinstance(asked, Mapping):
+        return {name: float(asked[name]) for name in predictor.poolings}
+    if path is not None and path.is_file():
+        try:
+            return {name: float(json.loads(path.read_text(encoding='utf-8'))[name]) for name in predictor.poolings}
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f'{path} is damaged: delete it, or name another folder.') from None
+    order = torch.randperm(len(source.outside), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = sorted(source.outside[i] for i in order[:_MAX_IMAGES])
+    logits: dict[str, list[Tensor]] = {name: [] for name in predictor.poolings}
+    labels: list[Tensor] = []
+    with predictor.evaluating():
+        for batch in source.read([chosen[i : i + _BATCH_SIZE] for i in range(0, len(chosen), _BATCH_SIZE)]):
+            if not batch.indices:
+                continue
+            labels.append(batch.labels.cpu())
+            for name, value in predictor.all_logits(batch.images.to(predictor.device)).items():
+                logits[name].append(value.cpu())
+    if not labels:
+        raise ValueError('None of the images outside the sample can be read, so no temperature can be fitted.')
+    fitted = {name: fit_temperature(torch.cat(value), torch.cat(labels)) for name, value in logits.items()}
+    if path is not None:
+        with write_whole(path) as file:
+            json.dump(fitted, file)
+    return fitted

@@ -34,12 +34,12 @@ def draw_curves(report: Report) -> Figure:
         )
     figure = Figure(figsize=(3.2 * len(report.methods) + 0.6, 2.4 * len(kinds) + 0.6), dpi=_DPI, layout='constrained')
     panels = figure.subplots(len(kinds), len(report.methods), squeeze=False, sharex=True, sharey='row')
-    image_of_row = report.values.rows[:, 0]
+    image_of_pair = report.values.pairs['image']
     for row, kind in zip(panels, kinds, strict=True):
         for axes, method in zip(row, report.methods, strict=True):
             for pooling in report.poolings:
                 curves = report.curves[pooling, method, kind]
-                mean, low, high = mean_curve(curves, image_of_row, report.settings['seed'])
+                mean, low, high = mean_curve(curves, image_of_pair, report.settings['seed'])
                 share = [i / (len(mean) - 1) for i in range(len(mean))]
                 label = f'{POOLING_NAMES[pooling]} {report[pooling, method, kind].value:.1f} %'
                 axes.plot(share, mean, color=_COLOURS[pooling], label=label)

@@ -15,7 +15,8 @@ import numpy as np
 from .._utils.files import write_whole
 from ..attribution.methods import method_title
 from ..metrics.table import METRICS
-from .bootstrap import RESAMPLES, Bootstrap, Estimate, ImageValues
+from .bootstrap import RESAMPLES, Bootstrap, Estimate
+from .values import ImageValues
 
 __all__ = ['Estimate', 'ImageValues', 'Report']
 
@@ -38,7 +39,6 @@ class Report:
         settings: Everything that the figures depend on: arguments, seed, versions. Plain data.
         values: Values of every image.
         unreadable: Images that could not be read and are in no figure: reason by name.
-        curves: By (pooling, method, `'insertion'` or `'deletion'`): (R, n + 1) curves, where they were kept.
     """
 
     network: str
@@ -54,7 +54,6 @@ class Report:
     settings: dict[str, Any]
     values: ImageValues
     unreadable: dict[str, str] = field(default_factory=dict)
-    curves: dict[tuple[str, str, str], np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def from_values(
@@ -67,16 +66,15 @@ class Report:
         seed: int,
         settings: dict[str, Any],
         unreadable: Mapping[str, str] | None = None,
-        curves: Mapping[tuple[str, str, str], np.ndarray] | None = None,
     ) -> Report:
-        """Averages over all rows, with intervals from resamples of the images.
+        """Averages over all pairs, with intervals from resamples of the images.
 
         Args:
-            network, poolings, methods, metrics, settings, unreadable, curves: As the attributes.
-            values: Values of every image: (R, columns) rows and (N, columns) images, see `ImageValues`.
+            network, poolings, methods, metrics, settings, unreadable: As the attributes.
+            values: Values of every image.
             seed: Seed of the resamples, at least 0.
         """
-        bootstrap = Bootstrap(values, poolings, seed)
+        bootstrap = Bootstrap(values, poolings, methods, metrics, seed)
         estimates = bootstrap.estimates()
         return cls(
             network=network,
@@ -88,12 +86,19 @@ class Report:
             confidence={p: estimates[p, 'confidence'] for p in poolings},
             figures={(p, m, k): estimates[p, m, k] for m in methods for p in poolings for k in metrics},
             differences=bootstrap.differences(),
-            num_images=len(values.images),
+            num_images=len(values.images['image']),
             settings=settings,
             values=values,
             unreadable=dict(unreadable or {}),
-            curves=dict(curves or {}),
         )
+
+    @property
+    def curves(self) -> dict[tuple[str, str, str], np.ndarray]:
+        """By (pooling, method, `'insertion'` or `'deletion'`): (R, n + 1) curves, where they were kept."""
+        names = {
+            (p, m, k): f'{p}/{m}/{METRICS[k].curve}' for p in self.poolings for k in self.metrics for m in self.methods
+        }
+        return {key: self.values.pairs[name] for key, name in names.items() if name in self.values.pairs}
 
     def __getitem__(self, key: tuple[str, str, str]) -> Estimate:
         if key not in self.figures:
@@ -109,9 +114,9 @@ class Report:
 
     @property
     def num_boxed(self) -> int | None:
-        """Number of rows with a box of the class under every pooling, or None where no metric needs boxes."""
+        """Number of pairs with a box of the class under every pooling, or None where no metric needs boxes."""
         needs_boxes = any('boxes' in METRICS[k].needs for k in self.metrics)
-        return int(self.values.has_box.sum()) if needs_boxes else None
+        return int(self.values.has_box(self.poolings).sum()) if needs_boxes else None
 
     def difference(self, method: str, metric: str) -> Estimate:
         """CA - GAP of a metric, paired by image, with its own interval.
@@ -167,7 +172,7 @@ class Report:
             notes.append('Temperatures: ' + ', '.join(f'{p.upper()} {t:.3f}' for p, t in temperatures.items()))
         if self.num_boxed is not None:
             both = ' under both poolings' if len(self.poolings) > 1 else ''
-            notes.append(f'Localisation: {self.num_boxed} of {len(self.values.rows)} maps have a box{both}')
+            notes.append(f'Localisation: {self.num_boxed} of {len(self.values.pairs["image"])} maps have a box{both}')
         if self.unreadable:
             images = 'image' if len(self.unreadable) == 1 else 'images'
             names = ', '.join(list(self.unreadable)[:3]) + (', ...' if len(self.unreadable) > 3 else '')
@@ -192,11 +197,17 @@ class Report:
         }
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes `table.csv`, `evaluation.json` and `images.csv`, each whole or not at all."""
+        """Writes `table.csv`, `evaluation.json` and `images.csv`, each whole or not at all.
+
+        `hits.npz` has the hits of max_box_acc_v2, (R, 768) bool a method and pooling, if it was measured.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with write_whole(folder / 'images.csv') as file:
             self.values.write_csv(file)
+        if self.values.hits():
+            with write_whole(folder / 'hits.npz', 'wb') as file:
+                np.savez_compressed(file, **self.values.hits())  # type: ignore[arg-type]
         with write_whole(folder / 'table.csv') as file:
             rows = self._table_rows()
             writer = csv.DictWriter(file, rows[0], lineterminator='\n')

@@ -1,7 +1,7 @@
-"""The folder of an evaluation: records of finished batches, from which an interrupted evaluation goes on.
+"""The folder of an evaluation: values of finished batches, from which an interrupted evaluation resumes.
 
-`settings.json` has the settings. `finished.{rank}.jsonl` has one record a line, one file a process. A lock keeps other
-runs out; the operating system releases it when the process ends, however it ends.
+`settings.json` has the settings. `finished.{rank}.jsonl` has the values of one batch a line, one file a process. A lock
+keeps other runs out; the operating system releases it when the process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -14,18 +14,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .._utils.files import write_whole
+from .values import ImageValues
 
-# Settings that 0.1 did not write, with the values that its evaluations had.
-_SETTINGS_OF_0_1: dict[str, Any] = {
-    'metrics': ['average_drop', 'average_gain', 'average_increase', 'insertion', 'deletion']
-}
-# Settings that 0.1 did not write and that its evaluations may have had in any way: they go on with those of now.
-_UNKNOWN_IN_0_1 = ('images', 'architecture', 'input_size', 'transform', 'loader_normalisation', 'mean', 'std')
 _MAX_VALUE_CHARS = 60  # characters of one value in an error
 
 
 class Journal:
-    """Records of finished batches in a folder.
+    """Values of finished batches in a folder.
 
     Args:
         folder: Made where it is missing.
@@ -62,12 +57,11 @@ class Journal:
         """Releases the lock."""
         self._lock.release()
 
-    def resume(self, settings: Mapping[str, Any], widths: Mapping[str, int]) -> list[dict[str, Any]]:
-        """Records of finished images, each image once.
+    def resume(self, settings: Mapping[str, Any]) -> ImageValues:
+        """Values of the finished images, each image once.
 
         Args:
             settings: Settings of this run, plain data.
-            widths: Number of columns of each table of a record.
 
         Raises:
             ValueError: If the folder holds an evaluation with other settings, or a file is damaged.
@@ -86,27 +80,20 @@ class Journal:
             self.temperatures_path.unlink(missing_ok=True)  # of an evaluation that finished no batch
             with write_whole(path) as file:
                 json.dump(wanted, file, indent=2)
-        records: list[dict[str, Any]] = []
+        parts: list[ImageValues] = []
         seen: set[int] = set()
         for path, number, line in lines:
-            record = _parse(path, number, line, widths)
-            if record is None:
-                continue
-            new = {int(row[0]) for row in record['images']} - seen
-            seen |= new
-            records.append(
-                {
-                    name: value if name == 'unreadable' else [row for row in value if int(row[0]) in new]
-                    for name, value in record.items()
-                }
-            )
-        return records
+            values = _parse(path, number, line)
+            if values is not None:
+                parts.append(values.without(seen))
+                seen |= set(values.images['image'].tolist())
+        return ImageValues.concatenate(parts)
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Adds the record of a finished batch."""
+    def append(self, values: ImageValues) -> None:
+        """Adds the values of a finished batch."""
         # The line break in front ends a line that a kill cut off.
         with open(self.path, 'ab') as file:
-            file.write(b'\n' + json.dumps(record).encode() + b'\n')
+            file.write(b'\n' + json.dumps(values.to_json()).encode() + b'\n')
 
     def _check_settings(self, path: Path, wanted: dict[str, Any]) -> None:
         try:
@@ -118,11 +105,6 @@ class Journal:
                 f'{path} is missing or damaged, so the finished batches beside it cannot be used: delete '
                 f'{self.folder}, or name another folder.'
             ) from None
-        found = {**_SETTINGS_OF_0_1, **{name: wanted.get(name) for name in _UNKNOWN_IN_0_1}, **found}
-        if wanted.get('seed') is None:  # it changes no record
-            found.pop('seed', None)
-        if isinstance(found.get('stream'), dict):  # 0.1 recorded the dropout rate too
-            found['stream'] = {k: v for k, v in found['stream'].items() if k in (wanted.get('stream') or {})}
         wrong = [
             key
             for key in sorted(found.keys() | wanted.keys())
@@ -140,8 +122,8 @@ class Journal:
             )
 
 
-def _parse(path: Path, number: int, line: bytes, widths: Mapping[str, int]) -> dict[str, Any] | None:
-    """A record, or None for a line that a kill cut off."""
+def _parse(path: Path, number: int, line: bytes) -> ImageValues | None:
+    """The values of a line, or None for a line that a kill cut off."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -149,15 +131,11 @@ def _parse(path: Path, number: int, line: bytes, widths: Mapping[str, int]) -> d
             return None
         record = None
     try:
-        if all(
-            len(row) == widths[name] for name in widths.keys() & record.keys() for row in record[name]
-        ) and record.keys() >= {'rows', 'images'}:
-            return record
-    except (AttributeError, KeyError, TypeError):
-        pass
-    raise ValueError(
-        f'{path}, line {number}, is no record of this evaluation: delete that line, or name another folder.'
-    )
+        return ImageValues.from_json(record)
+    except ValueError:
+        raise ValueError(
+            f'{path}, line {number}, is no record of this evaluation: delete that line, or name another folder.'
+        ) from None
 
 
 def _shown(settings: Mapping[str, Any], keys: list[str]) -> str:

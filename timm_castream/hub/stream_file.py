@@ -22,12 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._utils.files import write_whole
+from ..backbones.stream_config import inference_args
 
 FORMAT_VERSION = 1
-# Arguments of attach that older files lack, with the values that their streams were made with.
-_ADDED_ARGUMENTS = {'stream_init': 'paper'}
-# A stream loads whatever these were: they act on its training alone.
-_TRAINING_ARGUMENTS = ('stream_drop', 'stream_init')
 STREAM_PREFIX = 'castream.'
 
 
@@ -101,11 +98,8 @@ class StreamHeader:
         """
         if self.backbone != backbone_name(model):
             raise ValueError(f'{origin} holds a stream of {self.backbone}, this model is {backbone_name(model)}.')
-        own = json.loads(json.dumps(model.castream_config))
-        saved = {**_ADDED_ARGUMENTS, **self.stream_args}
-        wrong = [
-            k for k in sorted(own.keys() | saved.keys()) if k not in _TRAINING_ARGUMENTS and own.get(k) != saved.get(k)
-        ]
+        own, saved = (inference_args(args) for args in (model.castream_config, self.stream_args))
+        wrong = [k for k in sorted(own.keys() | saved.keys()) if own.get(k) != saved.get(k)]
         if wrong:
             theirs, ours = (', '.join(f'{k}={args.get(k)!r}' for k in wrong) for args in (saved, own))
             raise ValueError(f"{origin} holds a stream with {theirs}, this model's has {ours}.")

@@ -8,6 +8,7 @@ Letters: B images, N images of any number, C classes, H x W pixels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -68,7 +69,7 @@ class Predictor:
     ) -> None:
         self.has_stream = has_stream(model)
         if poolings is None:
-            poolings = POOLINGS if self.has_stream else POOLINGS[:1]
+            poolings = default_poolings(model)
         check_names('pooling', poolings, POOLINGS)
         check_names('activation', (activation,), ACTIVATIONS)
         if batch_size is not None:
@@ -98,6 +99,12 @@ class Predictor:
         """Name of the model's class."""
         return type(self.backbone).__name__
 
+    def calibrated(self, temperatures: Mapping[str, float] | None) -> Predictor:
+        """The same network whose probabilities have other temperatures."""
+        other = copy.copy(self)
+        other.temperatures = dict(temperatures or {})
+        return other
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode without gradients inside, each module's own mode afterwards."""
@@ -113,6 +120,17 @@ class Predictor:
     def is_timm(self) -> bool:
         """Whether the model has the two halves of timm's forward, `forward_features` and `forward_head`."""
         return all(hasattr(self.backbone, name) for name in ('forward_features', 'forward_head', 'num_classes'))
+
+    @property
+    def halves_are_forward(self) -> bool:
+        """Whether the two halves of timm's forward give the model's own logits.
+
+        They do not for a wrapper that changes the images or the logits, nor for a subclass with a forward of its own.
+        """
+        if not self.is_timm:
+            return True
+        own = type(self.backbone).forward.__module__.partition('.')[0] == 'timm'
+        return own and _unwrapped(self.model) is self.backbone
 
     @cached_property
     def cam_layer(self) -> str | None:
@@ -223,6 +241,11 @@ class Predictor:
             saliency: (N, H, W) in [0, 1].
         """
         return mask_normalised(x, saliency[:, None].to(x.dtype), *self.normalisation(x))
+
+
+def default_poolings(model: nn.Module) -> tuple[str, ...]:
+    """Both poolings for a model with a stream, `('gap',)` for others."""
+    return POOLINGS if has_stream(model) else POOLINGS[:1]
 
 
 def has_stream(model: nn.Module) -> bool:

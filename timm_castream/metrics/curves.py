@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._utils.checks import check_class_indices, check_count, check_unit_range
+from .._utils.checks import check_class_indices, check_count
 from ..inference.images import check_images, check_saliency, default_batch_size, resize_saliency
 from ..inference.predictor import Predictor
 
@@ -30,7 +30,7 @@ CURVE_SETTINGS = {
     'rise': CurveSetting(rows=1, kernel_size=11, sigma=5.0),
 }
 
-# (images (N, C, H, W), index (N,) of the image that each was made from) -> probabilities (N, ...)
+# (images (N, C, H, W), index (N,) of the map that each was made by) -> probabilities (N, ...)
 Predict = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -107,57 +107,54 @@ def perturbation_curves(
     predict: Predict,
     start: Tensor,
     finish: Tensor,
-    saliency: Tensor,
+    rank: Tensor,
     step: int,
     batch_size: int | None = None,
+    *,
+    image: Tensor | None = None,
     ends: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Probabilities while pixels of `start`, most salient first, become those of `finish`, for M maps an image at once.
+    """Probabilities while pixels of `start`, most salient first, become those of `finish`, for T maps at once.
 
     Insertion goes from the blurred image to the image, Deletion from the image to zeros.
 
     Args:
-        predict: Called with (N, C, H, W) images and the (N,) indices, in 0 .. B - 1, of the images they were made
-            from; returns (N, ...) probabilities, for instance one column a pooling.
+        predict: Called with (N, C, H, W) images and the (N,) indices, in 0 .. T - 1, of the maps they were made by;
+            returns (N, ...) probabilities, for instance one column a pooling.
         start: (B, C, H, W) images before the first step.
         finish: (B, C, H, W) images after the last.
-        saliency: (M, B, h, w) in [0, 1], M maps for every image.
+        rank: (T, H, W) of the maps, as `saliency_rank` gives it.
         step: Pixels changed per step.
         batch_size: Images that `predict` gets at once, by default `images.default_batch_size(start)`.
-        ends: `predict` of `start` and of `finish`, (B, ...) each, where known: they depend on no map.
+        image: (T,) the image of each map, in 0 .. B - 1. None: one map an image.
+        ends: `predict` of the start and of the finish of each map, (T, ...) each, where known: several maps share them.
 
     Returns:
-        (M, B, n + 1, ...) probabilities with n = ceil(H * W / step).
+        (T, n + 1, ...) probabilities with n = ceil(H * W / step).
 
     Raises:
         ValueError: On a bad shape or value.
     """
-    num_images, device = len(start), start.device
-    if saliency.ndim != 4 or saliency.shape[1] != num_images:
-        raise ValueError(f'saliency must have shape (M, {num_images}, h, w), got {tuple(saliency.shape)}.')
-    check_unit_range('saliency', saliency)
+    image = torch.arange(len(start), device=start.device) if image is None else image
+    if rank.shape != (len(image), *start.shape[2:]):
+        raise ValueError(f'rank must have shape {(len(image), *start.shape[2:])}, got {tuple(rank.shape)}.')
     check_count('step', step)
     batch_size = default_batch_size(start) if batch_size is None else batch_size
     check_count('batch_size', batch_size)
 
-    rank = _saliency_rank(resize_saliency(saliency.flatten(0, 1).to(device), start.shape[2:]))
     num_steps = -(-rank[0].numel() // step)
-    points = torch.arange(num_steps + 1, device=device)
+    points = torch.arange(num_steps + 1, device=start.device)
     if ends is not None:
         points = points[1:-1]
 
     def probabilities_at(maps: Tensor, points: Tensor) -> Tensor:
-        index = maps % num_images
         changed = rank[maps] < (points * step)[:, None, None]
-        return predict(torch.where(changed[:, None], finish[index], start[index]), index)
+        return predict(torch.where(changed[:, None], finish[image[maps]], start[image[maps]]), maps)
 
-    pairs = torch.cartesian_prod(torch.arange(len(rank), device=device), points)
+    pairs = torch.cartesian_prod(torch.arange(len(rank), device=start.device), points)
     batches = [probabilities_at(*batch.unbind(1)) for batch in pairs.split(batch_size)]
-    inner = torch.cat(batches).unflatten(0, (len(saliency), num_images, len(points)))
-    if ends is None:
-        return inner
-    first, last = (end.expand(len(saliency), *end.shape)[:, :, None] for end in ends)
-    return torch.cat([first, inner, last], dim=2)
+    inner = torch.cat(batches).unflatten(0, (len(rank), len(points)))
+    return inner if ends is None else torch.cat([ends[0][:, None], inner, ends[1][:, None]], dim=1)
 
 
 def curve_setting(name: str) -> CurveSetting:
@@ -216,8 +213,8 @@ def blur(x: Tensor, kernel_size: int = 5, sigma: float = 5.0) -> Tensor:
         return F.conv2d(x.contiguous(), kernel, padding=kernel_size // 2, groups=x.shape[1])
 
 
-def _saliency_rank(saliency: Tensor) -> Tensor:
-    """(R, H, W) rank of each pixel in its map: 0 for the most salient, ties in reading order."""
+def saliency_rank(saliency: Tensor) -> Tensor:
+    """(T, H, W) rank of each pixel in its map: 0 for the most salient, ties in reading order."""
     order = saliency.flatten(1).argsort(dim=1, descending=True, stable=True)
     rank = torch.arange(order.shape[1], dtype=torch.int32, device=order.device).expand(order.shape)
     return torch.empty_like(order, dtype=torch.int32).scatter_(1, order, rank).view(saliency.shape)
@@ -261,4 +258,5 @@ def _target_curve(
         return network.probabilities(logits).gather(1, target[index, None])[:, 0]
 
     with network.evaluating():
-        return perturbation_curves(predict, start, finish, saliency[None], step, network.batch_size(start))[0]
+        rank = saliency_rank(resize_saliency(saliency.to(start.device), start.shape[2:]))
+        return perturbation_curves(predict, start, finish, rank, step, network.batch_size(start))

@@ -10,7 +10,6 @@ not exactly these. R maps.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import box_area, box_iou
@@ -22,8 +21,6 @@ __all__ = ['BOX_ACCURACY_IOUS', 'box_accuracy_hits', 'max_box_acc_v2']
 
 BOX_ACCURACY_IOUS = (0.3, 0.5, 0.7)
 """Thresholds on the IoU that MaxBoxAccV2 averages over."""
-
-_BITS = 48  # results in one number: float64 holds integers up to 2 ** 53
 
 
 def box_accuracy_hits(saliency: Tensor, boxes: Tensor) -> Tensor:
@@ -98,25 +95,3 @@ def best_levels(shares: Tensor) -> Tensor:
         (S,).
     """
     return 100 * shares.unflatten(1, (len(BOX_ACCURACY_IOUS), NUM_LEVELS)).amax(2).mean(1)
-
-
-def pack_hits(hits: Tensor, defined: Tensor) -> Tensor:
-    """The results of `localization.box_accuracy_hits` as few numbers, for files.
-
-    Args:
-        hits: (R, 3, 256) bool.
-        defined: (R,) bool, False for a map without a box.
-
-    Returns:
-        (R, 16) in float64: 48 results a number, exact, and NaN for a map without a box.
-    """
-    powers = 2 ** torch.arange(_BITS, device=hits.device)
-    packed = (hits.flatten(1).unflatten(1, (-1, _BITS)) * powers).sum(2).double()
-    return packed.where(defined[:, None], torch.nan)
-
-
-def unpack_hits(values: np.ndarray) -> np.ndarray:
-    """The inverse of `pack_hits`: (R, 768) of 0 and 1, NaN where a map has no box."""
-    defined = ~np.isnan(values[:, :1])
-    bits = (np.where(defined, values, 0).astype(np.int64)[..., None] >> np.arange(_BITS)) & 1
-    return np.where(defined, bits.reshape(len(values), -1).astype(float), np.nan)

@@ -1,49 +1,36 @@
-"""The table of metrics: what each needs to be measured, and its values. R maps.
+"""The table of metrics: what each needs to be measured, and its values. T maps.
 
-A new metric is a function in one of the modules of this folder, and a row here.
+A new metric is a function in one of the modules of this folder, and a row here. If it needs a quantity that no metric
+has measured yet, `measurements` says how that is added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .faithfulness import area_under_curve, average_drop, average_gain, average_increase
-from .localization import energy_pointing_game, has_box, localization_error, pointing_game
-from .max_box_acc import best_levels, box_accuracy_hits, pack_hits, unpack_hits
+from .localization import energy_pointing_game, localization_error, pointing_game
+from .max_box_acc import best_levels, box_accuracy_hits
 
 __all__ = ['DEFAULT_METRICS', 'METRICS', 'Measurements', 'MetricRow']
 
-_EMPTY = torch.empty(0)
 
+class Measurements(SimpleNamespace):
+    """Measured quantities of T saliency maps, by the names of `measurements.MEASUREMENTS`.
 
-@dataclass(frozen=True)
-class Measurements:
-    """Measured quantities of R saliency maps. Quantities that no chosen metric needs are empty.
-
-    Attributes:
-        prob: (R,) probability of the class on the image.
-        masked_prob: (R,) probability of the class on the image masked by the map.
-        insertion_curve: (R, n + 1).
-        deletion_curve: (R, n + 1).
-        saliency: (R, H, W) maps of the size of the image, in [0, 1].
-        boxes: (R, J, 4) boxes of the class in pixels, NaN where an image has fewer than J.
+    It has `prob`, (T,), the probability of the class on the image, and what the metrics need.
     """
 
     prob: Tensor
-    masked_prob: Tensor = _EMPTY
-    insertion_curve: Tensor = _EMPTY
-    deletion_curve: Tensor = _EMPTY
-    saliency: Tensor = _EMPTY
-    boxes: Tensor = _EMPTY
 
-
-def _single(values: np.ndarray) -> np.ndarray:
-    return values
+    def __getattr__(self, name: str) -> Tensor:
+        raise AttributeError(f'{name} was not measured: a row of METRICS that reads it names it in needs.')
 
 
 def _first(means: np.ndarray) -> np.ndarray:
@@ -59,12 +46,12 @@ class MetricRow:
         title: Full name.
         symbol: Short name in tables.
         higher_is_better: The direction.
-        needs: Fields of `Measurements` that the metric reads besides `prob`.
-        values: Values of R maps, (R,) or (R, columns). NaN where the metric is undefined for a map.
-        columns: Number of values of a map.
-        expand: From (R, columns) values to the (R, m) numbers that are averaged over maps.
-        figure: From (S, m) averages to (S,) values in percent.
+        needs: Names of the measurements that the metric reads besides `prob`. One that needs `'boxes'` has a value for
+            maps with a box alone.
+        values: Values of T maps, (T,), or (T, m) bool for a metric that counts hits. NaN where a map has no value.
+        from_means: From (S, m) means over maps to (S,) values in percent.
         in_default: Whether an evaluation measures it unless told otherwise: the five metrics of the paper.
+        curve: The measurement that is its curve, for pictures.
     """
 
     name: str
@@ -73,10 +60,9 @@ class MetricRow:
     higher_is_better: bool
     needs: frozenset[str]
     values: Callable[[Measurements], Tensor]
-    columns: int = 1
-    expand: Callable[[np.ndarray], np.ndarray] = _single
-    figure: Callable[[np.ndarray], np.ndarray] = _first
+    from_means: Callable[[np.ndarray], np.ndarray] = _first
     in_default: bool = False
+    curve: str = ''
 
     @property
     def heading(self) -> str:
@@ -124,6 +110,7 @@ METRICS: dict[str, MetricRow] = {
             frozenset({'insertion_curve'}),
             lambda m: area_under_curve(m.insertion_curve),
             in_default=True,
+            curve='insertion_curve',
         ),
         MetricRow(
             'deletion',
@@ -133,6 +120,7 @@ METRICS: dict[str, MetricRow] = {
             frozenset({'deletion_curve'}),
             lambda m: area_under_curve(m.deletion_curve),
             in_default=True,
+            curve='deletion_curve',
         ),
         MetricRow('pointing_game', 'Pointing Game', 'SP', True, _BOXES, lambda m: pointing_game(m.saliency, m.boxes)),
         MetricRow(
@@ -157,10 +145,8 @@ METRICS: dict[str, MetricRow] = {
             'MBA',
             True,
             _BOXES,
-            lambda m: pack_hits(box_accuracy_hits(m.saliency, m.boxes), has_box(m.boxes)),
-            columns=16,
-            expand=unpack_hits,
-            figure=lambda means: best_levels(torch.from_numpy(means)).numpy(),
+            lambda m: box_accuracy_hits(m.saliency, m.boxes).flatten(1),
+            lambda means: best_levels(torch.from_numpy(means)).numpy(),
         ),
     )
 }

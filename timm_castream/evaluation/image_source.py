@@ -1,0 +1,170 @@
+"""The images of an evaluation: which ones, in which batches, with their labels, boxes and names."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from ..datasets import Unreadable, boxes_for, count_classes, has_boxes, image_name, read_batches, without_substitutes
+from ..datasets.unreadable import innermost
+from .loaders import normalisation_of, transform_text
+
+_logger = logging.getLogger(__name__)
+
+
+class ImageBatch(NamedTuple):
+    """A batch as it was read. B of its images could be read.
+
+    Attributes:
+        indices: B positions in the data set.
+        images: (B, C, H, W), or None if B is 0.
+        labels: (B,) or (B, classes), or None if B is 0.
+        unreadable: The others.
+    """
+
+    indices: list[int]
+    images: Any
+    labels: Any
+    unreadable: list[Unreadable]
+
+
+class ImageSource:
+    """The images of a loader's data set, or a random sample of them, in fixed batches.
+
+    Args:
+        loader: A `DataLoader` or one of timm's `create_loader`. Images are read in order; its sampler is ignored.
+        num_samples: Size of the sample, or None for all images.
+        seed: Seed of the sample.
+
+    Attributes:
+        dataset: The data set.
+        batches: The indices of the images of every batch.
+        outside: The indices of the images outside the sample.
+
+    Raises:
+        ValueError: If the loader has no batches that can be read by index, or `num_samples` is out of range.
+    """
+
+    def __init__(self, loader: Any, num_samples: int | None = None, seed: int = 0) -> None:
+        try:
+            # timm's PrefetchLoader wraps a DataLoader.
+            num_images, size = len(loader.dataset), getattr(loader, 'loader', loader).batch_size
+        except (AttributeError, TypeError):
+            raise ValueError(f'{type(loader).__name__} is no DataLoader over a data set with a length.') from None
+        if isinstance(loader.dataset, IterableDataset):
+            raise ValueError(f'{type(loader.dataset).__name__} is iterable: an evaluation reads images by their index.')
+        if not num_images:
+            raise ValueError('The data set has no images.')
+        if not size:
+            raise ValueError('The loader has no batch_size: make it with one, not with a batch sampler.')
+        chosen, outside = torch.arange(num_images), torch.arange(0)
+        if num_samples is not None:
+            if num_samples > num_images:
+                raise ValueError(f'num_samples {num_samples} is out of range, the data set has {num_images} images.')
+            order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
+            chosen, outside = order[:num_samples].sort().values, order[num_samples:].sort().values
+        self.loader = loader
+        self.dataset = loader.dataset
+        self.batches: list[list[int]] = [batch.tolist() for batch in chosen.split(size)]
+        self.outside: list[int] = outside.tolist()
+
+    @property
+    def indices(self) -> list[int]:
+        """The indices of all images, in order."""
+        return [index for batch in self.batches for index in batch]
+
+    @cached_property
+    def first_item(self) -> tuple[Any, Any]:
+        """The first image that can be read, and its label.
+
+        Raises:
+            ValueError: If none can be read.
+        """
+        items = without_substitutes(self.dataset)
+        first = None
+        for index in self.indices:
+            item = items[index]
+            if not isinstance(item, Unreadable):
+                return item
+            first = first or item
+        assert first is not None
+        raise ValueError(f'None of the images can be read. The first is {first.name}: {first.reason}')
+
+    @property
+    def input_size(self) -> tuple[int, ...]:
+        """(C, H, W) of an image."""
+        return tuple(np.shape(self.first_item[0])[-3:])
+
+    @property
+    def is_multilabel(self) -> bool:
+        """Whether an image may have several labels: a vector with a number a class."""
+        return np.ndim(self.first_item[1]) > 0
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether the data set has boxes."""
+        return has_boxes(self.dataset)
+
+    def read(self, batches: Sequence[Sequence[int]]) -> Iterator[ImageBatch]:
+        """Reads batches of indices as the loader reads its own."""
+        return map(ImageBatch._make, read_batches(self.loader, batches))
+
+    def name(self, index: int) -> str:
+        """The name of an image: its file, as the data set gives it, or `image INDEX`."""
+        return image_name(self.dataset, index)
+
+    def boxes(self, indices: Sequence[int], classes: Tensor) -> Tensor:
+        """(P, J, 4) boxes of P classes in P images, in pixels of the input, on the device of the (P,) classes."""
+        return boxes_for(self.dataset, list(indices), classes.tolist()).to(classes.device)
+
+    def check_classes(self, num_classes: int) -> None:
+        """Compares the number of classes of the data set, if it is known, with that of the model.
+
+        Raises:
+            ValueError: If the data set has more.
+        """
+        classes = count_classes(self.dataset)
+        if not classes or classes == num_classes:
+            return
+        message = f'The data set has {classes} classes, the model has {num_classes}'
+        if classes > num_classes:
+            raise ValueError(f'{message}: name the model of this data set, or its --num-classes.')
+        _logger.warning('%s. The labels 0 to %d are explained.', message, classes - 1)
+
+    def settings(self) -> dict[str, Any]:
+        """What a folder of an unfinished evaluation must agree on, plain data."""
+        return {
+            'images_in_data_set': len(self.dataset),
+            'images': self._hash(),
+            'input_size': list(self.input_size),
+            'transform': transform_text(self.loader),
+            'loader_normalisation': normalisation_of(self.loader),
+        }
+
+    def _hash(self) -> str:
+        """SHA-256 of the names, sizes and times of the image files, of the classes and of the boxes."""
+        digest = hashlib.sha256()
+        source, _ = innermost(self.dataset, 0)
+        digest.update(repr(getattr(getattr(source, 'reader', None), 'class_to_idx', None)).encode('utf-8', 'replace'))
+        boxes = getattr(source, 'boxes', None)
+        for index in self.indices:
+            try:
+                status: Any = os.stat(image_name(self.dataset, index, absolute=True))
+            except OSError:  # an image that is no file
+                status = os.stat_result((0,) * 10)
+            line = f'{self.name(index)} {status.st_size} {status.st_mtime_ns}\n'
+            digest.update(line.encode('utf-8', 'surrogateescape'))
+            if boxes is not None:
+                digest.update(
+                    np.ascontiguousarray(boxes[innermost(self.dataset, index)[1]], dtype=np.float64).tobytes()
+                )
+        return digest.hexdigest()

@@ -1,0 +1,125 @@
+"""What an evaluation measures: the arguments of `evaluate.evaluate` that change values, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+
+from .._utils.checks import check_count, check_names
+from ..attach import POOLINGS
+from ..attribution.methods import Method
+from ..metrics.curves import CurveSetting, curve_setting
+from ..metrics.table import DEFAULT_METRICS, METRICS, MetricRow
+
+TARGETS = ('truth', 'predicted')
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Arguments of `evaluate.evaluate` that change values.
+
+    How fast an evaluation runs, and where it writes, is no part of a plan.
+
+    Attributes:
+        methods: Rows of the table of methods.
+        poolings, metrics, target, setting, layer, num_samples, seed, amp_dtype, temperature: As of `evaluate`.
+
+    Raises:
+        ValueError: If a name is unknown or a number is out of range.
+    """
+
+    methods: tuple[Method, ...]
+    poolings: Sequence[str]
+    metrics: Sequence[str] = DEFAULT_METRICS
+    target: str = 'truth'
+    setting: str = 'paper'
+    layer: str | None = None
+    num_samples: int | None = None
+    seed: int = 0
+    amp_dtype: torch.dtype | None = None
+    temperature: str | Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f'seed must be an int of at least 0, got {self.seed!r}.')
+        if self.num_samples is not None:
+            check_count('num_samples', self.num_samples)
+        check_names('pooling', self.poolings, POOLINGS)
+        check_names('metric', self.metrics, tuple(METRICS))
+        check_names('target', (self.target,), TARGETS)
+        curve_setting(self.setting)
+        _check_temperature(self.temperature, self.poolings)
+
+    @property
+    def metric_rows(self) -> tuple[MetricRow, ...]:
+        """The rows of the table of metrics."""
+        return tuple(METRICS[name] for name in self.metrics)
+
+    @property
+    def curve_setting(self) -> CurveSetting:
+        """The numbers behind `setting`."""
+        return curve_setting(self.setting)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The measurements that the metrics need, each once, in the order of the metrics."""
+        return tuple(dict.fromkeys(name for row in self.metric_rows for name in sorted(row.needs)))
+
+    @property
+    def curves(self) -> tuple[str, ...]:
+        """The measurements that are curves."""
+        return tuple(row.curve for row in self.metric_rows if row.curve)
+
+    @property
+    def metric_of_boxes(self) -> str | None:
+        """The first metric that needs boxes, or None."""
+        return next((row.name for row in self.metric_rows if 'boxes' in row.needs), None)
+
+    def settings(self) -> dict[str, Any]:
+        """What a folder of an unfinished evaluation must agree on, plain data: exactly what changes values."""
+        # Without a subset and without random maps the seed changes the intervals alone.
+        reads_seed = self.num_samples is not None or any('seed' in method.needs for method in self.methods)
+        temperature = self.temperature
+        if isinstance(temperature, Mapping):
+            temperature = {name: float(temperature[name]) for name in self.poolings}
+        return {
+            'methods': [method.name for method in self.methods],
+            'user_methods': {method.name: method.source_hash for method in self.methods if method.source_hash},
+            'metrics': list(self.metrics),
+            'poolings': list(self.poolings),
+            'target': self.target,
+            'setting': self.setting,
+            'layer': self.layer,
+            'num_samples': self.num_samples,
+            'seed': self.seed if reads_seed else None,
+            'amp_dtype': str(self.amp_dtype).removeprefix('torch.') if self.amp_dtype else None,
+            'temperature': temperature,
+        }
+
+
+def _check_temperature(temperature: Any, poolings: Sequence[str]) -> None:
+    """Raises ValueError unless it is None, `'fit'`, or a temperature for each of the poolings."""
+    if temperature is None or (isinstance(temperature, str) and temperature == 'fit'):
+        return
+    if not isinstance(temperature, Mapping):
+        raise ValueError(
+            f"temperature {temperature!r} is unknown, valid ones: 'fit', or a number for each pooling, as "
+            "in {'gap': 1.2, 'ca': 1.5}."
+        )
+    for name in temperature:
+        if name not in POOLINGS:
+            raise ValueError(
+                f'temperature has a number for pooling {name!r}, which is unknown, valid ones: '
+                f'{", ".join(map(repr, POOLINGS))}.'
+            )
+    for name in poolings:
+        number = temperature.get(name)
+        if not isinstance(number, Real) or not 0 < float(number) < math.inf:
+            raise ValueError(
+                f'temperature must give pooling {name!r} a positive number below infinity, got {dict(temperature)}.'
+            )
