@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ..evaluation.bootstrap import Estimate, mean_curve
 from ..evaluation.report import Report
 from ..metrics.table import METRICS
@@ -62,12 +60,12 @@ def answer(report: Report, has_labels: bool) -> Answer:
 
 def gain_beyond_random(report: Report) -> Estimate:
     """CA - GAP of AG of Grad-CAM, less that of random maps: paired by image, with a bootstrap 95 % interval."""
-    values = report.values
+    pairs = report.values.pairs
     (ca, gap), (random_ca, random_gap) = (
-        [values.row_values(pooling, method, 'average_gain')[:, 0] for pooling in ('ca', 'gap')] for method in METHODS
+        [pairs[f'{pooling}/{method}/average_gain'] for pooling in ('ca', 'gap')] for method in METHODS
     )
     difference = (ca - gap) - (random_ca - random_gap)
-    ends = mean_curve(difference[:, None], np.asarray(values.rows[:, 0]), report.settings['seed'])
+    ends = mean_curve(difference[:, None], pairs['image'], report.settings['seed'])
     return Estimate(*(float(end[0]) for end in ends))
 
 
