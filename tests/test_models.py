@@ -84,7 +84,7 @@ def weights_of_the_hub(monkeypatch) -> dict[str, Tensor]:
 
     monkeypatch.setattr('timm_castream.hub.load.read_timm_weights', answer)
     monkeypatch.setattr('timm_castream.hub.repository.read_timm_weights', answer)
-    monkeypatch.setattr('timm_castream.models.read_timm_weights', answer)
+    monkeypatch.setattr('timm_castream.hub.read.read_timm_weights', answer)
     yield state_dict
     assert asked
 
@@ -414,14 +414,14 @@ def test_other_gap_weights_bring_their_own_image_settings(monkeypatch):
     tag = 'a1_in1k'
     own, other = timm.get_pretrained_cfg('resnet50.tv_in1k'), timm.get_pretrained_cfg(f'resnet50.{tag}')
     assert own.crop_pct != other.crop_pct or own.interpolation != other.interpolation
-    monkeypatch.setattr(models, 'read_timm_weights', lambda name: {})
+    monkeypatch.setattr('timm_castream.hub.read.read_timm_weights', lambda name: {})
     model = timm.create_model('resnet50_castream', backbone_pretrained=tag, device='meta')
     for field in ('crop_pct', 'interpolation'):
         assert model.pretrained_cfg[field] == getattr(other, field)
 
 
 def test_gap_weights_with_other_classes_bring_their_classes(monkeypatch):
-    monkeypatch.setattr(models, 'read_timm_weights', lambda name: {})
+    monkeypatch.setattr('timm_castream.hub.read.read_timm_weights', lambda name: {})
     model = timm.create_model('convnext_tiny_castream', backbone_pretrained='fb_in22k', device='meta')
     assert model.num_classes == model.pretrained_cfg['num_classes'] == 21841
     model = timm.create_model('convnext_tiny_castream', backbone_pretrained='fb_in22k', num_classes=3, device='meta')
