@@ -36,7 +36,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv('GRADIO_ANALYTICS_ENABLED', 'False')
         examples = write_examples(tmp_path_factory.mktemp('examples'), digits=True)
         app = create_app(open_for_page(), examples, choose_model=True)
-        _, address, _ = serve(app, prevent_thread_lock=True, quiet=True)
+        _, address, _ = serve(app, prevent_thread_lock=True)
         yield address
         app.close()
 
