@@ -111,7 +111,7 @@ class Explanation:
             FileNotFoundError: If the file was deleted.
             ValueError: If the file is no image any more.
         """
-        return self.source if isinstance(self.source, Image.Image) else _read_file(self.source, 'RGB')
+        return open_image(self.source) if isinstance(self.source, Image.Image) else _read_file(self.source, 'RGB')
 
     def top(self, pooling: str, count: int = NUM_TOP) -> list[tuple[int, float]]:
         """The classes of highest probability under a pooling: (index, probability) from the highest."""
