@@ -6,7 +6,7 @@ stage from 0 to L.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -24,7 +24,8 @@ from .backbones.mixin import (
     query_of,
     remove_stream,
 )
-from .backbones.stages import find_stages, head_pooling
+from .backbones.stages import HeadPooling, find_stages
+from .backbones.stream_config import StreamConfig, with_stream_arguments
 from .hub.load import load_gap_weights
 from .stream import CAStream
 
@@ -44,10 +45,10 @@ POOLINGS = ('gap', 'ca')
 _FLAGS = ('stream_class_specific', 'stream_bias', 'freeze_backbone')
 
 _POOLED_BY = {
-    'max': 'maximum',
-    'avgmax': 'average and maximum',
-    'token': 'its class token',
-    'tokens': 'the average of all tokens',
+    HeadPooling.MAXIMUM: 'maximum',
+    HeadPooling.AVERAGE_AND_MAXIMUM: 'average and maximum',
+    HeadPooling.CLASS_TOKEN: 'its class token',
+    HeadPooling.ALL_TOKENS: 'the average of all tokens',
 }
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
@@ -56,17 +57,10 @@ ModelT = TypeVar('ModelT', bound=nn.Module)
 def attach(
     model: ModelT,
     *,
-    stream_start: int = 0,
-    stream_stages: Sequence[str] | None = None,
-    stream_block: str = 'ca',
-    stream_class_specific: bool = False,
-    stream_heads: int = 1,
-    stream_drop: float = 0.0,
-    stream_bias: bool = True,
-    stream_init: str = 'paper',
     freeze_backbone: bool = False,
     backbone_pretrained: bool | str = False,
     backbone_checkpoint: str | None = None,
+    **stream: Any,
 ) -> ModelT:
     """Gives a timm model a CA-Stream that takes the place of its global pooling. In place.
 
@@ -101,41 +95,34 @@ def attach(
         raise ValueError(
             f'This {type(model).__name__} has a CA-Stream already; call timm_castream.detach(model) first.'
         )
-    check_flags(
-        {
-            'stream_class_specific': stream_class_specific,
-            'stream_bias': stream_bias,
-            'freeze_backbone': freeze_backbone,
-            'backbone_pretrained': backbone_pretrained,
-        }
-    )
+    check_flags({**stream, 'freeze_backbone': freeze_backbone, 'backbone_pretrained': backbone_pretrained})
+    config = StreamConfig(**stream)
     backbone: Any = model  # torch types the attributes of a module as tensors or modules
-    stages = find_stages(backbone, stream_stages)
-    is_index = isinstance(stream_start, int) and not isinstance(stream_start, bool)
-    if not is_index or not 0 <= stream_start < len(stages):
+    stages, head = find_stages(backbone, config.stream_stages)
+    start = config.stream_start
+    if not isinstance(start, int) or isinstance(start, bool) or not 0 <= start < len(stages):
         raise ValueError(
-            f'stream_start {stream_start!r} is no stage: {type(model).__name__} has the stages 0 to '
+            f'stream_start {start!r} is no stage: {type(model).__name__} has the stages 0 to '
             f'{len(stages) - 1} ({", ".join(stage.name for stage in stages)}).'
         )
-    stages = stages[stream_start:]
-    head = head_pooling(backbone, stages[-1], backbone.forward_head)
-    if stream_init == 'gap' and head not in ('avg', ''):
+    stages = stages[start:]
+    if config.stream_init == 'gap' and head not in (HeadPooling.AVERAGE, HeadPooling.NONE):
         raise ValueError(
             f"stream_init 'gap' starts as the average of the locations, and this {type(model).__name__} pools by "
-            f"{_POOLED_BY[str(head)]}, valid ones: 'paper'."
+            f"{_POOLED_BY[head]}, valid ones: 'paper'."
         )
-    if stream_class_specific:
+    if config.stream_class_specific:
         check_class_specific(backbone.num_classes, head)
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     try:
-        stream = CAStream(
+        castream = CAStream(
             [stage.dim for stage in stages],
-            num_classes=backbone.num_classes if stream_class_specific else None,
-            num_heads=stream_heads,
-            block=stream_block,
-            drop=stream_drop,
-            bias=stream_bias,
-            init=stream_init,
+            num_classes=backbone.num_classes if config.stream_class_specific else None,
+            num_heads=config.stream_heads,
+            block=config.stream_block,
+            drop=config.stream_drop,
+            bias=config.stream_bias,
+            init=config.stream_init,
             device=parameter.device,
             dtype=parameter.dtype,
         ).train(model.training)
@@ -143,21 +130,14 @@ def attach(
         raise ValueError(f'stream_{str(error).removeprefix("num_")}') from error
     if backbone_pretrained or backbone_checkpoint:
         load_gap_weights(model, backbone_pretrained, backbone_checkpoint)
-
-    config = {
-        'stream_start': stream_start,
-        'stream_stages': None if stream_stages is None else list(stream_stages),
-        'stream_block': stream_block,
-        'stream_class_specific': stream_class_specific,
-        'stream_heads': stream_heads,
-        'stream_drop': stream_drop,
-        'stream_bias': stream_bias,
-        'stream_init': stream_init,
-    }
-    add_stream(model, stream, Attachment(config, stages, head_pools=head != ''))
+    add_stream(model, castream, Attachment(config, stages, head_pools=head is not HeadPooling.NONE))
     if freeze_backbone:
         _freeze(backbone)
     return model
+
+
+# The arguments of a stream are declared once, by StreamConfig. help() and editors show them all.
+attach.__signature__ = with_stream_arguments(attach)  # type: ignore[attr-defined]
 
 
 def check_flags(arguments: Mapping[str, Any]) -> None:
