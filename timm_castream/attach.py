@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ._utils.checks import check_bool
@@ -21,11 +22,13 @@ from .backbones.mixin import (
     add_stream,
     castream_model,
     check_class_specific,
+    outermost_streams,
     query_of,
     remove_stream,
 )
 from .backbones.stages import HeadPooling, find_stages
 from .backbones.stream_config import StreamConfig, with_stream_arguments
+from .backbones.wrappers import class_scores, evaluation_mode, images_inside, in_precision_of, unwrapped
 from .hub.load import load_gap_weights
 from .stream import CAStream
 
@@ -172,7 +175,7 @@ def pooling(model: nn.Module, mode: str) -> Iterator[None]:
     """Pools the other way for a while, with the same weights. For the model, not for a thread, as `model.eval()` is.
 
     Args:
-        model: A model with a stream.
+        model: A model with a stream, or a wrapper around one or several.
         mode: `'gap'`, the network's own pooling, or `'ca'`, the stream.
 
     Raises:
@@ -180,44 +183,66 @@ def pooling(model: nn.Module, mode: str) -> Iterator[None]:
     """
     if mode not in POOLINGS:
         raise ValueError(f'pooling {mode!r} is unknown, valid ones: {", ".join(map(repr, POOLINGS))}.')
-    state = castream_model(model)._castream
-    outer, state.pooling = state.pooling, mode
+    castream_model(model)  # raises where there is none
+    states = [stream._castream for stream in outermost_streams(model)]
+    outer = [state.pooling for state in states]
+    for state in states:
+        state.pooling = mode
     try:
         yield
     finally:
-        state.pooling = outer
+        for state, before in zip(states, outer, strict=True):
+            state.pooling = before
 
 
 def forward_both(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Logits of both poolings from one pass over the backbone.
+    """Logits of both poolings from one pass over the backbone, in evaluation mode.
 
     Args:
-        model: A model with a stream.
-        x: (B, 3, H, W).
+        model: A model with a stream. A wrapper with a forward of its own runs it once under each pooling.
+        x: (B, 3, H, W), in any precision.
 
     Returns:
         `{'gap': (B, C), 'ca': (B, C)}`.
     """
-    model = castream_model(model)
+    stream, inner = castream_model(model), unwrapped(model)
+    x = in_precision_of(stream, x)
+    with evaluation_mode(model):
+        if inner is stream:
+            return both_logits(stream, x)
+        logits = {}
+        for mode in POOLINGS:
+            with pooling(model, mode):
+                logits[mode] = class_scores(model(x), len(x), type(inner).__name__)
+        return logits
+
+
+def both_logits(model: CAStreamMixin, x: Tensor) -> dict[str, Tensor]:
+    """Logits of both poolings of a model that is in no wrapper, in whatever mode it is."""
     features = model.stream_features(x)
     return {'gap': model.forward_gap_head(features), 'ca': model.forward_ca_head(features, query_of(features))}
 
 
 def attention_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The stream's attention in every stage that it visits, eq. (6): class agnostic saliency.
+    """The stream's attention in every stage that it visits, eq. (6), in evaluation mode: class agnostic saliency.
 
     Args:
-        model: A model with a stream.
-        x: (B, 3, H, W).
+        model: A model with a stream. Of a wrapper with a forward of its own, the images count that it gives to it.
+        x: (B, 3, H, W), in any precision.
 
     Returns:
         One (B, heads, H_l, W_l) a stage, in order; each head of each image sums to 1.
     """
-    model = castream_model(model)
-    maps: list[Tensor] = []
-    features = model.stream_features(x, attention=maps)
-    last = model.pooled_stage.to_nchw(features, x.shape[-2:])
-    model.castream.step(-1, query_of(features), last, attention=maps)
+    stream, inner = castream_model(model), unwrapped(model)
+    x = in_precision_of(stream, x)
+    with evaluation_mode(model):
+        if inner is not stream:
+            with torch.no_grad():
+                x = images_inside(inner, stream, x)
+        maps: list[Tensor] = []
+        features = stream.stream_features(x, attention=maps)
+        last = stream.pooled_stage.to_nchw(features, x.shape[-2:])
+        stream.castream.step(-1, query_of(features), last, attention=maps)
     return maps
 
 

@@ -320,6 +320,14 @@ def castream_model(model: nn.Module) -> CAStreamMixin:
     raise ValueError(f'This {type(model).__name__} has no CA-Stream; call timm_castream.attach(model) first{by_name}.')
 
 
+def outermost_streams(model: nn.Module) -> list[CAStreamMixin]:
+    """The models with a stream in a module, without those inside another one (a teacher in its student)."""
+    if isinstance(model, CAStreamMixin):
+        return [model]
+    found = [stream for child in model.children() for stream in outermost_streams(child)]
+    return list(dict.fromkeys(found))
+
+
 def query_of(features: Tensor) -> Tensor:
     """q_L, (B, D_L), which `forward_features` left on the tensor that it returned.
 

@@ -28,6 +28,7 @@ from .probe import (
     run_probe,
     shape_text,
 )
+from .wrappers import class_scores
 
 # Name of the pooled stage where it is the output of no named module.
 POOLED = 'forward_features'
@@ -125,7 +126,7 @@ def find_stage(model: nn.Module, name: str) -> Stage:
         ValueError: If there is no such module, it does not run once before the pooling, or it gives no feature map.
     """
     kind = type(model).__name__
-    if not _has_module(model, name):
+    if not has_module(model, name):
         children = ', '.join(child for child, _ in model.named_children())
         raise ValueError(f'layer {name!r} is no module of {kind}; it has {children} and their submodules.')
     with eval_mode(model):
@@ -182,7 +183,38 @@ def cam_layer(model: nn.Module) -> str | None:
     names = _last_blocks(model)
     with eval_mode(model):
         probe = run_probe(model, names, lambda features: head(features, pre_logits=True))
-    return probe.last_layer_with_gradient or (names[-2] if len(names) > 1 else None)  # the meta device has no gradients
+    if probe.layers_with_gradient is None:  # the meta device has no gradients
+        return names[-2] if len(names) > 1 else None
+    return probe.layers_with_gradient[-1] if probe.layers_with_gradient else None
+
+
+def layers_with_gradient(model: nn.Module, names: list[str], whole: bool) -> list[str]:
+    """Those modules whose patch tokens or feature maps have a gradient of the class scores, in the order of their runs.
+
+    Args:
+        model: The model, or a module that holds it.
+        names: Names of modules.
+        whole: Run the model's own forward, and not the two halves of timm's.
+    """
+    backbone: Any = model
+    with eval_mode(model):
+        if whole:
+            probe = run_probe(model, names, lambda output: class_scores(output, 1, type(model).__name__), model)
+        else:
+            head = getattr(backbone, 'forward_gap_head', getattr(backbone, 'forward_head', None))
+            probe = run_probe(model, names, head)
+    return names if probe.layers_with_gradient is None else probe.layers_with_gradient
+
+
+def nearest_layer_with_gradient(model: nn.Module, whole: bool) -> str | None:
+    """The last block, or else the last module, through which class scores depend on the image; None without any."""
+    modules = [name for name, _ in model.named_modules() if name]
+    blocks = [name for name in modules if name.rpartition('.')[2].isdecimal()]
+    for names in (blocks, modules):
+        found = layers_with_gradient(model, names, whole)
+        if found:
+            return found[-1]
+    return None
 
 
 def head_pooling(model: nn.Module, pooled: Stage, head: Callable[..., Tensor]) -> HeadPooling:
@@ -231,7 +263,8 @@ def head_pooling(model: nn.Module, pooled: Stage, head: Callable[..., Tensor]) -
     return HeadPooling.UNKNOWN
 
 
-def _has_module(model: nn.Module, name: str) -> bool:
+def has_module(model: nn.Module, name: str) -> bool:
+    """Whether a model has a module of that name."""
     try:
         return bool(name) and model.get_submodule(name) is not None  # '' would be the model
     except AttributeError:
