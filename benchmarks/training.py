@@ -13,23 +13,36 @@ has no statistics, and both ways are one.
 
 Memory is the peak beyond weights, momentum and images. That of a step is set against the bare forward's, plus the stage
 maps that backward reads, plus the stream's gradients. Hours on 8 accelerators are an eighth: communication is left out.
+
+The second table sets `castream fit` on kept maps against `castream train -c own_data.yaml` on the same photographs: whole
+epochs in turn. An epoch of `castream train` is timm's loader with its worker processes, the frozen step and AdamW; one of
+`castream fit` reads the maps of the same images from disk. The maps are written once, which costs one pass of the network.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import timm
 import torch
 from model import peak_bytes
+from PIL import Image
+from sklearn.datasets import load_sample_image
 from timing import heading, interleave, ratio
+from timm.data import create_dataset, create_loader, resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import timm_castream
+from timm_castream.fitting.features import write_features
+from timm_castream.fitting.network import FrozenNetwork
+from timm_castream.fitting.training import Candidate, Recipe, Targets, train_streams
 
 IMAGENET_IMAGES, EPOCHS = 1_281_167, 90
 
@@ -51,6 +64,16 @@ def main() -> None:
     )
     for name in args.models:
         print(f'| {name} | ' + ' | '.join(compare(name, args, device)) + ' |', flush=True)
+    print(
+        '\n| backbone | placement | images/s, castream train | images/s, castream fit | fit / train | kept maps, MB an '
+        'image |\n| --- | --- | --- | --- | --- | --- |',
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_photographs(Path(folder, 'images'), args.fit_images)
+        for name in args.fit_models:
+            for row in compare_fit(name, Path(folder), args, device):
+                print('| ' + ' | '.join(row) + ' |', flush=True)
 
 
 def compare(name: str, args: argparse.Namespace, device: torch.device) -> list[str]:
@@ -114,6 +137,76 @@ def compare(name: str, args: argparse.Namespace, device: torch.device) -> list[s
     ]
 
 
+def compare_fit(name: str, folder: Path, args: argparse.Namespace, device: torch.device) -> list[list[str]]:
+    """A row for S_0 - S_L and one for S_L - S_L: epochs of `castream train` and of `castream fit`, in turn."""
+    plain = timm.create_model(name).to(device).eval()
+    network = FrozenNetwork(plain)
+    config = resolve_model_data_config(plain)
+
+    def loader(training: bool) -> object:
+        return create_loader(
+            create_dataset('', str(folder / 'images')),
+            config['input_size'],
+            args.fit_batch_size,
+            is_training=training,
+            no_aug=True,
+            interpolation=config['interpolation'],
+            mean=config['mean'],
+            std=config['std'],
+            crop_pct=config['crop_pct'],
+            num_workers=os.cpu_count() or 1,
+            device=device,
+            use_prefetcher=training,
+        )
+
+    kept = write_features(network, loader(False).dataset, folder / name, facts={})
+    rows = []
+    for start in (0, len(network.stages) - 1):
+        model = timm.create_model(name).to(device)
+        timm_castream.attach(model, stream_start=start, stream_init='gap', freeze_backbone=True).train()
+        optimizer = torch.optim.AdamW(model.castream.parameters(), lr=1e-4, weight_decay=0.0)
+        batches = loader(True)
+        count = len(batches) * args.fit_batch_size  # the loader of training drops the rest
+        candidate = Candidate(network, Recipe(start, 1, 1e-4), {'stream_init': 'gap'}, args.seed)
+        indices, targets = torch.arange(count), Targets(torch.zeros(args.fit_images, dtype=torch.long))
+
+        def train(
+            model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer, data: object = batches
+        ) -> None:
+            for x, target in data:
+                loss = F.cross_entropy(model(x), target)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def fit(candidate: Candidate = candidate, indices: Tensor = indices, targets: Targets = targets) -> None:
+            train_streams(network, kept, indices, targets, [candidate], batch_size=args.fit_batch_size)
+
+        seconds = interleave({'train': train, 'fit': fit}, args.fit_rounds, device, warmup=1)
+        size = 2 * sum(stage[0].size for stage in kept.stages[start:]) + 4 * kept.pooled[0].numel()
+        rows.append(
+            [
+                name,
+                f'S_{start} - S_{len(network.stages) - 1}',
+                f'{count / statistics.median(seconds["train"]):.1f}',
+                f'{count / statistics.median(seconds["fit"]):.1f}',
+                f'{ratio(seconds, "train", "fit"):.1f}',
+                f'{size / 1e6:.2f}',
+            ]
+        )
+    return rows
+
+
+def write_photographs(folder: Path, count: int) -> None:
+    """An image folder of two classes: crops of scikit-learn's photographs, 375 x 500 pixels each."""
+    photographs = {name: Image.fromarray(load_sample_image(f'{name}.jpg')) for name in ('china', 'flower')}
+    for name, photograph in photographs.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count // 2):
+            left, top = i % (photograph.width - 499), i % (photograph.height - 374)
+            photograph.crop((left, top, left + 500, top + 375)).save(folder / name / f'{i}.jpg')
+
+
 def stage_bytes(model: nn.Module, x: Tensor, dtype: torch.dtype) -> int:
     """Memory of the feature maps that the stream reads in backward."""
     with torch.no_grad():
@@ -124,7 +217,7 @@ def stage_bytes(model: nn.Module, x: Tensor, dtype: torch.dtype) -> int:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--models', nargs='+', default=('resnet50', 'resnet18', 'convnext_tiny'))
+    parser.add_argument('--models', nargs='*', default=('resnet50', 'resnet18', 'convnext_tiny'))
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='by autocast')
     parser.add_argument('--channels-last', action='store_true')
@@ -132,6 +225,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--batch-size', type=int, default=16)
     parser.add_argument('--image-size', type=int, default=224)
     parser.add_argument('--rounds', type=int, default=9, help='measured rounds (default: %(default)s)')
+    fit = parser.add_argument_group('the second table')
+    fit.add_argument('--fit-models', nargs='*', default=('tf_efficientnet_lite0', 'resnet50'))
+    fit.add_argument('--fit-images', type=int, default=256, help='photographs of an epoch (default: %(default)s)')
+    fit.add_argument('--fit-batch-size', type=int, default=64)
+    fit.add_argument('--fit-rounds', type=int, default=3, help='measured epochs (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0)
     return parser.parse_args()
 

@@ -49,7 +49,7 @@ def fit(
     greatest the more accurate recipe is taken, then the one with fewer epochs.
 
     The rule of the answer: the stream helps where the accuracy is not lower (its interval reaches 0; without labels:
-    CA predicts GAP's class on 95 % of the images or more), where AG and AI of Grad-CAM are better, and where AG is
+    CA predicts GAP's class on 90 % of the images or more), where AG and AI of Grad-CAM are better, and where AG is
     still better after what random maps gain is taken off.
 
     Args:
@@ -62,7 +62,7 @@ def fit(
         output: Folder for the results; it holds nothing else. It gets `stream.safetensors` (`load_stream` takes it),
             `model/` (a folder that `local-dir:` loads), `evaluation/`, `pictures/`, `report.md` and `fit.json`.
         epochs: Passes over the images. Several are tried, and one is chosen; None: 1 and 3.
-        lr: Learning rate at the start of the cosine, or several to try. None: 1e-4 and 3e-4 (`'paper'` start: 3e-4 and
+        lr: Learning rate at the start of the cosine, or several to try. None: 3e-5 and 1e-4 (`'paper'` start: 3e-4 and
             1e-3).
         stream_start: l of the placement S_l - S_L, or several to try. None: that of the model's stream, or 0 and L.
         num_images: Use so many of the images, drawn by `seed`.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 from ..hub.load import BACKBONE_WEIGHTS
 from .options import add_model_options, add_size_options, open_from
@@ -61,6 +63,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..fitting.run import UNFINISHED
+
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        if Path(args.output, UNFINISHED).is_dir():
+            print(f'The same command resumes the fit in {args.output}.', file=sys.stderr)
+        raise
+
+
+def _run(args: argparse.Namespace) -> int:
     from ..fit import fit
 
     local = args.model.startswith('local-dir:')

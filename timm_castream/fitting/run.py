@@ -56,6 +56,8 @@ from .images import (
 from .network import FrozenNetwork
 from .training import Candidate, Recipe, Targets, accuracy, pooled_logits, stream_logits, train_streams
 
+UNFINISHED = '.unfinished'
+"""Folder of the state of an unfinished fit, in the output folder."""
 LABELS = ('predicted', 'folders')
 NEAR_CHANCE = 0.95
 """Mean entropy of the predictions, as a share of that of chance, from which a classifier counts as untrained."""
@@ -179,7 +181,7 @@ class _Fit:
         self.model: Any = model
         self.files = files
         self.output = output
-        self.unfinished = output / '.unfinished'
+        self.unfinished = output / UNFINISHED
         self.settings = settings
         self.workers = workers
         self.progress = progress

@@ -8,6 +8,7 @@ recipe's mixed precision is left out on a CPU.
 
 from __future__ import annotations
 
+import ast
 import logging
 from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,6 @@ import timm
 import torch
 import yaml
 
-from .._utils.keywords import read_keywords
 from ..backbones.architectures import unknown_name_message
 
 RECIPES = Path(str(files('train_wrappers') / 'recipes'))
@@ -38,10 +38,15 @@ class ParseKwargs(Action):
     def __call__(
         self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
     ) -> None:
-        try:
-            kwargs = read_keywords(values)
-        except ValueError as error:
-            raise ArgumentError(self, str(error)) from None
+        kwargs = {}
+        for word in filter(None, values):
+            key, equals, value = word.partition('=')
+            if not equals:
+                raise ArgumentError(self, f'takes KEY=VALUE, not {word}')
+            try:
+                kwargs[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                kwargs[key] = value
         setattr(namespace, self.dest, kwargs)
 
 
