@@ -20,7 +20,7 @@ from tqdm import tqdm
 import timm_castream
 from timm_castream.backbones import architectures
 from timm_castream.backbones.layout import NHWC, Tokens
-from timm_castream.backbones.stages import head_pooling
+from timm_castream.backbones.stages import HeadPooling, head_pooling
 
 COLUMNS = ('network', 'file of timm', 'pooling', 'stages', 'stream parameters')
 
@@ -71,7 +71,7 @@ def row_of(name: str) -> Row:
         if isinstance(pooled.layout, NHWC)
         else 'a map (B, D, H, W)'
     )
-    pooling = 'class token' if kind == 'token' else f'average of {what}'
+    pooling = 'class token' if kind is HeadPooling.CLASS_TOKEN else f'average of {what}'
     row = Row(name, pooling, model.castream_stages, sum(p.numel() for p in model.castream.parameters()))
     timm_castream.detach(model)
     if list(model.state_dict()) != keys:

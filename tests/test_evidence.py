@@ -8,12 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
-import torch
 from PIL import Image
 
-import timm_castream
 from benchmarks.evidence import __main__ as program
-from benchmarks.evidence import maps, pieces
+from benchmarks.evidence import pieces
 from benchmarks.evidence.choice import take
 from benchmarks.evidence.images import Images, read_images
 from benchmarks.evidence.page import MARKS, excess, page_text, readme_text, wrap
@@ -141,41 +139,6 @@ def test_a_folder_of_classes_is_read_as_tiny_imagenet_is(tmp_path):
     assert [s.label for s in image_set.val] == [0, 0, 1, 1]
     with pytest.raises(ValueError, match='no folders train and val'):
         read_images(tmp_path / 'train')
-
-
-def test_maps_are_those_of_one_run_after_a_kill(tmp_path, monkeypatch):
-    monkeypatch.setattr(maps, 'CHUNK', 8)
-    image_set = read_images(make_data(tmp_path / 'data', train=5, val=4))
-    model = timm_castream.attach(timm.create_model('test_efficientnet')).eval()
-    images = Images(image_set.training(0, 5), model, 64)
-    whole = maps.write_maps(model, images, tmp_path / 'whole', {})
-
-    calls = []
-
-    def killed(*args):
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        calls.append(args)
-        return run_stages(*args)
-
-    run_stages = maps.run_stages
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(maps, 'run_stages', killed)
-        maps.write_maps(model, images, tmp_path / 'killed', {})
-    resumed = maps.write_maps(model, images, tmp_path / 'killed', {})
-    for one, other in zip(whole.stages, resumed.stages, strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert resumed.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
-
-    # The stream on cached maps gives what the model gives, to float16.
-    x = torch.stack([images[i][0] for i in range(20)])
-    with torch.no_grad():
-        logits = model(x)
-    query = model.castream(resumed.read(torch.arange(20)))
-    torch.testing.assert_close(model.get_classifier()(query), logits, rtol=1e-2, atol=2e-3)
-
-    with pytest.raises(ValueError, match='other images or of another network'):
-        maps.write_maps(model, images, tmp_path / 'killed', {'network': 'another'})
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ BACKBONES = (
 )
 SMALL = ('test_resnet', 'test_convnext')
 # Variants whose trained stream is in the package.
-SHIPPED: tuple[str, ...] = ()
+SHIPPED = ('tf_efficientnet_lite0_castream',)
 # What the images of a network look like, and where its first and last layers are.
 CFG_FIELDS = (
     'input_size',

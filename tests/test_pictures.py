@@ -140,6 +140,11 @@ def test_the_crop_in_the_photograph_is_where_the_transform_looks(crop_mode: str,
         np.testing.assert_allclose(seen[inside] * (span - 1), centres[inside], atol=0.02 * span)
 
 
+def test_an_image_that_the_transform_leaves_as_it_is_has_a_crop_of_its_size() -> None:
+    transform = create_transform((3, 32, 32), crop_pct=1.0)
+    assert transform_image(transform, photograph(32, 32, 3))[1] == (0, 0, 32, 32)
+
+
 def test_a_whole_photograph_is_grey_outside_of_the_crop_and_the_overlay_inside() -> None:
     image = photograph(40, 60, 3)
     saliency = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))

@@ -6,10 +6,11 @@ stage from 0 to L.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ._utils.checks import check_bool
@@ -21,10 +22,13 @@ from .backbones.mixin import (
     add_stream,
     castream_model,
     check_class_specific,
+    outermost_streams,
     query_of,
     remove_stream,
 )
-from .backbones.stages import find_stages, head_pooling
+from .backbones.stages import HeadPooling, find_stages
+from .backbones.stream_config import StreamConfig, with_stream_arguments
+from .backbones.wrappers import class_scores, evaluation_mode, images_inside, in_precision_of, unwrapped
 from .hub.load import load_gap_weights
 from .stream import CAStream
 
@@ -44,10 +48,10 @@ POOLINGS = ('gap', 'ca')
 _FLAGS = ('stream_class_specific', 'stream_bias', 'freeze_backbone')
 
 _POOLED_BY = {
-    'max': 'maximum',
-    'avgmax': 'average and maximum',
-    'token': 'its class token',
-    'tokens': 'the average of all tokens',
+    HeadPooling.MAXIMUM: 'maximum',
+    HeadPooling.AVERAGE_AND_MAXIMUM: 'average and maximum',
+    HeadPooling.CLASS_TOKEN: 'its class token',
+    HeadPooling.ALL_TOKENS: 'the average of all tokens',
 }
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
@@ -56,17 +60,10 @@ ModelT = TypeVar('ModelT', bound=nn.Module)
 def attach(
     model: ModelT,
     *,
-    stream_start: int = 0,
-    stream_stages: Sequence[str] | None = None,
-    stream_block: str = 'ca',
-    stream_class_specific: bool = False,
-    stream_heads: int = 1,
-    stream_drop: float = 0.0,
-    stream_bias: bool = True,
-    stream_init: str = 'paper',
     freeze_backbone: bool = False,
     backbone_pretrained: bool | str = False,
     backbone_checkpoint: str | None = None,
+    **stream: Any,
 ) -> ModelT:
     """Gives a timm model a CA-Stream that takes the place of its global pooling. In place.
 
@@ -101,41 +98,34 @@ def attach(
         raise ValueError(
             f'This {type(model).__name__} has a CA-Stream already; call timm_castream.detach(model) first.'
         )
-    check_flags(
-        {
-            'stream_class_specific': stream_class_specific,
-            'stream_bias': stream_bias,
-            'freeze_backbone': freeze_backbone,
-            'backbone_pretrained': backbone_pretrained,
-        }
-    )
+    check_flags({**stream, 'freeze_backbone': freeze_backbone, 'backbone_pretrained': backbone_pretrained})
+    config = StreamConfig(**stream)
     backbone: Any = model  # torch types the attributes of a module as tensors or modules
-    stages = find_stages(backbone, stream_stages)
-    is_index = isinstance(stream_start, int) and not isinstance(stream_start, bool)
-    if not is_index or not 0 <= stream_start < len(stages):
+    stages, head = find_stages(backbone, config.stream_stages)
+    start = config.stream_start
+    if not isinstance(start, int) or isinstance(start, bool) or not 0 <= start < len(stages):
         raise ValueError(
-            f'stream_start {stream_start!r} is no stage: {type(model).__name__} has the stages 0 to '
+            f'stream_start {start!r} is no stage: {type(model).__name__} has the stages 0 to '
             f'{len(stages) - 1} ({", ".join(stage.name for stage in stages)}).'
         )
-    stages = stages[stream_start:]
-    head = head_pooling(backbone, stages[-1], backbone.forward_head)
-    if stream_init == 'gap' and head not in ('avg', ''):
+    stages = stages[start:]
+    if config.stream_init == 'gap' and head not in (HeadPooling.AVERAGE, HeadPooling.NONE):
         raise ValueError(
             f"stream_init 'gap' starts as the average of the locations, and this {type(model).__name__} pools by "
-            f"{_POOLED_BY[str(head)]}, valid ones: 'paper'."
+            f"{_POOLED_BY[head]}, valid ones: 'paper'."
         )
-    if stream_class_specific:
+    if config.stream_class_specific:
         check_class_specific(backbone.num_classes, head)
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     try:
-        stream = CAStream(
+        castream = CAStream(
             [stage.dim for stage in stages],
-            num_classes=backbone.num_classes if stream_class_specific else None,
-            num_heads=stream_heads,
-            block=stream_block,
-            drop=stream_drop,
-            bias=stream_bias,
-            init=stream_init,
+            num_classes=backbone.num_classes if config.stream_class_specific else None,
+            num_heads=config.stream_heads,
+            block=config.stream_block,
+            drop=config.stream_drop,
+            bias=config.stream_bias,
+            init=config.stream_init,
             device=parameter.device,
             dtype=parameter.dtype,
         ).train(model.training)
@@ -143,21 +133,14 @@ def attach(
         raise ValueError(f'stream_{str(error).removeprefix("num_")}') from error
     if backbone_pretrained or backbone_checkpoint:
         load_gap_weights(model, backbone_pretrained, backbone_checkpoint)
-
-    config = {
-        'stream_start': stream_start,
-        'stream_stages': None if stream_stages is None else list(stream_stages),
-        'stream_block': stream_block,
-        'stream_class_specific': stream_class_specific,
-        'stream_heads': stream_heads,
-        'stream_drop': stream_drop,
-        'stream_bias': stream_bias,
-        'stream_init': stream_init,
-    }
-    add_stream(model, stream, Attachment(config, stages, head_pools=head != ''))
+    add_stream(model, castream, Attachment(config, stages, head_pools=head is not HeadPooling.NONE))
     if freeze_backbone:
         _freeze(backbone)
     return model
+
+
+# The arguments of a stream are declared once, by StreamConfig. help() and editors show them all.
+attach.__signature__ = with_stream_arguments(attach)  # type: ignore[attr-defined]
 
 
 def check_flags(arguments: Mapping[str, Any]) -> None:
@@ -192,7 +175,7 @@ def pooling(model: nn.Module, mode: str) -> Iterator[None]:
     """Pools the other way for a while, with the same weights. For the model, not for a thread, as `model.eval()` is.
 
     Args:
-        model: A model with a stream.
+        model: A model with a stream, or a wrapper around one or several.
         mode: `'gap'`, the network's own pooling, or `'ca'`, the stream.
 
     Raises:
@@ -200,44 +183,66 @@ def pooling(model: nn.Module, mode: str) -> Iterator[None]:
     """
     if mode not in POOLINGS:
         raise ValueError(f'pooling {mode!r} is unknown, valid ones: {", ".join(map(repr, POOLINGS))}.')
-    state = castream_model(model)._castream
-    outer, state.pooling = state.pooling, mode
+    castream_model(model)  # raises where there is none
+    states = [stream._castream for stream in outermost_streams(model)]
+    outer = [state.pooling for state in states]
+    for state in states:
+        state.pooling = mode
     try:
         yield
     finally:
-        state.pooling = outer
+        for state, before in zip(states, outer, strict=True):
+            state.pooling = before
 
 
 def forward_both(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Logits of both poolings from one pass over the backbone.
+    """Logits of both poolings from one pass over the backbone, in evaluation mode.
 
     Args:
-        model: A model with a stream.
-        x: (B, 3, H, W).
+        model: A model with a stream. A wrapper with a forward of its own runs it once under each pooling.
+        x: (B, 3, H, W), in any precision.
 
     Returns:
         `{'gap': (B, C), 'ca': (B, C)}`.
     """
-    model = castream_model(model)
+    stream, inner = castream_model(model), unwrapped(model)
+    x = in_precision_of(stream, x)
+    with evaluation_mode(model):
+        if inner is stream:
+            return both_logits(stream, x)
+        logits = {}
+        for mode in POOLINGS:
+            with pooling(model, mode):
+                logits[mode] = class_scores(model(x), len(x), type(inner).__name__)
+        return logits
+
+
+def both_logits(model: CAStreamMixin, x: Tensor) -> dict[str, Tensor]:
+    """Logits of both poolings of a model that is in no wrapper, in whatever mode it is."""
     features = model.stream_features(x)
     return {'gap': model.forward_gap_head(features), 'ca': model.forward_ca_head(features, query_of(features))}
 
 
 def attention_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The stream's attention in every stage that it visits, eq. (6): class agnostic saliency.
+    """The stream's attention in every stage that it visits, eq. (6), in evaluation mode: class agnostic saliency.
 
     Args:
-        model: A model with a stream.
-        x: (B, 3, H, W).
+        model: A model with a stream. Of a wrapper with a forward of its own, the images count that it gives to it.
+        x: (B, 3, H, W), in any precision.
 
     Returns:
         One (B, heads, H_l, W_l) a stage, in order; each head of each image sums to 1.
     """
-    model = castream_model(model)
-    maps: list[Tensor] = []
-    features = model.stream_features(x, attention=maps)
-    last = model.pooled_stage.to_nchw(features, x.shape[-2:])
-    model.castream.step(-1, query_of(features), last, attention=maps)
+    stream, inner = castream_model(model), unwrapped(model)
+    x = in_precision_of(stream, x)
+    with evaluation_mode(model):
+        if inner is not stream:
+            with torch.no_grad():
+                x = images_inside(inner, stream, x)
+        maps: list[Tensor] = []
+        features = stream.stream_features(x, attention=maps)
+        last = stream.pooled_stage.to_nchw(features, x.shape[-2:])
+        stream.castream.step(-1, query_of(features), last, attention=maps)
     return maps
 
 

@@ -131,6 +131,7 @@ def transform_image(transform: Any, image: Image.Image) -> tuple[Tensor, Box]:
     """
     left = top = 0.0
     per_column = per_row = 1.0  # pixels of the image
+    width, height = image.size
     value: Any = image
     for step in transform.transforms:
         before, value = value, step(value)

@@ -25,6 +25,7 @@ from .attribution.methods import METHODS, PAPER_METHODS, Method
 from .attribution.saliency import attention_identity, saliency_maps
 from .attribution.user_methods import UserMethod, check_maps, resolve_methods
 from .backbones.mixin import castream_model
+from .backbones.stages import head_pooling, pooled_stage
 from .datasets import find_images, image_mode, open_image
 from .inference.images import check_images, normalisation
 from .inference.predictor import Predictor
@@ -58,6 +59,7 @@ __all__ = [
     'find_images',
     'heat_map',
     'overlay',
+    'pooling_names',
     'printable',
     'saliency_row',
     'save',
@@ -70,6 +72,13 @@ EARLY_STAGES = (
     'point.'
 )
 
+_OWN_POOLINGS = {
+    'avg': 'GAP',
+    'max': 'max pooling',
+    'avgmax': 'average and max',
+    'token': 'class token',
+    'tokens': 'token average',
+}
 _LABEL_LETTERS, _NAME_LETTERS = 22, 30
 _NUM_TOP = 5
 _MAX_STEM_BYTES = 200
@@ -245,8 +254,9 @@ def _explain_one(
         logits = network.logits(x)
         stages = attention_maps(backbone, x) if any('stream' in method.needs for method in methods) else []
     top = {pooling: _top(network.probabilities(logits[pooling], pooling)[0]) for pooling in network.poolings}
+    names = pooling_names(network)
     predictions = {
-        pooling: f'{POOLING_NAMES[pooling]}: {_cut(class_name(backbone, best), _LABEL_LETTERS)} {probability:.2f}'
+        pooling: f'{names[pooling]}: {_cut(class_name(backbone, best), _LABEL_LETTERS)} {probability:.2f}'
         for pooling, ((best, probability), *_) in top.items()
     }
     image = denormalised(backbone, x)[0]
@@ -333,6 +343,22 @@ def draw_identity(model: nn.Module, x: Tensor) -> Any:
         axes.set_axis_off()
         axes.title.set_fontsize(9)
     return figure
+
+
+def pooling_names(network: Predictor) -> dict[str, str]:
+    """{pooling: its name in titles}, `'CA'` for the stream, and for the network's own what it pools by."""
+    return {pooling: 'CA' if pooling == 'ca' else _own_pooling(network) for pooling in network.poolings}
+
+
+def _own_pooling(network: Predictor) -> str:
+    backbone = network.backbone
+    if not network.is_timm:
+        return 'own pooling'
+    try:
+        head = getattr(backbone, 'forward_gap_head', backbone.forward_head)
+        return _OWN_POOLINGS.get(head_pooling(backbone, pooled_stage(backbone), head) or '', 'own pooling')
+    except ValueError:  # it pools no feature map
+        return 'own pooling'
 
 
 def class_name(model: nn.Module, index: int) -> str:

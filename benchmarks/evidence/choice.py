@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from timm_castream.attribution import attribute_all
 from timm_castream.evaluation.calibration import fit_temperature
+from timm_castream.fitting.training import accuracy
 from timm_castream.metrics import average_drop, average_gain, average_increase, mask_image
 
 from .setup import Setup, read_json
-from .training import accuracy, stream_logits
 
 BATCH = 32
 
@@ -30,7 +29,7 @@ def choose(setup: Setup, kind: str) -> dict[str, Any]:
     facts = read_json(path) if path.is_file() else {}
     measured = {'images': rule['images'], 'seed': rule['seed']}
     if not measured.items() <= facts.get('rule', {}).items():
-        facts = {'gap': _gap(setup), 'tried': []}
+        facts = {'gap': _summary(setup, setup.gap_model(), 'gap'), 'tried': []}
     facts['rule'] = measured | {'accuracy_margin': rule['accuracy_margin'], 'score_margin': rule['score_margin']}
     for candidate in rule['tried'][kind]:
         recipe = {'weight_decay': rule['weight_decay']} | candidate
@@ -38,8 +37,7 @@ def choose(setup: Setup, kind: str) -> dict[str, Any]:
             continue
         name = f'choice-{kind}-' + '-'.join(f'{k}{v}' for k, v in recipe.items())
         model, training = setup.stream(kind, rule['seed'], recipe, name)
-        logits, labels = stream_logits(model, setup.maps('selection')), setup.maps('selection').labels
-        entry = {'recipe': recipe, **_summary(setup, model, 'ca', logits, labels), 'seconds': training['seconds']}
+        entry = {'recipe': recipe, **_summary(setup, model, 'ca'), 'seconds': training['seconds']}
         facts['tried'].append(entry)
         setup.write(path, facts)
     taken = take(facts['tried'], facts['gap']['accuracy'] - rule['accuracy_margin'], rule['score_margin'])
@@ -73,16 +71,9 @@ def recipe_of(setup: Setup, kind: str) -> dict[str, Any]:
     return choose(setup, setup.settings['streams'][kind].get('like', kind))['taken']
 
 
-def _gap(setup: Setup) -> dict[str, float]:
-    selection = setup.maps('selection')
-    model = setup.gap_model()
-    with torch.no_grad():
-        logits = model.forward_head(selection.pooled()[:, :, None, None])
-    return _summary(setup, model, 'gap', logits, selection.labels)
-
-
-def _summary(setup: Setup, model: Any, pooling: str, logits: Tensor, labels: Tensor) -> dict[str, float]:
+def _summary(setup: Setup, model: Any, pooling: str) -> dict[str, float]:
     """Accuracy and temperature on all selection images; AD, AG and AI of Grad-CAM on some, under the temperature."""
+    logits, labels = setup.logits(model, 'selection'), setup.labels('selection')
     temperature = fit_temperature(logits, labels)
     images = setup.images('selection')
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()

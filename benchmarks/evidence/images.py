@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_castream.datasets import TinyImageNet
-
-IMAGE_SUFFIXES = ('.jpeg', '.jpg', '.png', '.webp')
+from timm_castream.datasets.image_files import find_images, open_image
 
 
 class Sample(NamedTuple):
@@ -92,8 +90,7 @@ def _tiny_imagenet(folder: Path) -> ImageSet:
 
 
 def _class_samples(folder: Path, label: int) -> list[Sample]:
-    paths = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-    return [Sample(path, label) for path in sorted(paths, key=lambda path: (len(path.name), path.name))]
+    return [Sample(path, label) for path in find_images(folder)]
 
 
 class Images(Dataset):
@@ -129,5 +126,4 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         sample = self.samples[index]
-        with Image.open(sample.path) as image:
-            return self.transform(image.convert('RGB')), sample.label
+        return self.transform(open_image(sample.path)), sample.label

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch._inductor import config as inductor
 from torch.utils.data import DataLoader
 
@@ -27,7 +26,6 @@ from .choice import recipe_of
 from .images import Images
 from .product import RECIPE, product_model
 from .setup import Setup, read_json
-from .training import stream_logits
 
 METRICS = {
     'masked': ('average_drop', 'average_gain', 'average_increase'),
@@ -100,7 +98,7 @@ def run_piece(setup: Setup, piece: Piece) -> None:
         model, training = setup.stream(piece.stream, piece.seed, facts['recipe'], name, classes=classes)
         facts['training_seconds'] = training['seconds']
     if table.get('temperature'):
-        facts['temperature'] = temperature(setup, model, piece.stream is None)
+        facts['temperature'] = fit_temperature(setup.logits(model, 'selection'), setup.labels('selection'))
     images = _images(setup, table)
     pooling = 'gap' if piece.stream is None else 'ca'
     folder = setup.work_dir / 'evaluations' / piece.name
@@ -132,14 +130,6 @@ def _images(setup: Setup, table: dict[str, Any]) -> Images:
     if table.get('train_on') == 'half':
         samples = [sample for sample in setup.image_set.val if sample.label % HALF]
     return Images(samples[: table['images']], setup.unfitted, setup.settings['image_size'])
-
-
-def temperature(setup: Setup, model: Any, is_gap: bool) -> float:
-    """The temperature fitted on the selection images."""
-    selection = setup.maps('selection')
-    with torch.no_grad():
-        logits = model.forward_head(selection.pooled()[:, :, None, None]) if is_gap else stream_logits(model, selection)
-    return fit_temperature(logits, selection.labels)
 
 
 def copy_values(source: Path, target: Path) -> None:

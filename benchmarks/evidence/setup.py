@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import timm
@@ -17,16 +18,25 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
+from torch import Tensor
 
 import timm_castream
 from timm_castream import attach, load_stream, save_stream
 from timm_castream._utils.files import write_whole
+from timm_castream.fitting.classifier import choose_classifier
+from timm_castream.fitting.features import CachedFeatures, write_features
+from timm_castream.fitting.network import FrozenNetwork
+from timm_castream.fitting.training import (
+    Candidate,
+    Recipe,
+    Targets,
+    accuracy,
+    pooled_logits,
+    stream_logits,
+    train_streams,
+)
 
 from .images import Images, ImageSet, Sample, read_images
-from .maps import Maps, write_maps
-from .training import accuracy, fit_classifier, head, stream_logits, train_stream
-
-SPLITS = ('train', 'selection', 'val')
 
 
 @dataclass
@@ -64,7 +74,7 @@ class Setup:
 
     @cached_property
     def unfitted(self) -> Any:
-        """The network with the rows of its classifier that are the data's classes, with a stream that names stages."""
+        """The network with the rows of its classifier that are the data's classes."""
         torch.manual_seed(0)  # of rows that the weights do not have
         kwargs = {'pretrained': self.settings.get('pretrained', True) and self.backbone_checkpoint is None}
         model: Any = timm.create_model(self.settings['network'], **kwargs)
@@ -78,7 +88,7 @@ class Setup:
             rows = [wordnet_ids.index(name) for name in self.image_set.classes]
             classifier = model.get_classifier()
             classifier.weight.data, classifier.bias.data = weight[rows].clone(), bias[rows].clone()
-        return attach(model).eval().requires_grad_(False)
+        return model.eval().requires_grad_(False)
 
     def samples(self, split: str) -> list[Sample]:
         """The images of a split: `train`, `selection` (held out of the training images) or `val`."""
@@ -93,11 +103,17 @@ class Setup:
         """The normalised images of a split."""
         return Images(self.samples(split), self.unfitted, self.settings['image_size'])
 
-    def maps(self, split: str) -> Maps:
-        """The cached maps of a split, made at the first call."""
-        facts = {name: self.settings[name] for name in ('network', 'image_size')}
+    def maps(self, split: str) -> CachedFeatures:
+        """The kept maps of a split, made at the first call."""
+        names = ' '.join(sample.path.name for sample in self.samples(split))
+        facts = {name: self.settings[name] for name in ('network', 'image_size')} | {'files': names}
         facts['weights'] = self.backbone_checkpoint and Path(self.backbone_checkpoint).name
-        return write_maps(self.unfitted, self.images(split), self.work_dir / 'maps' / split, facts)
+        network = FrozenNetwork(self.unfitted)
+        return write_features(network, self.images(split), self.work_dir / 'maps' / split, facts=facts, progress=True)
+
+    def labels(self, split: str) -> Tensor:
+        """(N,) class indices of a split."""
+        return torch.tensor([sample.label for sample in self.samples(split)])
 
     def gap_model(self) -> Any:
         """The network with the fitted classifier, without a stream."""
@@ -118,33 +134,17 @@ class Setup:
         path = self.results_dir / 'classifier.json'
         if path.is_file() and self.gap_weights.is_file():
             return read_json(path)
-        settings = self.settings['classifier']
-        train, selection = self.maps('train'), self.maps('selection')
-        features, held_out = train.pooled(), selection.pooled()
-        start = {k: v.clone() for k, v in self.unfitted.get_classifier().state_dict().items()}
-        before = accuracy(head(self.unfitted, held_out), selection.labels)
-        classifier = self.unfitted.get_classifier()
-        tried, best = [], None
-        for candidate in settings['tried']:
-            classifier.load_state_dict(start)
-            fit_classifier(
-                self.unfitted,
-                features,
-                train.labels,
-                **candidate,
-                weight_decay=settings['weight_decay'],
-                batch_size=self.settings['batch_size'],
-            )
-            score = accuracy(head(self.unfitted, held_out), selection.labels)
-            tried.append(candidate | {'selection_accuracy': score})
-            if best is None or score > best[0]:
-                best = (score, {k: v.clone() for k, v in classifier.state_dict().items()}, candidate)
-        assert best is not None
-        classifier.load_state_dict(best[1])
-        weights = {k: v.contiguous() for k, v in self.unfitted.state_dict().items() if not k.startswith('castream.')}
+        train, selection = ((self.maps(split).pooled, self.labels(split)) for split in ('train', 'selection'))
+        settings = [(candidate['epochs'], candidate['lr']) for candidate in self.settings['classifier']['tried']]
+        before, *tried = choose_classifier(FrozenNetwork(self.unfitted), train, selection, 0, settings)
+        best = max(tried, key=lambda entry: entry.accuracy)
         self.gap_weights.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, self.gap_weights)
-        facts = {'selection_accuracy_before': before, 'tried': tried, 'taken': best[2]}
+        save_file({k: v.contiguous() for k, v in self.unfitted.state_dict().items()}, self.gap_weights)
+        facts = {
+            'selection_accuracy_before': before.accuracy,
+            'tried': [{'epochs': e.epochs, 'lr': e.lr, 'selection_accuracy': e.accuracy} for e in tried],
+            'taken': {'epochs': best.epochs, 'lr': best.lr},
+        }
         self.write(path, facts)
         return facts
 
@@ -183,22 +183,13 @@ class Setup:
         if weights.is_file() and path.is_file() and facts.items() <= read_json(path).items():
             load_stream(model, weights)
             return model, read_json(path)
-        maps, val = self.maps('train'), self.maps('val')
-        indices = self.training_indices(per_class, classes)
         start = time.monotonic()
-        history = train_stream(
-            model,
-            maps,
-            indices,
-            {'batch_size': self.settings['batch_size'], 'weight_decay': 0.0} | recipe,
-            seed,
-            f'stream {name}',
-            self.maps('selection'),
-        )
+        candidate, history = self._train(model, seed, recipe, self.training_indices(per_class, classes))
+        model.castream.load_state_dict(candidate.stream.state_dict())
         facts |= {
             'history': history,
-            'val_images': len(val),
-            'val_accuracy': accuracy(stream_logits(model, val), val.labels),
+            'val_images': len(self.samples('val')),
+            'val_accuracy': accuracy(self.logits(model, 'val'), self.labels('val')),
             'parameters': sum(p.numel() for p in model.castream.parameters()),
             'seconds': round(time.monotonic() - start, 1),
         }
@@ -207,9 +198,45 @@ class Setup:
         self.write(path, facts)
         return model, facts
 
-    def training_indices(self, per_class: int | None, classes: range | None) -> torch.Tensor:
+    def _train(
+        self, model: Any, seed: int, recipe: Mapping[str, Any], indices: Tensor
+    ) -> tuple[Candidate, list[dict[str, float]]]:
+        """A stream like that of the model, trained, and its accuracy on the selection images after each epoch."""
+        network, maps, selection = FrozenNetwork(self.gap_model()), self.maps('train'), self.maps('selection')
+        args = {name: value for name, value in model.castream_config.items() if name != 'stream_stages'}
+        options = {k: v for k, v in recipe.items() if k in ('epochs', 'lr', 'weight_decay', 'label_smoothing')}
+        candidate = Candidate(network, Recipe(args.pop('stream_start'), **options), args, seed)
+        history = []
+
+        def after_epoch(epoch: int) -> None:
+            (logits,) = stream_logits(network, selection, torch.arange(len(selection)), [candidate])
+            history.append({'epoch': epoch, 'accuracy': accuracy(logits, self.labels('selection'))})
+            candidate.stream.train()
+
+        train_streams(
+            network,
+            maps,
+            indices,
+            Targets(self.labels('train')),
+            [candidate],
+            batch_size=self.settings['batch_size'],
+            seed=seed,
+            after_epoch=after_epoch,
+            progress=True,
+        )
+        return candidate, history
+
+    def logits(self, model: Any, split: str) -> Tensor:
+        """(N, C) logits of a split: of the stream, or of the network's own pooling where the model has none."""
+        network, maps = FrozenNetwork(self.gap_model()), self.maps(split)
+        if not hasattr(model, 'castream'):
+            return pooled_logits(network, maps.pooled)
+        trained = SimpleNamespace(stream=model.castream, recipe=Recipe(model.castream_config['stream_start'], 1, 1.0))
+        return stream_logits(network, maps, torch.arange(len(maps)), [trained])[0]
+
+    def training_indices(self, per_class: int | None, classes: range | None) -> Tensor:
         """Indices into the training images: the first `per_class` of each of these classes."""
-        labels = self.maps('train').labels
+        labels = self.labels('train')
         keep = torch.ones(len(labels), dtype=torch.bool)
         if classes is not None:
             keep &= torch.isin(labels, torch.tensor(list(classes)))

@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import threading
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,15 +27,16 @@ from PIL import Image
 
 import timm_castream
 from timm_castream import cli
-from timm_castream.app import PageModel, create_app, explain_image, serve
+from timm_castream.app import PageModel, create_app, explain_image, page, serve
 from timm_castream.inference.predictor import Predictor
-from timm_castream.visualize import heat_map
+from timm_castream.visualize import EARLY_STAGES, heat_map
 
 pytest.importorskip('gradio', reason='the page needs the extra app')
 gradio_client = pytest.importorskip('gradio_client')
 delete_files_created_by_app = pytest.importorskip('gradio.route_utils').delete_files_created_by_app
 
 METHODS = ['grad_cam']
+COLOURS = 'viridis'
 
 
 @pytest.fixture(scope='module')
@@ -56,7 +58,7 @@ def url(opened: PageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         patch.setenv('GRADIO_TEMP_DIR', str(tmp_path_factory.mktemp('gradio')))
         patch.setenv('GRADIO_ANALYTICS_ENABLED', 'False')
         app = create_app(opened, choose_model=True)
-        _, address, _ = serve(app, prevent_thread_lock=True, quiet=True)
+        _, address, _ = serve(app, prevent_thread_lock=True)
         yield address
         app.close()
 
@@ -80,10 +82,10 @@ class User:
         return dict(zip(self.labels[f'/{name}'], result, strict=True))
 
     def explain(self, path: str | Path, methods: list[str] = METHODS) -> dict[str, Any]:
-        return self.call('explain', gradio_client.handle_file(path), methods)
+        return self.call('explain', gradio_client.handle_file(path), methods, COLOURS)
 
     def figures(self, target: int, methods: list[str] = METHODS) -> dict[str, Any]:
-        files = self.call('save', target, methods, 'grad_cam', 0.5)['Files']['value']
+        files = self.call('save', target, methods, COLOURS, 0.5, 'grad_cam')['Files']['value']
         path = next(path for path in files if path.endswith('explanation.json'))
         return json.loads(Path(path).read_text(encoding='utf-8'))
 
@@ -136,10 +138,10 @@ def test_the_maps_are_the_colours_of_the_saliency(user: User, opened: PageModel,
 def test_another_class_changes_the_maps_and_not_the_attention(user: User, folder: Path) -> None:
     first = user.explain(photograph(folder))
     predicted = first['Class to explain']['value']
-    second = user.call('choose', (predicted + 1) % 10, METHODS)
+    second = user.call('choose', (predicted + 1) % 10, METHODS, COLOURS)
     assert heat_maps(first['Maps']) != heat_maps(second['Maps'])
     assert 'Attention' not in second
-    assert heat_maps(user.call('choose', predicted, METHODS)['Maps']) == heat_maps(first['Maps'])
+    assert heat_maps(user.call('choose', predicted, METHODS, COLOURS)['Maps']) == heat_maps(first['Maps'])
 
 
 def test_the_numbers_on_the_page_are_those_of_the_functions(user: User, opened: PageModel, folder: Path) -> None:
@@ -169,8 +171,8 @@ def test_sessions_do_not_mix(url: str, folder: Path) -> None:
     first.explain(photograph(folder, 1))
     second.explain(photograph(folder, 2))
     expected = {seed: explain_image_figures(url, folder, seed, seed) for seed in (1, 2)}
-    first.call('choose', 1, METHODS)
-    second.call('choose', 2, METHODS)
+    first.call('choose', 1, METHODS, COLOURS)
+    second.call('choose', 2, METHODS, COLOURS)
     assert first.figures(1) == expected[1]
     assert second.figures(2) == expected[2]
 
@@ -191,7 +193,7 @@ def test_requests_side_by_side_get_the_answers_of_requests_one_by_one(url: str, 
 def test_a_model_is_opened_for_one_session_alone(url: str, folder: Path) -> None:
     first, second = User(url, folder), User(url, folder)
     path = photograph(folder)
-    opened = first.call('open', 'test_convnext', '', False, gradio_client.handle_file(path), METHODS)
+    opened = first.call('open', 'test_convnext', '', '', False, gradio_client.handle_file(path), METHODS, COLOURS)
     assert not is_error(opened) and 'test_convnext' in opened['Heading'] and 'random' in opened['Heading']
     assert 'one pooling' in opened['Heading'] and opened['Attention'] == ''
     assert len(heat_maps(opened['Maps'])) == 1
@@ -213,7 +215,7 @@ def test_a_model_that_cannot_be_opened_gives_a_sentence_and_the_page_goes_on(
 ) -> None:
     path = photograph(folder)
     before = user.explain(path)
-    failed = user.call('open', name, checkpoint, False, gradio_client.handle_file(path), METHODS)
+    failed = user.call('open', name, checkpoint, '', False, gradio_client.handle_file(path), METHODS, COLOURS)
     assert is_error(failed) and words in sentence(failed['Message'])
     assert user.figures(before['Class to explain']['value'])['model'] == 'test_resnet_castream'
 
@@ -240,14 +242,14 @@ def test_an_upload_that_cannot_be_read_gives_a_sentence_and_the_page_goes_on(
     assert str(folder) not in failed['Message'] and 'gradio' not in failed['Message']
     assert failed['Maps'] == failed['Classes'] == failed['Attention'] == ''
     assert failed['Class to explain']['choices'] == []  # the earlier image is gone
-    assert sentence(user.call('choose', None, METHODS)['Message']) == 'Upload, paste or choose an image.'
+    assert sentence(user.call('choose', None, METHODS, COLOURS)['Message']) == 'Upload, paste or choose an image.'
     assert not is_error(user.explain(photograph(folder)))
 
 
 def test_an_upload_that_was_deleted_is_asked_for_again(opened: PageModel, folder: Path) -> None:
     app = create_app(opened)
     explain = next(function.fn for function in app.fns.values() if function.api_name == 'explain')
-    answer = explain(str(folder / 'gone.png'), METHODS, None)
+    answer = explain(str(folder / 'gone.png'), METHODS, COLOURS, None)
     assert any('The image was deleted in the meantime: upload it again.' in str(value) for value in answer.values())
     assert not any(str(folder) in str(value) for value in answer.values())
 
@@ -255,13 +257,13 @@ def test_an_upload_that_was_deleted_is_asked_for_again(opened: PageModel, folder
 def test_an_unknown_class_is_refused_and_the_page_goes_on(user: User, folder: Path) -> None:
     user.explain(photograph(folder))
     with pytest.raises(gradio_client.exceptions.AppError, match='99 is not in the list of choices'):
-        user.call('choose', 99, METHODS)
-    assert not is_error(user.call('choose', 1, METHODS))
+        user.call('choose', 99, METHODS, COLOURS)
+    assert not is_error(user.call('choose', 1, METHODS, COLOURS))
 
 
 def test_text_of_a_model_is_escaped(user: User, folder: Path) -> None:
     user.explain(photograph(folder))
-    chosen = user.call('choose', 9, METHODS)
+    chosen = user.call('choose', 9, METHODS, COLOURS)
     assert '<b>j' not in chosen['Maps'] + chosen['Classes'] and '&lt;b&gt;j' in chosen['Maps']
 
 
@@ -294,7 +296,7 @@ def test_uploads_and_files_are_deleted(
 ) -> None:
     monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path / 'gradio'))
     app = create_app(opened)
-    _, address, _ = serve(app, prevent_thread_lock=True, quiet=True)
+    _, address, _ = serve(app, prevent_thread_lock=True)
     user = User(address, folder)
     user.explain(photograph(folder))
     user.figures(1)
@@ -311,24 +313,116 @@ def test_a_model_without_a_stream_has_a_page(tmp_path: Path, folder: Path, monke
     torch.manual_seed(0)
     model = timm.create_model('test_resnet', num_classes=4).eval()
     app = create_app(PageModel(Predictor(model), 'test_resnet', ''), [photograph(folder)])
-    _, address, _ = serve(app, prevent_thread_lock=True, quiet=True)
+    _, address, _ = serve(app, prevent_thread_lock=True)
     user = User(address, folder)
     result = user.explain(photograph(folder))
     text = user.call('measure', 1, 'grad_cam')['MapScores']
     app.close()
     assert len(heat_maps(result['Maps'])) == 1 and result['Attention'] == ''
+    assert 'cs-pictures cs-one' in result['Maps']  # the picture has the card's whole width
     assert '<svg' in text and 'eq. (5)' not in text
+
+
+def test_maps_that_are_equal_are_called_so(folder: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=4).eval()
+    explained = explain_image(PageModel(Predictor(model), 'test_resnet', ''), photograph(folder))
+    methods = ['grad_cam', 'grad_cam_pp', 'hires_cam']
+    text = page.maps(explained, methods, 1, explained.maps(methods, 1), COLOURS)
+    cards = text.split('cs-card"')[1:]
+    # Without a stream the gradients of a linear classifier are the same at every location.
+    assert ['The same map as Grad-CAM.' in card for card in cards] == [False, False, True]
+
+
+def test_attention_is_one_of_the_methods_and_shown_once(user: User, opened: PageModel, folder: Path) -> None:
+    result = user.explain(photograph(folder), ['attention', 'grad_cam'])
+    assert len(heat_maps(result['Maps'])) == 3 and 'the same for every class' in result['Maps']
+
+
+def test_a_map_that_says_nothing_is_called_constant(opened: PageModel, folder: Path) -> None:
+    explained = explain_image(opened, photograph(folder))
+    flat = {(name, 'grad_cam'): torch.zeros(4, 4) for name in ('gap', 'ca')}
+    assert page.maps(explained, METHODS, 1, flat, COLOURS).count('a constant map') == 2
+
+
+def test_other_colours_change_the_maps_and_the_attention(user: User, folder: Path) -> None:
+    first = user.explain(photograph(folder))
+    predicted = first['Class to explain']['value']
+    second = user.call('recolour', predicted, METHODS, 'jet')
+    for label in ('Maps', 'Attention'):
+        assert heat_maps(first[label]) and not set(heat_maps(first[label])) & set(heat_maps(second[label]))
+
+
+def test_the_last_stage_comes_first_and_the_early_ones_are_explained(user: User, folder: Path) -> None:
+    text = user.explain(photograph(folder))['Attention']
+    names = [name for name in re.findall('<figcaption>(.*?)</figcaption>', text)]
+    assert names == ['layer4', 'layer3', 'layer2', 'layer1', 'maxpool']
+    assert text.index('layer4') < text.index('<details') < text.index('layer3') and EARLY_STAGES in text
+
+
+def test_the_saved_maps_lie_over_the_whole_photograph(user: User, opened: PageModel, folder: Path) -> None:
+    path = photograph(folder)
+    user.explain(path)
+    (archive,) = user.call('save_maps', 3, METHODS, COLOURS, 0.5)['Files']['value']
+    with zipfile.ZipFile(archive) as files:
+        saved = np.load(io.BytesIO(files.read('grad_cam_ca.npy')))
+        drawn = Image.open(io.BytesIO(files.read('grad_cam_ca.jpg')))
+        facts = json.loads(files.read('explanation.json'))
+    assert np.array_equal(saved, explain_image(opened, path).maps(METHODS, 3)['ca', 'grad_cam'].numpy())
+    assert drawn.size == (64, 80) and facts['photograph'] == {'width': 64, 'height': 80}
+    assert facts['crop']['right'] - facts['crop']['left'] == pytest.approx(64 * 64 / 67, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'words'),
+    [
+        ('test_vit', {'img_size': 64}, 'its own class token'),
+        ('test_resnet', {}, 'its own average pooling (GAP)'),
+        ('test_resnet', {'global_pool': 'max'}, 'its own max pooling'),
+    ],
+)
+@pytest.mark.parametrize('stream', [False, True])
+def test_what_a_network_pools_is_called_by_its_name(
+    name: str, options: dict[str, Any], words: str, stream: bool
+) -> None:
+    model: Any = make_backbone(name, **options)
+    if stream:
+        timm_castream.attach(model)
+    opened = PageModel(Predictor(model), name, '')
+    assert words in page.header(opened)
+    assert ('average' in page.header(opened)) == ('average' in words)
+    assert list(opened.pooling_names) == (['gap', 'ca'] if stream else ['gap'])
+
+
+def test_a_checkpoint_of_the_plain_network_is_opened_with_a_fresh_stream(
+    user: User, folder: Path, tmp_path: Path
+) -> None:
+    plain = make_backbone('test_resnet', num_classes=4)
+    torch.save({'state_dict': plain.state_dict()}, tmp_path / 'gap.pth.tar')
+    path = photograph(folder)
+    arguments = f'num_classes=4 stream_init=gap backbone_checkpoint={tmp_path / "gap.pth.tar"}'
+    opened = user.call(
+        'open', 'test_resnet_castream', '', arguments, False, gradio_client.handle_file(path), METHODS, COLOURS
+    )
+    assert not is_error(opened), sentence(opened['Message'])
+    assert 'the weights of gap.pth.tar' in opened['Heading'] and 'not trained yet' in opened['Heading']
+    assert len(heat_maps(opened['Attention'])) == 5 and len(opened['Class to explain']['choices']) == 4
+    wrong = user.call('open', 'test_resnet_castream', '', 'a', False, gradio_client.handle_file(path), METHODS, COLOURS)
+    assert 'KEY=VALUE, not a' in sentence(wrong['Message'])
 
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Calls of `serve` in place of servers: whether other models can be opened, host and port."""
+    """Calls of `serve` in place of servers: whether other models can be opened, host, port, whether a browser is opened."""
     calls: list[tuple[Any, ...]] = []
 
-    def record(app: Any, host: str | None, port: int | None) -> None:
-        calls.append(('open' in {function.api_name for function in app.fns.values()}, host, port))
+    def record(app: Any, host: str | None, port: int | None, **kwargs: Any) -> tuple[None, str, None]:
+        calls.append(('open' in {function.api_name for function in app.fns.values()}, host, port, kwargs['inbrowser']))
+        return None, 'http://here', None
 
     monkeypatch.setattr('timm_castream.app.serve', record)
+    monkeypatch.setattr('timm_castream.commands.app.wait', lambda: None)
+    monkeypatch.setenv('DISPLAY', ':0')
     for variable in ('GRADIO_TEMP_DIR', 'GRADIO_ANALYTICS_ENABLED'):
         monkeypatch.setenv(variable, '')  # the command sets them
     return calls
@@ -337,25 +431,27 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize(
     ('options', 'call'),
     [
-        ([], (True, '127.0.0.1', None)),
-        (['--port', '7999'], (True, '127.0.0.1', 7999)),
-        (['--host', '0.0.0.0'], (False, '0.0.0.0', None)),
-        (['--model', 'test_resnet', '--multilabel'], (True, '127.0.0.1', None)),
+        ([], (True, '127.0.0.1', None, True)),
+        (['--port', '7999', '--no-browser'], (True, '127.0.0.1', 7999, False)),
+        (['--host', '0.0.0.0'], (False, '0.0.0.0', None, False)),
+        (['--model', 'test_resnet', '--multilabel'], (True, '127.0.0.1', None, True)),
     ],
 )
 def test_the_command_serves_this_machine_unless_told_otherwise(
-    served: list[tuple[Any, ...]], options: list[str], call: tuple[Any, ...]
+    served: list[tuple[Any, ...]], options: list[str], call: tuple[Any, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(['app', *options]) == 0
     assert served == [call]
+    first, last = capsys.readouterr().out.splitlines()
+    assert 'Opening' in first and 'http://here' in last
     assert not Path(os.environ['GRADIO_TEMP_DIR']).exists()
 
 
 def test_sigterm_closes_the_server_before_the_files_of_the_page_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     folders: list[bool] = []
 
-    def serve_until_sigterm(app: Any, host: str, port: int | None) -> None:
-        serve(app, host, port, prevent_thread_lock=True, quiet=True)
+    def serve_until_sigterm(app: Any, host: str, port: int | None, **kwargs: Any) -> Any:
+        served = serve(app, host, port, **kwargs)
         close = app.server.close
 
         def recorded_close() -> None:
@@ -364,12 +460,12 @@ def test_sigterm_closes_the_server_before_the_files_of_the_page_are_removed(monk
 
         monkeypatch.setattr(app.server, 'close', recorded_close)
         threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        app.block_thread()
+        return served
 
     monkeypatch.setattr('timm_castream.app.serve', serve_until_sigterm)
     for variable in ('GRADIO_TEMP_DIR', 'GRADIO_ANALYTICS_ENABLED'):
         monkeypatch.setenv(variable, '')
-    assert cli.main(['app']) == 0
+    assert cli.main(['app', '--no-browser']) == 130
     assert folders == [True]
     assert not Path(os.environ['GRADIO_TEMP_DIR']).exists()
 

@@ -27,7 +27,7 @@ from timm_castream.backbones.stages import cam_layer, find_stage, find_stages, h
     ],
 )
 def test_the_default_stages_end_in_the_map_that_is_pooled(name, names, dims):
-    stages = find_stages(make_backbone(name))
+    stages, _ = find_stages(make_backbone(name))
     assert tuple(stage.name for stage in stages) == names
     assert tuple(stage.dim for stage in stages) == dims
     assert {type(stage.layout) for stage in stages} == {NHWC if name == 'swin' else NCHW}
@@ -35,7 +35,7 @@ def test_the_default_stages_end_in_the_map_that_is_pooled(name, names, dims):
 
 def test_the_layout_is_a_fact_of_each_stage():
     # The blocks of samvit give (B, H, W, D), and its neck gives (B, D, H, W).
-    stages = find_stages(timm.create_model('samvit_base_patch16', device='meta'))
+    stages, _ = find_stages(timm.create_model('samvit_base_patch16', device='meta'))
     assert [stage.dim for stage in stages] == [768] * (len(stages) - 1) + [256]
     assert [type(stage.layout) for stage in stages] == [NHWC] * (len(stages) - 1) + [NCHW]
 
@@ -83,7 +83,7 @@ class EqualSides(nn.Module):
     ],
 )
 def test_the_default_stages_spread_over_the_depth(name, names):
-    stages = find_stages(timm.create_model(name, device='meta'))
+    stages, _ = find_stages(timm.create_model(name, device='meta'))
     assert tuple(stage.name for stage in stages) == names
 
 
@@ -146,7 +146,8 @@ def test_a_module_that_gives_no_map_or_does_not_run_once_is_refused():
 
 @pytest.mark.parametrize('pool', ['avg', 'max', 'avgmax'])
 def test_heads_that_pool_by_average_or_maximum_are_served(pool):
-    assert find_stages(make_backbone('test_resnet', global_pool=pool))[-1].dim == 96
+    stages, found = find_stages(make_backbone('test_resnet', global_pool=pool))
+    assert stages[-1].dim == 96 and found == pool
 
 
 def test_a_head_that_pools_otherwise_is_refused():
@@ -165,7 +166,9 @@ def test_heads_pool_until_the_pooling_is_taken_away(name):
     assert head_pooling(model, pooled, model.forward_head) == ''
 
 
-@pytest.mark.parametrize('pool, expected', [('avg', 'avg'), ('max', 'max'), ('avgmax', 'avgmax'), ('catavgmax', None)])
+@pytest.mark.parametrize(
+    'pool, expected', [('avg', 'avg'), ('max', 'max'), ('avgmax', 'avgmax'), ('catavgmax', 'unknown')]
+)
 def test_the_head_itself_tells_how_it_pools(pool, expected):
     model = make_backbone('test_resnet', global_pool=pool)
     assert head_pooling(model, pooled_stage(model), model.forward_head) == expected

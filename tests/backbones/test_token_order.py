@@ -19,7 +19,7 @@ MIXING = ('efficientformer', 'gemma4_vit', 'levit', 'xcit')
 
 def stage_maps(model: nn.Module, x: Tensor) -> list[tuple[Stage, Tensor]]:
     """The stages and their maps, (B, D, H, W)."""
-    stages = find_stages(model)
+    stages, _ = find_stages(model)
     outputs = []
     handles = [
         hook_target(model.get_submodule(stage.name)).register_forward_hook(

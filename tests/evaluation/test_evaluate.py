@@ -412,9 +412,6 @@ def test_classes_of_the_data_set_are_compared_with_those_of_the_model(model, mak
     folder = write_images(tmp_path)
     evaluate(model, folder_loader(folder, model), ('centre',), metrics=('average_drop',))
     assert 'The data set has 2 classes, the model has 10' in caplog.text
-    one_class = make_model('test_resnet', {'num_classes': 1})
-    with pytest.raises(ValueError, match='The data set has 2 classes, the model has 1'):
-        evaluate(one_class, folder_loader(folder, model), ('centre',), metrics=('average_drop',))
 
 
 def test_a_seed_changes_the_intervals_of_finished_values(model, tmp_path) -> None:

@@ -9,6 +9,7 @@ from importlib.resources import files
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from states import make_model
 
 import hf_configs
@@ -87,17 +88,22 @@ class TestConfigs:
 
     def test_published_variants_alone_name_their_repository_and_are_listed_as_pretrained(self, monkeypatch):
         variants = {name for name, cfg in read_configs().items() if cfg.tag}
-        assert (
-            set(timm.list_pretrained('*_castream'))
-            == set(timm.list_models('*_castream', pretrained=True))
-            == {name for name in variants if name in hf_configs.PUBLISHED}
-        )
+        listed = {name for name in timm.list_pretrained('*_castream*') if name not in configs.shipped_streams()}
+        assert listed == {name for name in variants if name in hf_configs.PUBLISHED}
         monkeypatch.setattr(configs, 'PUBLISHED', {'resnet50_castream.sgd90_in1k'})
         assert {name: cfg.hf_hub_id for name, cfg in read_configs().items() if cfg.hf_hub_id} == {
             'resnet50_castream.sgd90_in1k': 'timm-castream/resnet50_castream.sgd90_in1k'
         }
         assert read_configs()['resnet50_castream.sgd90_in1k'].has_weights
         assert not read_configs()['resnet18_castream.sgd90_in1k'].has_weights
+
+    def test_streams_of_the_package_are_small_float16_files_with_a_card_each(self):
+        for name, path in configs.shipped_streams().items():
+            with safe_open(path, 'pt') as file:
+                assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
+                assert file.metadata()['backbone'] == name.removesuffix('_castream')
+            assert path.stat().st_size <= 4_000_000
+            assert name in path.with_suffix('.md').read_text(encoding='utf-8')
 
     def test_environment_variable_names_another_namespace(self, monkeypatch):
         monkeypatch.setenv('TIMM_CASTREAM_NAMESPACE', 'mirror')

@@ -30,7 +30,8 @@ from ..datasets.image_files import PluginNeededError, stored_orientation
 from ..inference.images import mask_image
 from ..metrics.curves import deletion_curve, insertion_curve
 from ..metrics.table import DEFAULT_METRICS, METRICS, Measurements
-from ..visualize import POOLING_NAMES, denormalised
+from ..pictures import Box, transform_image
+from ..visualize import denormalised
 from .page_model import PageModel
 
 MAX_PIXELS = 50_000_000
@@ -76,15 +77,19 @@ class Explanation:
     Attributes:
         opened: The network.
         x: (1, channels, H, W), the image as the network gets it.
+        source: The image, or its file.
+        crop: The part of the upright image that the network gets.
         pixels: The same before normalisation, (H, W, 3) of 8 bits.
         probabilities: {pooling: (C,)}.
         attention: {name of a stage: (h, w) in [0, 1]}, the mean over the heads scaled by its minimum and maximum;
             empty without a stream.
     """
 
-    def __init__(self, opened: PageModel, x: Tensor) -> None:
+    def __init__(self, opened: PageModel, x: Tensor, source: Path | Image.Image, crop: Box) -> None:
         self.opened = opened
         self.x = x
+        self.source = source
+        self.crop = crop
         self.pixels = denormalised(opened.model, x)[0]
         self.probabilities = {name: values[0] for name, values in self._probabilities(x).items()}
         self.attention: dict[str, Tensor] = {}
@@ -98,6 +103,15 @@ class Explanation:
         self._maps: dict[tuple[str, str, int], Tensor] = {}
         self._worth: dict[tuple[str, int], dict[str, MapScores]] = {}
         self._identity: Identity | None = None
+
+    def photograph(self) -> Image.Image:
+        """The whole image, upright. A file is read again, because large images would fill the memory of a server.
+
+        Raises:
+            FileNotFoundError: If the file was deleted.
+            ValueError: If the file is no image any more.
+        """
+        return open_image(self.source) if isinstance(self.source, Image.Image) else _read_file(self.source, 'RGB')
 
     def top(self, pooling: str, count: int = NUM_TOP) -> list[tuple[int, float]]:
         """The classes of highest probability under a pooling: (index, probability) from the highest."""
@@ -150,7 +164,7 @@ class Explanation:
             worth = {}
             for position, (name, _) in enumerate(maps):
                 if progress is not None:
-                    progress(position / len(maps), f'{METHODS[method].title} under {POOLING_NAMES[name]}')
+                    progress(position / len(maps), f'{METHODS[method].title} under {self.opened.pooling_names[name]}')
                 worth[name] = self._measure(maps[name, method][None], target, name)
             self._worth[method, target] = worth
         return self._worth[method, target]
@@ -211,9 +225,11 @@ def explain_image(opened: PageModel, image: str | Path | Image.Image) -> Explana
     """
     config = resolve_model_data_config(opened.model)
     mode = image_mode(config['input_size'][0])
-    image = open_image(image, mode) if isinstance(image, Image.Image) else _read_file(Path(image), mode)
+    source = image if isinstance(image, Image.Image) else Path(image)
+    pixels = open_image(source, mode) if isinstance(source, Image.Image) else _read_file(source, mode)
     parameter = next(opened.model.parameters())
-    return Explanation(opened, create_transform(**config, is_training=False)(image)[None].to(parameter))
+    x, crop = transform_image(create_transform(**config, is_training=False), pixels)
+    return Explanation(opened, x[None].to(parameter), source, crop)
 
 
 def _read_file(path: Path, mode: str) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from .. import pictures
 from ..attribution.methods import METHODS
 from ..version import __version__
-from ..visualize import COLOURS, EARLY_STAGES, OPACITY, POOLING_NAMES, Panel, draw_grid, overlay, save
+from ..visualize import COLOURS, EARLY_STAGES, OPACITY, Panel, draw_grid, overlay, save
 from .explanation import Explanation, MapScores
 
 
@@ -42,7 +43,7 @@ def draw_explanation(
 
     rows = []
     for name in opened.network.poolings if methods else ():
-        title = f'{POOLING_NAMES[name]}: {label[:22]} {explanation.probabilities[name][target]:.2f}'
+        title = f'{opened.pooling_names[name]}: {label[:22]} {explanation.probabilities[name][target]:.2f}'
         row = [panel(f'{METHODS[method].title}\n{title}', maps[name, method]) for method in methods]
         rows.append([original, *row])
     attention = [
@@ -54,17 +55,22 @@ def draw_explanation(
     return draw_grid(rows, EARLY_STAGES if attention else '')
 
 
-def draw_scores(worth: dict[str, MapScores]) -> Figure:
-    """The insertion and deletion curves of every pooling in one plot, from `Explanation.worth`."""
+def draw_scores(scores: dict[str, MapScores], names: Mapping[str, str]) -> Figure:
+    """The insertion and deletion curves of every pooling in one plot.
+
+    Args:
+        scores: Of `Explanation.scores`.
+        names: {pooling: its name}.
+    """
     figure = Figure(figsize=(5.6, 3.6), layout='constrained')
     axes = figure.subplots()
-    for colour, (name, measured) in zip(('#6b7280', '#d9480f'), worth.items(), strict=False):
+    for colour, (name, measured) in zip(('#6b7280', '#d9480f'), scores.items(), strict=False):
         for curve, style, title in (
             (measured.insertion_curve, '-', f'insertion {measured.metrics["insertion"]:.1f} %'),
             (measured.deletion_curve, '--', f'deletion {measured.metrics["deletion"]:.1f} %'),
         ):
             share = np.linspace(0, 100, len(curve))
-            axes.plot(share, curve.numpy(), style, color=colour, label=f'{POOLING_NAMES[name]}, {title}')
+            axes.plot(share, curve.numpy(), style, color=colour, label=f'{names[name]}, {title}')
     axes.set(xlabel='pixels changed, most salient first (%)', ylabel='probability', xlim=(0, 100))
     axes.set_ylim(bottom=0)  # the probabilities of an unlikely class are small
     axes.spines[['top', 'right']].set_visible(False)
@@ -98,20 +104,14 @@ def write_explanation(
     worth = explanation.scores(measured, target) if measured else {}
     files = [save(draw_explanation(explanation, methods, target, opacity, colours), folder / 'explanation.png')]
     if worth:
-        files.append(save(draw_scores(worth), folder / 'curves.png'))
+        files.append(save(draw_scores(worth, opened.pooling_names), folder / 'curves.png'))
     figures: dict[str, Any] = {
         'model': opened.name,
         'weights': opened.weights,
         'versions': {'timm_castream': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
         'input_size': list(explanation.x.shape[1:]),
         'class': {'index': target, 'name': opened.class_name(target)},
-        'top': {
-            name: [
-                {'index': index, 'name': opened.class_name(index), 'probability': probability}
-                for index, probability in explanation.top(name)
-            ]
-            for name in opened.network.poolings
-        },
+        'top': _top_classes(explanation),
         'attention': {stage: values.tolist() for stage, values in explanation.attention.items()},
         'maps': {
             method: {
@@ -134,3 +134,46 @@ def write_explanation(
     path = folder / 'explanation.json'
     path.write_text(json.dumps(figures, indent=1) + '\n', encoding='utf-8')
     return [*files, path]
+
+
+def write_maps(
+    explanation: Explanation,
+    folder: str | Path,
+    methods: Sequence[str],
+    target: int,
+    opacity: float = OPACITY,
+    colours: str = COLOURS[0],
+) -> list[Path]:
+    """Writes the maps of an explanation as arrays and over the whole photograph, as `castream explain --save-maps`.
+
+    Args:
+        explanation: Of an image.
+        folder: Gets `METHOD_POOLING.npy`, `METHOD_POOLING.jpg`, the same of the attention, and `explanation.json`.
+        methods: Names of methods.
+        target: Index of the class.
+        opacity, colours: As for `pictures.overlay`.
+
+    Returns:
+        The files.
+
+    Raises:
+        FileNotFoundError: If the image was deleted.
+    """
+    maps = {f'{method}_{name}': values for (name, method), values in explanation.maps(methods, target).items()}
+    maps |= {f'attention_{stage}': values for stage, values in explanation.attention.items()}
+    facts = {
+        'class': {'index': target, 'name': explanation.opened.class_name(target)},
+        'top': _top_classes(explanation),
+    }
+    return pictures.write_maps(Path(folder), explanation.photograph(), explanation.crop, maps, facts, opacity, colours)
+
+
+def _top_classes(explanation: Explanation) -> dict[str, list[dict[str, Any]]]:
+    opened = explanation.opened
+    return {
+        name: [
+            {'index': index, 'name': opened.class_name(index), 'probability': probability}
+            for index, probability in explanation.top(name)
+        ]
+        for name in opened.network.poolings
+    }

@@ -8,25 +8,36 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
+import torch
 from matplotlib import rc_context
 from PIL import Image
 from torch import Tensor
 
 from ..attribution.methods import METHODS
 from ..metrics.table import METRICS
-from ..visualize import POOLING_NAMES, heat_map
+from ..visualize import EARLY_STAGES, heat_map
 from .explanation import NUM_TOP, Explanation, MapScores
 from .export import draw_scores
 from .page_model import PageModel
+
+MODEL_PLACEHOLDER = 'resnet18_castream, hf-hub:ORG/NAME or local-dir:DIR'
+_OWN = {
+    'GAP': 'its own average pooling (GAP)',
+    'max pooling': 'its own max pooling',
+    'average and max': 'its own average and max pooling',
+    'class token': 'its own class token',
+    'token average': 'its own average of all tokens',
+}
 
 
 def header(opened: PageModel) -> str:
     """The title and the sentences on the network."""
     size = ' x '.join(str(side) for side in opened.model.pretrained_cfg['input_size'][1:])
+    own = _OWN.get(opened.pooling_names['gap'], 'its own pooling')
     poolings = (
-        'Its CA-Stream (CA) is compared with its own average pooling (GAP).'
+        f'Its CA-Stream (CA) is compared with {own}.'
         if opened.network.has_stream
-        else 'It has no CA-Stream, so there is one pooling, its own (GAP).'
+        else f'It has no CA-Stream, so there is one pooling: {own}.'
     )
     return (
         '<header class="cs-header"><h1>Where does the network look?</h1>'
@@ -76,70 +87,88 @@ def predictions(explanation: Explanation, target: int) -> str:
             f'<span>{escape(opened.class_name(index))}</span><span>{100 * probability:.1f} %</span></li>'
             for index, probability in top
         )
-        lists.append(f'<section><h3>{POOLING_NAMES[name]}</h3><ol>{rows}</ol></section>')
+        lists.append(f'<section><h3>{opened.pooling_names[name]}</h3><ol>{rows}</ol></section>')
     title = f'Top {NUM_TOP} classes' if opened.model.num_classes > NUM_TOP else 'Classes'
     return f'<div class="cs-block"><h2>{title}</h2><div class="cs-predictions">{"".join(lists)}</div></div>'
 
 
 def maps(
-    explanation: Explanation, methods: Sequence[str], target: int, saliency: Mapping[tuple[str, str], Tensor]
+    explanation: Explanation,
+    methods: Sequence[str],
+    target: int,
+    saliency: Mapping[tuple[str, str], Tensor],
+    colours: str,
 ) -> str:
-    """Saliency of a class: one card a method, GAP beside CA."""
-    label = explanation.opened.class_name(target)
+    """Saliency of a class: one card a method, the network's own pooling beside CA."""
+    label, names = explanation.opened.class_name(target), explanation.opened.pooling_names
     cards = []
-    for method in methods:
+    for position, method in enumerate(methods):
         title = METHODS[method].title
-        pictures = ''.join(
-            _overlay(
-                explanation,
-                saliency[name, method],
-                POOLING_NAMES[name],
-                f'{title} of {label} under {POOLING_NAMES[name]}',
-            )
-            for name in explanation.opened.network.poolings
+        shown = {
+            name: saliency[name, method] for name in names if name == 'ca' or 'stream' not in METHODS[method].needs
+        }
+        drawn = ''.join(
+            _overlay(explanation, values, names[name], f'{title} of {label} under {names[name]}', colours)
+            for name, values in shown.items()
         )
-        cards.append(_card(title, _pictures(pictures)))
+        earlier = [
+            other
+            for other in methods[:position]
+            if all(_equal(saliency[name, other], saliency[name, method]) for name in names)
+        ]
+        note = f'<p class="cs-hint">The same map as {METHODS[earlier[0]].title}.</p>' if earlier else ''
+        cards.append(_card(title, _pictures(drawn, len(shown)) + note))
     body = ''.join(cards) or '<p class="cs-hint">Choose a method to see its maps.</p>'
-    return _block(explanation, f'Saliency of “{label}”', 'Yellow, opaque pixels matter most for the class.', body)
+    hint = 'The pixels under the right end of the scale matter most for the class.'
+    if 'attention' in methods:
+        hint += ' Attention is the same for every class.'
+    return _block(explanation, f'Saliency of “{label}”', f'{hint}{_scale(colours)}', body)
 
 
-def attention(explanation: Explanation) -> str:
-    """The attention of every stage, in order."""
+def attention(explanation: Explanation, colours: str) -> str:
+    """The attention of the last stage, and that of the early ones folded up."""
     if not explanation.attention:
         return ''
-    pictures = ''.join(
-        _overlay(explanation, values, stage, f'Attention of stage {stage}')
-        for stage, values in explanation.attention.items()
+    (last, values), *early = reversed(explanation.attention.items())
+    large = _pictures(_overlay(explanation, values, last, f'Attention of stage {last}', colours), 1)
+    small = ''.join(
+        _overlay(explanation, values, stage, f'Attention of stage {stage}', colours) for stage, values in early
     )
-    return _block(
-        explanation,
-        'Attention of every stage',
-        'The stream visits the stages in this order. No class is involved.',
-        f'<div class="cs-card cs-stages">{_pictures(pictures)}</div>',
-    )
+    body = f'<div class="cs-card">{large}</div>'
+    if early:
+        body += (
+            f'<details class="cs-card cs-stages"><summary>Early stages ({len(early)})</summary>'
+            f'<p class="cs-hint">{EARLY_STAGES}</p>{_pictures(small, 2)}</details>'
+        )
+    hint = 'The weights with which the stream averages the feature map of its last stage. No class is involved.'
+    return _block(explanation, 'Attention', f'{hint}{_scale(colours)}', body)
 
 
 def scores(explanation: Explanation, method: str, target: int, measured: dict[str, MapScores]) -> str:
     """The measurements of one method's maps, the masked images, the curves and both sides of eq. (5)."""
     title = f'{METHODS[method].title} of “{explanation.opened.class_name(target)}”'
+    names = explanation.opened.pooling_names
     masked = ''.join(
-        _figure(value.masked_pixels, POOLING_NAMES[name], f'The image masked by the map under {POOLING_NAMES[name]}')
+        _figure(value.masked_pixels, names[name], f'The image masked by the map under {names[name]}')
         for name, value in measured.items()
     )
     cards = [
-        _card(title, _table(measured)),
-        _card('The image masked by its map', _pictures(masked)),
-        _card('Insertion and deletion curves', _svg(measured)),
+        _card(title, _table(measured, names)),
+        _card('The image masked by its map', _pictures(masked, len(measured))),
+        _card('Insertion and deletion curves', _svg(measured, names)),
     ]
     if explanation.opened.network.has_stream:
-        cards.append(_card('Both sides of eq. (5)', _identity(explanation)))
+        cards.append(
+            '<details class="cs-card"><summary>For authors: both sides of eq. (5)</summary>'
+            f'{_identity(explanation)}</details>'
+        )
     return (
         f'<div class="cs-block cs-halves"><div class="cs-cards">{"".join(cards)}</div><p class="cs-hint">'
-        'One image says little. The command castream evaluate averages these figures over a data set.</p></div>'
+        'One image says little. The command castream evaluate averages these values over a data set.</p></div>'
     )
 
 
-def _table(measured: dict[str, MapScores]) -> str:
+def _table(measured: dict[str, MapScores], names: Mapping[str, str]) -> str:
     rows = {
         'Probability of the class': [f'{value.prob:.4f}' for value in measured.values()],
         'Probability, image masked': [f'{value.masked_prob:.4f}' for value in measured.values()],
@@ -147,7 +176,7 @@ def _table(measured: dict[str, MapScores]) -> str:
     for metric in next(iter(measured.values())).metrics:
         arrow = '↑' if METRICS[metric].higher_is_better else '↓'
         rows[f'{METRICS[metric].title} {arrow}'] = [f'{value.metrics[metric]:.1f} %' for value in measured.values()]
-    head = ''.join(f'<th scope="col">{POOLING_NAMES[name]}</th>' for name in measured)
+    head = ''.join(f'<th scope="col">{names[name]}</th>' for name in measured)
     body = ''.join(
         f'<tr><th scope="row">{title}</th>{"".join(f"<td>{text}</td>" for text in texts)}</tr>'
         for title, texts in rows.items()
@@ -166,15 +195,15 @@ def _identity(explanation: Explanation) -> str:
     )
     difference = (sides[0] - sides[1]).abs().max().item()
     return (
-        f'{_pictures(pictures)}<p class="cs-hint">The attention of the last stage is a class activation map. The sides '
+        f'{_pictures(pictures, 2)}<p class="cs-hint">The attention of the last stage is a class activation map. The sides '
         f'differ by at most {difference:.1e}; their values span {span:.3g}.</p>'
     )
 
 
-def _svg(measured: dict[str, MapScores]) -> str:
+def _svg(measured: dict[str, MapScores], names: Mapping[str, str]) -> str:
     text = io.StringIO()
     with rc_context({'svg.fonttype': 'none', 'font.family': 'sans-serif', 'svg.hashsalt': 'castream'}):
-        draw_scores(measured).savefig(text, format='svg', metadata={'Date': None})
+        draw_scores(measured, names).savefig(text, format='svg', metadata={'Date': None})
     svg = text.getvalue()
     return svg[svg.index('<svg') :]
 
@@ -192,17 +221,32 @@ def _card(title: str, body: str) -> str:
     return f'<div class="cs-card"><h3>{escape(title)}</h3>{body}</div>'
 
 
-def _pictures(figures: str) -> str:
-    return f'<div class="cs-pictures">{figures}</div>'
+def _pictures(figures: str, columns: int) -> str:
+    return f'<div class="cs-pictures{" cs-one" if columns == 1 else ""}">{figures}</div>'
 
 
-def _overlay(explanation: Explanation, saliency: Tensor, caption: str, alternative: str) -> str:
+def _overlay(explanation: Explanation, saliency: Tensor, caption: str, alternative: str, colours: str) -> str:
     """The colours of a map over the image. The browser blends them, so the opacity needs no request."""
-    colours = _image_url(heat_map(saliency, explanation.pixels.shape[:2]))
+    heat = _image_url(heat_map(saliency, explanation.pixels.shape[:2], colours))
+    note = '' if saliency.any() else ': a constant map, which says nothing'
     return (
-        f'<figure><div class="cs-picture"><img src="{colours}" alt="{escape(alternative)}"></div>'
-        f'<figcaption>{escape(caption)}</figcaption></figure>'
+        f'<figure><div class="cs-picture"><img src="{heat}" alt="{escape(alternative)}"></div>'
+        f'<figcaption>{escape(caption + note)}</figcaption></figure>'
     )
+
+
+def _scale(colours: str) -> str:
+    """The scale of the colours, from 0 to 1."""
+    heat = heat_map(torch.linspace(0, 1, 128)[None], (1, 128), colours)[..., :3]
+    bar = (
+        f'<span role="img" aria-label="scale of the colours" style="background-image: url({_image_url(heat)})"></span>'
+    )
+    return f'<span class="cs-scale">0 {bar} 1</span>'
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two maps differ by rounding alone."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=1e-5)
 
 
 def _figure(pixels: np.ndarray, caption: str, alternative: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from ..attribution.methods import METHODS
 from ..hub.load import open_model
 from ..inference.predictor import Predictor
-from ..visualize import class_name
+from ..visualize import class_name, pooling_names
 
 # The network of `castream demo`, so that a page opens at once and offline. benchmarks/pack_digits.py wrote the folder.
 DIGITS = Path(__file__).with_name('digits_model')
@@ -37,6 +38,11 @@ class PageModel:
         """The timm model inside its wrappers."""
         return self.network.backbone
 
+    @cached_property
+    def pooling_names(self) -> dict[str, str]:
+        """{pooling: its name}."""
+        return pooling_names(self.network)
+
     @property
     def methods(self) -> tuple[str, ...]:
         """Names of the methods that fit the network."""
@@ -46,6 +52,11 @@ class PageModel:
     def class_methods(self) -> tuple[str, ...]:
         """Names of the methods whose maps depend on the class."""
         return tuple(name for name in self.methods if METHODS[name].needs & {'gradients', 'masked forwards'})
+
+    @property
+    def map_methods(self) -> tuple[str, ...]:
+        """Names of the methods that explain: all but the baselines."""
+        return tuple(name for name in self.methods if METHODS[name].needs & {'gradients', 'masked forwards', 'stream'})
 
     def class_name(self, index: int) -> str:
         """Name of a class."""
@@ -81,15 +92,18 @@ def open_for_page(
         weights = _DIGITS_WEIGHTS
     else:
         model = open_model(name, checkpoint, pretrained, **kwargs)
-        if checkpoint is not None:
-            weights = f'Its weights are those of {Path(checkpoint).name if Path(checkpoint).is_file() else checkpoint}.'
-        else:
-            weights = (
-                'It has its published weights.'
-                if pretrained
-                else ('Its weights are random, because no checkpoint was named: the maps mean nothing.')
-            )
+        weights = _weights_sentence(checkpoint, pretrained, kwargs.get('backbone_checkpoint'))
     if not model.num_classes:
         raise ValueError(f'{name} has no classes, so there is no class to explain.')
     title = (model.pretrained_cfg or {}).get('architecture') or name
     return PageModel(Predictor(model.to(device).eval(), activation=activation), str(title), weights)
+
+
+def _weights_sentence(checkpoint: str | None, pretrained: bool, backbone_checkpoint: str | None) -> str:
+    if checkpoint is not None:
+        return f'Its weights are those of {Path(checkpoint).name if Path(checkpoint).is_file() else checkpoint}.'
+    if backbone_checkpoint:
+        return f'Its backbone has the weights of {Path(backbone_checkpoint).name}. Its stream is not trained yet.'
+    if pretrained:
+        return 'It has its published weights.'
+    return 'Its weights are random, because no checkpoint was named: the maps mean nothing.'

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.layout import ImageSize, Stage
-from ..backbones.mixin import CAStreamMixin, query_of
+from ..backbones.mixin import CAStreamMixin, carry_query, query_of
 from ..backbones.probe import hook_target
+from ..backbones.wrappers import eager, in_precision_of, inputs_of, only_images
 from ..inference.predictor import Predictor
 from ..inference.probabilities import at_least_float32
 from .cam import is_not_constant, scale_maps
@@ -41,51 +42,109 @@ class Activations:
     """
 
     def __init__(self, network: Predictor, x: Tensor, attention: bool = False) -> None:
-        backbone = network.backbone
         if not network.has_feature_maps:
             raise ValueError(
                 f'{network.name} is no timm model: it lacks forward_features or forward_head. Name the module whose '
                 'output gives the feature maps with layer=.'
             )
-        stream = attention or 'ca' in network.poolings
+        self._network = network
         self._stage = network.stage
         self._image_size = x.shape[-2:]
-        hooked = None if network.cam_layer is None else self._stage
-        images = x.contiguous(memory_format=network.memory_format(x))
-        leaves: list[Tensor] = []
         self.attention: Tensor | None = None
-        if network.is_timm:
-            with torch.no_grad(), _leaf_at(backbone, hooked, leaves):
-                features = _features(backbone, images, stream)
-            query = query_of(features) if stream else None
-            if attention and query is not None:
-                self.attention = _attention(backbone, features.detach(), query, self._image_size)
-            if hooked is None:
-                features = features.detach().requires_grad_()
-                leaves.append(features)
-            with torch.enable_grad():
-                self.logits = {pooling: _head(backbone, features, query, pooling) for pooling in network.poolings}
-        else:
-            with torch.no_grad(), _leaf_at(backbone, hooked, leaves):
-                self.logits = dict.fromkeys(network.poolings, network.model(images))
-        if network.num_classes == 0 or any(value.ndim != 2 for value in self.logits.values()):
-            shape = tuple(self.logits[network.poolings[0]].shape)
-            raise ValueError(
-                f'{network.name} gives no class scores: its logits have the shape {shape} and its '
-                f'num_classes is {network.num_classes}.'
-            )
-        self._leaf = leaves[0]
-        self.feature_maps = self._view(self._leaf.detach())
+        self._leaves: dict[str, Tensor] = {}
+        images = in_precision_of(network.inner, x).contiguous(memory_format=network.memory_format(x))
+        with eager():
+            scores = (self._run_halves if network.halves_are_forward else self._run_whole)(images, attention)
+        if network.num_classes == 0:
+            raise ValueError(f'{network.name} gives no class scores: its num_classes is 0.')
+        self._one_logit = any(network.is_one_logit(value) for value in scores.values())
+        with network.recording():
+            self.logits = {pooling: network.as_classes(value) for pooling, value in scores.items()}
+        self.feature_maps = self._nchw(self._leaves[network.poolings[0]].detach())
+
+    def _run_halves(self, images: Tensor, attention: bool) -> dict[str, Tensor]:
+        """One pass over the backbone, and its head once under each pooling: the class scores, {pooling: (B, C)}."""
+        network, backbone = self._network, self._network.backbone
+        hooked = None if network.cam_layer is None else self._stage
+        stream = attention or 'ca' in network.poolings
+        leaves: list[Tensor] = []
+        with torch.no_grad(), _leaf_at(backbone, hooked, leaves, network.has_graph):
+            features = _features(backbone, images, stream)
+        query = query_of(features) if stream else None
+        if attention and query is not None:
+            self.attention = _attention(backbone, features.detach(), query, self._image_size)
+        if hooked is None:
+            features = features.detach().requires_grad_()
+            leaves.append(features)
+        self._leaves = dict.fromkeys(network.poolings, leaves[0])
+        with network.recording():
+            outputs = {pooling: _head(backbone, features, query, pooling) for pooling in network.poolings}
+            return {pooling: network.scores_in(output, len(images)) for pooling, output in outputs.items()}
+
+    def _run_whole(self, images: Tensor, attention: bool) -> dict[str, Tensor]:
+        """The model's own forward once under each pooling: the class scores, {pooling: (B, C)}."""
+        network, backbone = self._network, self._network.backbone
+        scores, inside = {}, images
+        owner = backbone if network.cam_layer is None else network.owner_of(network.cam_layer)
+        for pooling in network.poolings:
+            leaves: list[Tensor] = []
+            if network.cam_layer is None:
+                cut = _leaf_before_head(owner, leaves, network.has_graph)
+            else:
+                cut = _leaf_at(owner, self._stage, leaves, network.has_graph)
+            with network.pooled_by(pooling), torch.no_grad(), inputs_of(backbone) as seen, cut:
+                output = network.model(images)
+                with network.recording():
+                    scores[pooling] = network.scores_in(output, len(images))
+            if len(leaves) != 1:
+                where = f'runs {network.cam_layer!r}' if network.cam_layer else 'calls its forward_head'
+                raise ValueError(
+                    f'{network.name} {where} {len(leaves)} times in a forward, and not once: name another module with '
+                    'layer=.'
+                )
+            self._leaves[pooling] = leaves[0]
+        if backbone is not network.inner:  # a wrapper may resize the images
+            inside = only_images(seen, len(images), network.inner, backbone)
+            self._image_size = inside.shape[-2:]
+        if attention:
+            with torch.no_grad():
+                features = _features(backbone, inside, stream=True)
+                self.attention = _attention(backbone, features, query_of(features), self._image_size)
+        return scores
 
     def gradients(self, pooling: str, targets: Tensor) -> Tensor:
-        """Gradients of the logits of (B, K) targets with respect to A, (B, K, D, h, w)."""
+        """Gradients of the logits of (B, K) targets with respect to A, (B, K, D, h, w).
+
+        Raises:
+            ValueError: If no gradient of the class scores reaches A.
+        """
+        if not self._network.has_graph:
+            raise ValueError(
+                f'The weights of {self._network.name} were made under torch.inference_mode(), so no gradient passes '
+                'through them: create and load the model outside of it.'
+            )
+        leaf = self._leaves[pooling]
         with torch.enable_grad():  # for the gather too
             # Images of a batch do not interact in eval mode, so one backward serves all of them.
             scores = self.logits[pooling].gather(1, targets).sum(0).unbind()
-        each = [torch.autograd.grad(score, self._leaf, retain_graph=True)[0] for score in scores]
-        return torch.stack([self._view(gradient) for gradient in each], 1)
+        each = [self._gradient(score, leaf) for score in scores]
+        # The gradient of half a logit, see Predictor.as_classes.
+        gradients = torch.stack([self._nchw(gradient) for gradient in each], 1) * (2 if self._one_logit else 1)
+        if not gradients.any():
+            self._network.check_gradients()
+        return gradients
 
-    def _view(self, tensor: Tensor) -> Tensor:
+    def _gradient(self, score: Tensor, leaf: Tensor) -> Tensor:
+        if score.requires_grad:
+            (gradient,) = torch.autograd.grad(score, leaf, retain_graph=True, allow_unused=True)
+            if gradient is not None:
+                return gradient
+        raise ValueError(
+            f'No gradient of the class scores of {self._network.name} reaches {self._stage.name!r}: a module behind it, '
+            'for example a quantised one, stops gradients. Methods without gradients such as score_cam work.'
+        )
+
+    def _nchw(self, tensor: Tensor) -> Tensor:
         return at_least_float32(self._stage.to_nchw(tensor, self._image_size))
 
 
@@ -97,13 +156,14 @@ def _attention(backbone: Any, features: Tensor, query: Tensor, image_size: Image
 
 
 @contextmanager
-def _leaf_at(model: nn.Module, stage: Stage | None, leaves: list[Tensor]) -> Iterator[None]:
+def _leaf_at(model: nn.Module, stage: Stage | None, leaves: list[Tensor], record: bool) -> Iterator[None]:
     """Cuts the graph at the output of a module, and records one from there until the caller's gradient mode ends.
 
     Args:
         model: The model.
         stage: The stage of one of its modules, or None to do nothing.
         leaves: Receives the feature map in the output, as a leaf.
+        record: False where weights allow no graph.
     """
     if stage is None:
         yield
@@ -115,7 +175,7 @@ def _leaf_at(model: nn.Module, stage: Stage | None, leaves: list[Tensor]) -> Ite
             return None
         leaf = stage.tensor(output).detach().requires_grad_()
         leaves.append(leaf)
-        torch.set_grad_enabled(True)
+        torch.set_grad_enabled(record)
         return stage.with_features(output, leaf.clone())  # the next module may change it in place, which a leaf forbids
 
     # timm reads the gradient mode when a forward begins to decide whether to checkpoint.
@@ -130,6 +190,26 @@ def _leaf_at(model: nn.Module, stage: Stage | None, leaves: list[Tensor]) -> Ite
         for part in checkpointed:
             part.grad_checkpointing = True
         handle.remove()
+
+
+@contextmanager
+def _leaf_before_head(model: Any, leaves: list[Tensor], record: bool) -> Iterator[None]:
+    """Cuts the graph at the tensor that a timm model gives to its head, and records one from there, as `_leaf_at`."""
+    thread, own = threading.get_ident(), model.forward_head
+
+    def forward_head(features: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return own(features, *args, **kwargs)
+        leaf = features.detach().requires_grad_()
+        leaves.append(leaf)
+        torch.set_grad_enabled(record)
+        return own(carry_query(features, leaf.clone()), *args, **kwargs)
+
+    model.forward_head = forward_head
+    try:
+        yield
+    finally:
+        del model.forward_head
 
 
 def _features(model: Any, x: Tensor, stream: bool) -> Tensor:

@@ -84,11 +84,8 @@ class Batch:
     @cached_property
     def logits(self) -> dict[str, Tensor]:
         """{pooling: (B, C)} of the images, from the forward that gives the feature maps if a method reads them."""
-        if self.network.halves_are_forward:
-            if 'feature maps' in self._needs:
-                return {pooling: value.detach() for pooling, value in self.activations.logits.items()}
-            if 'grid' in self._needs and self._has_grid:
-                return {pooling: value.detach() for pooling, value in self.activations.logits.items()}
+        if 'feature maps' in self._needs or ('grid' in self._needs and self._has_grid):
+            return {pooling: value.detach() for pooling, value in self.activations.logits.items()}
         return self.network.all_logits(self.x)
 
     @cached_property

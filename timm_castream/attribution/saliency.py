@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,8 @@ from .user_methods import UserMethod, resolve_methods
 
 __all__ = ['METHODS', 'Identity', 'attention_identity', 'attribute', 'attribute_all']
 
-Target = Tensor | Mapping[str, Tensor | None] | None
+Classes = Tensor | int | Sequence[int] | np.ndarray | None
+Target = Classes | Mapping[str, Classes]
 
 
 def attribute(
@@ -34,11 +37,13 @@ def attribute(
     *,
     activation: str = 'softmax',
     seed: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Tensor:
     """Saliency maps of a batch by one method under one pooling.
 
     Args:
-        model, x, target, layer, batch_size, activation, seed: As for `attribute_all`.
+        model, x, target, layer, batch_size, activation, seed, mean, std: As for `attribute_all`.
         method: A name of `METHODS`.
         pooling: `'gap'` or `'ca'`. None: `'ca'` for a model with a stream, `'gap'` for others.
 
@@ -50,7 +55,9 @@ def attribute(
     """
     if pooling is None:
         pooling = 'ca' if has_stream(model) else 'gap'
-    maps = attribute_all(model, x, (method,), target, (pooling,), layer, batch_size, activation=activation, seed=seed)
+    maps = attribute_all(
+        model, x, (method,), target, (pooling,), layer, batch_size, activation=activation, seed=seed, mean=mean, std=std
+    )
     return maps[pooling, method]
 
 
@@ -65,6 +72,8 @@ def attribute_all(
     *,
     activation: str = 'softmax',
     seed: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> dict[tuple[str, str], Tensor]:
     """Saliency maps of a batch by several methods under several poolings, with shared forwards and backwards.
 
@@ -72,15 +81,16 @@ def attribute_all(
     pooling. One forward of each masked image serves Score-CAM of both poolings.
 
     Args:
-        model: A model with a stream, or under pooling `'gap'` any timm model, or any module that gives (B, C) logits.
-            It runs in eval mode. Its modes, its gradients and the caller's gradient mode are the same afterwards. With
+        model: A model with a stream, or under pooling `'gap'` any timm model, or any module that gives class scores: a
+            tensor (B, C), or one under `.logits` or `['logits']`, or the first of a tuple. A wrapper around a model
+            with a stream is explained by its own forward. It runs in eval mode. Its modes, its gradients and the caller's gradient mode are the same afterwards. With
             several threads set eval mode beforehand.
         x: (B, 3, H, W), normalised as the model's `pretrained_cfg` says.
         methods: Names of `METHODS`, or a mapping from a label to a method as in `evaluate.evaluate`. The attention is
             that of the pooled stage, averaged over its heads. It depends on no target and is the same map under both
             poolings.
-        target: Class indices to explain: (B,), or (B, K) for several an image; a mapping gives each pooling its own.
-            None: the class that the model predicts, under each pooling. Where images have unequally many labels,
+        target: Class indices to explain: (B,), or (B, K) for several an image, or one for all images, as a tensor, a
+            number, a list or an array; a mapping gives each pooling its own. None: the class that the model predicts, under each pooling. Where images have unequally many labels,
             repeat one.
         poolings: Of `'gap'` and `'ca'`. None: both for a model with a stream, `'gap'` for others.
         layer: Name of the module whose output gives the maps, instead of the tensor that is pooled. The attention
@@ -88,21 +98,22 @@ def attribute_all(
         batch_size: Masked images forwarded at once; it never shows in the result. None: `images.default_batch_size`.
         activation: Function that makes Score-CAM's probabilities: `'softmax'`, or `'sigmoid'` for multi-label models.
         seed: Seed of the method `random`.
+        mean, std: Normalisation of the images, one number a channel, for a model without `pretrained_cfg`.
 
     Returns:
         {(pooling, method): maps}, each (B, h, w), or (B, K, h, w) for a target of shape (B, K), in [0, 1], in
-        float32 or wider.
+        float32 or wider. A map is zero where it would be constant, and NaN where the network gives NaN.
 
     Raises:
         ValueError: If a name is unknown, a shape or a class does not fit, or a stream is needed and there is none.
     """
     rows = resolve_methods(methods)
     check_images(x)
-    network = Predictor(model, poolings, layer=layer, activation=activation, batch_size=batch_size)
+    network = Predictor(model, poolings, layer=layer, activation=activation, batch_size=batch_size, mean=mean, std=std)
     network.check_channels(x)
     with network.evaluating():
         maps = saliency_maps(network, x, rows, target, seed=seed)
-    one_each = {p: getattr(_of_pooling(target, p), 'ndim', 1) == 1 for p in network.poolings}
+    one_each = {p: np.ndim(_of_pooling(target, p)) < 2 for p in network.poolings}  # type: ignore[arg-type]
     return {(p, name): value[:, 0] if one_each[p] else value for (p, name), value in maps.items()}
 
 
@@ -180,7 +191,7 @@ def attention_identity(model: nn.Module, x: Tensor) -> Identity:
         return Identity(logits, (query[:, :, None, None] * maps).sum(1))
 
 
-def _of_pooling(target: Target, pooling: str) -> Tensor | None:
+def _of_pooling(target: Target, pooling: str) -> Classes:
     if not isinstance(target, Mapping):
         return target
     if pooling not in target:
@@ -190,8 +201,14 @@ def _of_pooling(target: Target, pooling: str) -> Tensor | None:
 
 def _class_indices(target: Any, batch: int, num_classes: int | None) -> Tensor:
     """The (B, K) classes to explain under a pooling."""
+    if isinstance(target, (int, np.integer)) and not isinstance(target, bool):
+        target = torch.full((batch,), int(target))
+    elif isinstance(target, (list, tuple, np.ndarray)):
+        with suppress(TypeError, ValueError):  # the check below names what it is
+            target = torch.as_tensor(target)
     if not isinstance(target, Tensor) or target.ndim not in (1, 2) or len(target) != batch or not target.numel():
         given = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
         raise ValueError(f'target must be a tensor of shape ({batch},) or ({batch}, K), a row an image, got {given}.')
     check_class_indices('target', target, num_classes)
-    return target.to(torch.int64).reshape(batch, -1)
+    # A copy: labels made under inference_mode cannot be saved for a backward.
+    return target.to(torch.int64, copy=True).reshape(batch, -1)

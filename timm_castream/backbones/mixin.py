@@ -24,7 +24,8 @@ from ..stream import CAStream
 from .freezing import freeze_norms, unfreeze
 from .layout import Stage
 from .probe import hook_target
-from .stages import head_pooling
+from .stages import HeadPooling, head_pooling
+from .stream_config import StreamConfig
 from .stream_pass import StageHook, StreamPass, run_with
 
 KEY_PREFIX = 'castream.'  # of the stream's entries in a state dict
@@ -45,7 +46,7 @@ class Attachment:
         restore: Attributes that `remove_stream` gives back.
     """
 
-    config: dict[str, Any]
+    config: StreamConfig
     stages: tuple[Stage, ...]
     head_pools: bool = True
     pooling: str = 'ca'
@@ -90,7 +91,7 @@ class CAStreamMixin(_Backbone):
     @property
     def castream_config(self) -> dict[str, Any]:
         """The stream's keyword arguments, `stream_*`, as plain data: `attach` with them makes an equal stream."""
-        return dict(self._castream.config)
+        return self._castream.config.to_dict()
 
     @property
     def castream_stages(self) -> tuple[str, ...]:
@@ -133,7 +134,8 @@ class CAStreamMixin(_Backbone):
         if self.castream.class_specific:
             check_class_specific(num_classes, global_pool)
         super().reset_classifier(num_classes, global_pool, *args, **kwargs)
-        self._castream.head_pools = head_pooling(self, self.pooled_stage, super().forward_head) != ''
+        pooling = head_pooling(self, self.pooled_stage, super().forward_head)
+        self._castream.head_pools = pooling is not HeadPooling.NONE
         if self.castream.class_specific:
             self.castream.reset_cls_token(num_classes)
 
@@ -298,7 +300,7 @@ def remove_stream(model: CAStreamMixin) -> None:
         setattr(model, name, value)
     backbone: Any = model
     if hasattr(backbone, '_model_args'):  # timm saves them as the arguments of the backbone
-        ours = {*state.config, 'freeze_backbone', 'backbone_pretrained', 'backbone_checkpoint'}
+        ours = {*state.config.to_dict(), 'freeze_backbone', 'backbone_pretrained', 'backbone_checkpoint'}
         backbone._model_args = {key: value for key, value in backbone._model_args.items() if key not in ours}
     backbone.__class__ = _backbone_class(backbone)
     del backbone.castream, backbone._castream
@@ -316,6 +318,14 @@ def castream_model(model: nn.Module) -> CAStreamMixin:
     architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
     by_name = f', or open {architecture}_castream in place of {architecture}' if architecture else ''
     raise ValueError(f'This {type(model).__name__} has no CA-Stream; call timm_castream.attach(model) first{by_name}.')
+
+
+def outermost_streams(model: nn.Module) -> list[CAStreamMixin]:
+    """The models with a stream in a module, without those inside another one (a teacher in its student)."""
+    if isinstance(model, CAStreamMixin):
+        return [model]
+    found = [stream for child in model.children() for stream in outermost_streams(child)]
+    return list(dict.fromkeys(found))
 
 
 def query_of(features: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .freezing import is_norm
 from .layout import ImageSize
+from .wrappers import eager, evaluation_mode
 
 # Errors of networks at an image of a size that they do not take.
 PROBE_ERRORS = (AssertionError, RuntimeError, ValueError)
@@ -37,15 +38,10 @@ def hook_target(module: nn.Module) -> nn.Module:
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients inside, every module's own mode afterwards."""
-    switched = [module for module in model.modules() if module.training]
-    for module in switched:
-        module.training = False
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with evaluation_mode(model), torch.inference_mode(False), torch.no_grad():
             yield
     finally:
-        for module in switched:
-            module.training = True
         # tiny_vit and others of timm's keep what eval mode computed of weights that may be loaded only later.
         caching: list[Any] = [module for module in model.modules() if hasattr(module, 'attention_bias_cache')]
         for module in caching:
@@ -107,28 +103,31 @@ class Probe:
         image_size: Height and width of the image.
         visits: The modules that ran.
         features: Output of `forward_features`, or of the network where it is not timm's.
-        last_layer_with_gradient: Name of the last module with a gradient at its patch tokens, where the probe has
-            asked for one.
+        layers_with_gradient: Names of the modules with a gradient at their patch tokens, where the probe has asked for
+            them, in the order in which they ran. None on the meta device.
     """
 
     image_size: ImageSize
     visits: list[ModuleOutput]
     features: Any
-    last_layer_with_gradient: str | None = None
+    layers_with_gradient: list[str] | None = None
 
 
-def run_probe(model: nn.Module, names: list[str], head: Head | None = None) -> Probe:
+def run_probe(
+    model: nn.Module, names: list[str], head: Head | None = None, forward: Callable[[Tensor], Any] | None = None
+) -> Probe:
     """One forward of an image of the first size that the model takes.
 
     Args:
         model: The network.
         names: The modules to visit.
-        head: A head whose gradients tell `last_layer_with_gradient`.
+        head: Function from the output of the forward to class scores, whose gradients tell `layers_with_gradient`.
+        forward: The forward. None: timm's `forward_features`, or the model's own where it has none.
     """
     failure: Exception | None = None
     for size in _image_sizes(model):
         try:
-            return run_image(model, names, size, head)
+            return run_image(model, names, size, head, forward)
         except PROBE_ERRORS as error:
             failure = failure or error
     sizes = ', '.join(f'{height} x {width}' for _, height, width in _image_sizes(model)[:3])
@@ -137,7 +136,13 @@ def run_probe(model: nn.Module, names: list[str], head: Head | None = None) -> P
     ) from failure
 
 
-def run_image(model: Any, names: list[str], size: tuple[int, int, int], head: Head | None = None) -> Probe:
+def run_image(
+    model: Any,
+    names: list[str],
+    size: tuple[int, int, int],
+    head: Head | None = None,
+    forward: Callable[[Tensor], Any] | None = None,
+) -> Probe:
     """One forward of an image of a size (3, H, W). The other arguments are those of `run_probe`."""
     visits: list[ModuleOutput] = []
     thread = threading.get_ident()
@@ -150,15 +155,16 @@ def run_image(model: Any, names: list[str], size: tuple[int, int, int], head: He
         return visit
 
     handles = [hook_target(model.get_submodule(name)).register_forward_hook(hook(name)) for name in names]
-    forward = getattr(model, 'forward_features', model)
+    forward = forward or getattr(model, 'forward_features', model)
     images = torch.zeros(1, *size, **placement(model))
     try:
-        if head is None:
-            return Probe(size[1:], visits, forward(images))
-        with torch.enable_grad():
-            images = torch.arange(images.numel(), device=images.device).sin().to(images.dtype).view_as(images)
-            features = forward(images.requires_grad_())
-            return Probe(size[1:], visits, features, _last_layer_with_gradient(visits, head(features)))
+        with eager():
+            if head is None:
+                return Probe(size[1:], visits, forward(images))
+            with torch.enable_grad():
+                images = torch.arange(images.numel(), device=images.device).sin().to(images.dtype).view_as(images)
+                features = forward(images.requires_grad_())
+                return Probe(size[1:], visits, features, _layers_with_gradient(visits, head(features)))
     finally:
         for handle in handles:
             handle.remove()
@@ -217,18 +223,20 @@ def _own_image_sizes(model: Any) -> Iterator[tuple[int, int]]:
         yield grid[0] * model.patch_stride[0], grid[1] * model.patch_stride[1]
 
 
-def _last_layer_with_gradient(visits: list[ModuleOutput], output: Tensor) -> str | None:
-    """Name of the last visit whose locations have a gradient of a head's output."""
+def _layers_with_gradient(visits: list[ModuleOutput], output: Tensor) -> list[str] | None:
+    """Names of the visits whose locations have a gradient of a head's output."""
     # Different weights: the sum of a LayerNorm's output is constant.
     weights = torch.arange(1.0, output.numel() + 1, device=output.device).cos().to(output.dtype)
-    score = (output.flatten() * weights).sum()
-    for visit in reversed(visits):
-        if visit.features is None:
-            continue
-        (gradient,) = torch.autograd.grad(score, [visit.features], retain_graph=True, allow_unused=True)
-        if gradient is not None and gradient.is_meta:
-            return None
-        # A class token has a gradient at one place alone.
-        if gradient is not None and (gradient.abs().sum(-1) > 0).sum() > gradient.shape[1] // 2:
-            return visit.name
-    return None
+    maps = [visit.features for visit in visits if visit.features is not None and visit.features.requires_grad]
+    names = [visit.name for visit in visits if visit.features is not None and visit.features.requires_grad]
+    if not maps or not output.requires_grad:
+        return []
+    gradients = torch.autograd.grad((output.flatten() * weights).sum(), maps, allow_unused=True)
+    if any(gradient is not None and gradient.is_meta for gradient in gradients):
+        return None
+    # A class token has a gradient at one place alone.
+    return [
+        name
+        for name, gradient in zip(names, gradients, strict=True)
+        if gradient is not None and (gradient.abs().sum(-1) > 0).sum() > gradient.shape[1] // 2
+    ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .probe import (
     run_probe,
     shape_text,
 )
+from .wrappers import class_scores
 
 # Name of the pooled stage where it is the output of no named module.
 POOLED = 'forward_features'
@@ -46,15 +48,27 @@ NAMED_STAGES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 MAX_DEFAULT_STAGES = 5
 
 
-def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> tuple[Stage, ...]:
-    """Finds the stages of a timm model by one small forward.
+class HeadPooling(StrEnum):
+    """How a head pools the tensor that it gets."""
+
+    AVERAGE = 'avg'
+    MAXIMUM = 'max'
+    AVERAGE_AND_MAXIMUM = 'avgmax'
+    CLASS_TOKEN = 'token'
+    ALL_TOKENS = 'tokens'  # the average takes in the prefix tokens
+    NONE = ''  # the head hands the map on, as after `reset_classifier(0, '')`
+    UNKNOWN = 'unknown'
+
+
+def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> tuple[tuple[Stage, ...], HeadPooling]:
+    """Finds the stages of a timm model by one small forward, and how its head pools the last one.
 
     Args:
         model: A timm model without a stream.
         names: Module names in the order in which they run, or None for the default stages.
 
     Returns:
-        The stages in the order in which they run. The last one is the tensor that the model pools.
+        The stages in the order in which they run. The last one is the tensor that the model pools. And how it is pooled.
 
     Raises:
         ValueError: If the model pools no feature map by average or maximum, or a name does not fit.
@@ -75,7 +89,9 @@ def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> tuple[S
     with eval_mode(model):
         probe = run_probe(model, chosen)
         pooled = _pooled_stage(model, probe)
-        if head_pooling(model, pooled, model.forward_head) is None:  # type: ignore[arg-type]
+        head: Any = model.forward_head
+        pooling = head_pooling(model, pooled, head)
+        if pooling is HeadPooling.UNKNOWN:
             raise ValueError(
                 f'{kind} does not pool the feature map that its forward_features gives by average, by '
                 'maximum or by a class token, so a CA-Stream cannot take that place.'
@@ -100,7 +116,7 @@ def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> tuple[S
             f'{kind} gives patch tokens, (B, N, D), and the order of its tokens is unknown: a CA-Stream '
             'takes token networks of timm alone.'
         )
-    return tuple(stages)
+    return tuple(stages), pooling
 
 
 def find_stage(model: nn.Module, name: str) -> Stage:
@@ -110,7 +126,7 @@ def find_stage(model: nn.Module, name: str) -> Stage:
         ValueError: If there is no such module, it does not run once before the pooling, or it gives no feature map.
     """
     kind = type(model).__name__
-    if not _has_module(model, name):
+    if not has_module(model, name):
         children = ', '.join(child for child, _ in model.named_children())
         raise ValueError(f'layer {name!r} is no module of {kind}; it has {children} and their submodules.')
     with eval_mode(model):
@@ -162,15 +178,46 @@ def cam_layer(model: nn.Module) -> str | None:
     backbone: Any = model
     head = getattr(backbone, 'forward_gap_head', backbone.forward_head)
     pooled = pooled_stage(model)
-    if head_pooling(model, pooled, head) != 'token':
+    if head_pooling(model, pooled, head) is not HeadPooling.CLASS_TOKEN:
         return None
     names = _last_blocks(model)
     with eval_mode(model):
         probe = run_probe(model, names, lambda features: head(features, pre_logits=True))
-    return probe.last_layer_with_gradient or (names[-2] if len(names) > 1 else None)  # the meta device has no gradients
+    if probe.layers_with_gradient is None:  # the meta device has no gradients
+        return names[-2] if len(names) > 1 else None
+    return probe.layers_with_gradient[-1] if probe.layers_with_gradient else None
 
 
-def head_pooling(model: nn.Module, pooled: Stage, head: Callable[..., Tensor]) -> str | None:
+def layers_with_gradient(model: nn.Module, names: list[str], whole: bool) -> list[str]:
+    """Those modules whose patch tokens or feature maps have a gradient of the class scores, in the order of their runs.
+
+    Args:
+        model: The model, or a module that holds it.
+        names: Names of modules.
+        whole: Run the model's own forward, and not the two halves of timm's.
+    """
+    backbone: Any = model
+    with eval_mode(model):
+        if whole:
+            probe = run_probe(model, names, lambda output: class_scores(output, 1, type(model).__name__), model)
+        else:
+            head = getattr(backbone, 'forward_gap_head', getattr(backbone, 'forward_head', None))
+            probe = run_probe(model, names, head)
+    return names if probe.layers_with_gradient is None else probe.layers_with_gradient
+
+
+def nearest_layer_with_gradient(model: nn.Module, whole: bool) -> str | None:
+    """The last block, or else the last module, through which class scores depend on the image; None without any."""
+    modules = [name for name, _ in model.named_modules() if name]
+    blocks = [name for name in modules if name.rpartition('.')[2].isdecimal()]
+    for names in (blocks, modules):
+        found = layers_with_gradient(model, names, whole)
+        if found:
+            return found[-1]
+    return None
+
+
+def head_pooling(model: nn.Module, pooled: Stage, head: Callable[..., Tensor]) -> HeadPooling:
     """How a head pools.
 
     The head is given a map, and maps of one location that hold the average or the maximum of the first: equal outputs
@@ -182,41 +229,42 @@ def head_pooling(model: nn.Module, pooled: Stage, head: Callable[..., Tensor]) -
         head: Its own `forward_head`.
 
     Returns:
-        `'avg'`, `'max'` or `'avgmax'` over the locations, `'tokens'` for an average that takes in the prefix tokens,
-        `'token'` for a class token, None for another pooling, or `''` where the head hands the map on unpooled, as
-        after `reset_classifier(0, '')`. On the meta device, where no values can be compared, `'token'` or `'avg'` as
-        the model's `global_pool` says.
+        The pooling. On the meta device no values can be compared: `CLASS_TOKEN` or `AVERAGE` as the model's
+        `global_pool` says.
     """
     layout = pooled.layout
     with eval_mode(model):
         if head(pooled.one_location(torch.zeros(1, pooled.dim, **placement(model))), pre_logits=True).ndim > 2:
-            return ''
+            return HeadPooling.NONE
         features = torch.linspace(0, 100, 18 * pooled.dim, dtype=torch.float32).sin().reshape(2, pooled.dim, 3, 3)
         features = features.to(**placement(model))
         mean, peak = features.mean((2, 3)), features.amax((2, 3))
         prefix = -peak
         output = head(layout.from_nchw(features, prefix), pre_logits=True)
         if output.is_meta:
-            return 'token' if getattr(model, 'global_pool', None) == 'token' else 'avg'
+            is_token = getattr(model, 'global_pool', None) == 'token'
+            return HeadPooling.CLASS_TOKEN if is_token else HeadPooling.AVERAGE
         alike = [
-            ('avg', pooled.one_location(mean)),
-            ('max', pooled.one_location(peak)),
-            ('avgmax', pooled.one_location((mean + peak) / 2)),
+            (HeadPooling.AVERAGE, pooled.one_location(mean)),
+            (HeadPooling.MAXIMUM, pooled.one_location(peak)),
+            (HeadPooling.AVERAGE_AND_MAXIMUM, pooled.one_location((mean + peak) / 2)),
         ]
         if isinstance(layout, Tokens) and layout.num_prefix:
             count = layout.num_prefix
             alike += [
-                ('token', layout.from_nchw(features.roll(1, 1), prefix)),  # other channels: a norm may undo a shift
-                ('tokens', pooled.one_location((9 * mean + count * prefix) / (9 + count))),
+                # other channels: a norm may undo a shift
+                (HeadPooling.CLASS_TOKEN, layout.from_nchw(features.roll(1, 1), prefix)),
+                (HeadPooling.ALL_TOKENS, pooled.one_location((9 * mean + count * prefix) / (9 + count))),
             ]
         tolerance = 1e-4 if output.dtype in (torch.float32, torch.float64) else 2e-2
-        for name, other in alike:
+        for pooling, other in alike:
             if torch.allclose(output, head(other, pre_logits=True), rtol=tolerance, atol=tolerance):
-                return name
-    return None
+                return pooling
+    return HeadPooling.UNKNOWN
 
 
-def _has_module(model: nn.Module, name: str) -> bool:
+def has_module(model: nn.Module, name: str) -> bool:
+    """Whether a model has a module of that name."""
     try:
         return bool(name) and model.get_submodule(name) is not None  # '' would be the model
     except AttributeError:

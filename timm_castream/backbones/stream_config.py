@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -25,6 +26,10 @@ class StreamConfig:
     stream_bias: bool = True
     stream_init: str = field(default='paper', metadata=_TRAINING)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.stream_stages, list):  # the caller may change the list
+            object.__setattr__(self, 'stream_stages', tuple(self.stream_stages))
+
     def to_dict(self) -> dict[str, Any]:
         """The arguments by name, as plain data."""
         arguments = asdict(self)
@@ -38,3 +43,13 @@ def inference_args(arguments: Mapping[str, Any]) -> dict[str, Any]:
     complete = {**StreamConfig().to_dict(), **arguments}
     training = {item.name for item in fields(StreamConfig) if item.metadata.get('training')}
     return {name: value for name, value in complete.items() if name not in training}
+
+
+def with_stream_arguments(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function with the arguments of a stream in the place of its `**stream`."""
+    signature = inspect.signature(function)
+    stream = inspect.signature(StreamConfig).parameters.values()
+    *own, _ = signature.parameters.values()
+    position, *others = own
+    arguments = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in stream]
+    return signature.replace(parameters=[position, *arguments, *others])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from .options import add_model_options
@@ -25,10 +27,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help='0.0.0.0 lets other machines in (default: this machine alone)',
     )
     server.add_argument('--port', type=int, metavar='N', help='(default: the first free one from 7860)')
+    server.add_argument('--no-browser', action='store_true', help='print the address of the page and open no browser')
     server.add_argument('--space', metavar='DIR', help='write a Hugging Face Space to this new folder and stop')
 
 
 def run(args: argparse.Namespace) -> int:
+    print('Opening the network ...', flush=True)  # the libraries take seconds to import
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
     from ..app import create_app, open_for_page, serve
     from ..app.space import write_examples, write_space
@@ -48,13 +52,31 @@ def run(args: argparse.Namespace) -> int:
         folder = write_space(opened, args.space, digits)
         print(f'{folder}: README.md describes the Space, python app.py starts it here.')
         return 0
+    local = args.host in _LOCAL
     with tempfile.TemporaryDirectory(prefix='castream-app-') as scratch:
         os.environ['GRADIO_TEMP_DIR'] = scratch  # uploads are deleted with the process
         examples = write_examples(Path(scratch, 'examples'), digits)
+        app = create_app(opened, examples, choose_model=local)
+        browser = local and not args.no_browser and _has_screen()
         try:
-            serve(create_app(opened, examples, choose_model=args.host in _LOCAL), args.host, args.port)
+            _, address, _ = serve(app, args.host, args.port, prevent_thread_lock=True, inbrowser=browser)
         except (OSError, OverflowError) as error:  # a port above 65535 overflows
             if args.port is None:
                 raise
             raise OSError(f'The page cannot listen on port {args.port} of {args.host}: name another --port.') from error
+        print(f'{opened.name} is at {address} - drop a photograph there. Ctrl-C ends the page.', flush=True)
+        try:
+            wait()
+        finally:
+            app.close(verbose=False)
     return 0
+
+
+def wait() -> None:
+    """Waits for Ctrl-C or SIGTERM, which `cli` turns into KeyboardInterrupt."""
+    threading.Event().wait()
+
+
+def _has_screen() -> bool:
+    """Whether a browser can show a window. Without one, webbrowser would start a browser of text in the terminal."""
+    return sys.platform in ('darwin', 'win32') or any(map(os.environ.get, ('DISPLAY', 'WAYLAND_DISPLAY')))

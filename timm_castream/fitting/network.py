@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.probe import eval_mode, hook_target
-from ..backbones.stages import find_stages, head_pooling
+from ..backbones.stages import find_stages
 from ..inference.images import fast_memory_format
 
 
@@ -26,7 +26,7 @@ class FrozenNetwork:
 
     Attributes:
         stages: All stages that a stream may visit, S_0 to S_L. The last one is the tensor that the model pools.
-        pooled_by: How the head pools, as `backbones.stages.head_pooling` names it.
+        pooled_by: How the head pools, a `backbones.stages.HeadPooling`.
 
     Raises:
         ValueError: If the model takes no stream.
@@ -34,9 +34,7 @@ class FrozenNetwork:
 
     def __init__(self, model: nn.Module, stage_names: Sequence[str] | None = None) -> None:
         self.model: Any = model
-        self.stages = find_stages(model, stage_names)
-        head: Any = model.forward_head
-        self.pooled_by = head_pooling(model, self.stages[-1], head)
+        self.stages, self.pooled_by = find_stages(model, stage_names)
 
     @property
     def device(self) -> torch.device:

@@ -19,7 +19,7 @@ from ..backbones.mixin import CAStreamMixin, castream_model
 from .download import read_architecture
 from .read import Weights, locate, read_checkpoint, read_file, read_timm_weights, timm_weights_name
 from .stream_file import (
-    STREAM_PREFIX,
+    KEY_PREFIX,
     StreamHeader,
     backbone_name,
     check_fit,
@@ -183,7 +183,7 @@ def load_weights(model: CAStreamMixin, weights: Weights, cfg: dict[str, Any], in
     if other_classes or cfg.get('label_offset'):
         adapted.update(_parameters(cfg.get('classifier')))
     if other_classes and model.castream.class_specific:
-        adapted.add(f'{STREAM_PREFIX}cls_token')
+        adapted.add(f'{KEY_PREFIX}cls_token')
     if other_input:
         adapted.update(_parameters(cfg.get('first_conv')))
     if not weights.backbone:
@@ -204,7 +204,7 @@ def load_weights(model: CAStreamMixin, weights: Weights, cfg: dict[str, Any], in
 
 def _fit_backbone(model: Any, weights: Weights, own: dict[str, Tensor], adapted: set[str]) -> dict[str, Tensor]:
     """The backbone's weights, with position embeddings resized where the model takes another image size."""
-    own = {key: value for key, value in own.items() if not key.startswith(STREAM_PREFIX)}
+    own = {key: value for key, value in own.items() if not key.startswith(KEY_PREFIX)}
     try:
         check_fit(weights.backbone, own, weights.origin, adapted)
         return weights.backbone
@@ -269,7 +269,7 @@ def load_gap_weights(model: Any, pretrained: bool | str = False, checkpoint: str
         state_dict = donor.state_dict()
         origin = f'The pretrained weights {name!r}'
     own = model.state_dict()
-    state_dict = {key: value for key, value in state_dict.items() if not key.startswith('castream.')}
+    state_dict = {key: value for key, value in state_dict.items() if not key.startswith(KEY_PREFIX)}
     # BatchNorm's counter, which old checkpoints lack, is torch's to fill in.
     counters = {key for key in own.keys() ^ state_dict.keys() if key.endswith('num_batches_tracked')}
     check_fit(state_dict, own, origin, counters)

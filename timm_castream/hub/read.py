@@ -20,9 +20,10 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from timm.models import clean_state_dict
 from torch import Tensor
 
+from ..backbones.mixin import KEY_PREFIX
 from .configs import NAMESPACE_VARIABLE, hub_repository
 from .download import NO_PICKLE, PICKLE_NAME, WEIGHTS_NAME, download
-from .stream_file import STREAM_PREFIX, read_safetensors, stream_state_dict
+from .stream_file import read_safetensors, stream_state_dict
 from .wheels import read_wheel, wheel_of
 
 # Keys of timm's checkpoints, and of DeiT's and others', in the order in which timm reads them.
@@ -58,7 +59,7 @@ class Weights:
     @property
     def backbone(self) -> dict[str, Tensor]:
         """All other entries."""
-        return {key: value for key, value in self.state_dict.items() if not key.startswith(STREAM_PREFIX)}
+        return {key: value for key, value in self.state_dict.items() if not key.startswith(KEY_PREFIX)}
 
 
 def read_cfg_weights(cfg: dict[str, Any], cache_dir: str | Path | None = None, allow_pickle: bool = False) -> Weights:

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._utils.files import write_whole
+from ..backbones.mixin import KEY_PREFIX
 from ..backbones.stream_config import inference_args
 
 FORMAT_VERSION = 1
-STREAM_PREFIX = 'castream.'
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def fingerprint(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> str:
         64 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    skip = (STREAM_PREFIX, *(f'{name}.' for name in _classifier_names(model)))
+    skip = (KEY_PREFIX, *(f'{name}.' for name in _classifier_names(model)))
     for key, tensor in sorted(model.state_dict().items()):
         if key.startswith(skip) or not tensor.is_floating_point():
             continue
@@ -188,7 +188,7 @@ def _classifier_names(model: nn.Module) -> list[str]:
 
 def stream_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The `castream.*` entries of a state dict."""
-    return {key: value for key, value in state_dict.items() if key.startswith(STREAM_PREFIX)}
+    return {key: value for key, value in state_dict.items() if key.startswith(KEY_PREFIX)}
 
 
 def plain_stream(model: nn.Module) -> dict[str, Tensor]:
@@ -199,7 +199,7 @@ def plain_stream(model: nn.Module) -> dict[str, Tensor]:
     """
     entries = stream_state_dict(model.state_dict())
     for name, module in model.named_modules():
-        if not f'{name}.'.startswith(STREAM_PREFIX) or not is_parametrized(module):
+        if not f'{name}.'.startswith(KEY_PREFIX) or not is_parametrized(module):
             continue
         entries = {key: value for key, value in entries.items() if not key.startswith(f'{name}.parametrizations.')}
         for weight in module.parametrizations:

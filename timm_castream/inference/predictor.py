@@ -1,4 +1,4 @@
-"""The network under explanation: any module that maps images to logits, with a CA-Stream or without.
+"""The network under explanation: any module that maps images to class scores, with a CA-Stream or without.
 
 `Predictor` decides once what attributions, curves and metrics share: the poolings, the
 normalisation of the images, the activation, the batch size, the memory format and the layer.
@@ -20,11 +20,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._utils.checks import check_count, check_names
-from ..attach import POOLINGS, forward_both, pooling
+from ..attach import POOLINGS, both_logits, pooling
 from ..backbones.layout import Stage
-from ..backbones.mixin import CAStreamMixin, castream_model
+from ..backbones.mixin import CAStreamMixin, castream_model, outermost_streams
 from ..backbones.probe import eval_mode, first_convolution, input_channels
-from ..backbones.stages import cam_layer, find_stage, pooled_stage
+from ..backbones.stages import (
+    cam_layer,
+    find_stage,
+    has_module,
+    layers_with_gradient,
+    nearest_layer_with_gradient,
+    pooled_stage,
+)
+from ..backbones.wrappers import class_scores, images_inside, in_precision_of, unwrapped
 from .images import default_batch_size, fast_memory_format, mask_normalised, normalisation
 from .probabilities import ACTIVATIONS, probabilities
 
@@ -33,12 +41,14 @@ class Predictor:
     """A network with the settings of one explanation or evaluation.
 
     Args:
-        model: A model with a stream, any timm model, or any module that gives (N, C) logits.
+        model: A model with a stream, any timm model, or any module whose output holds class scores, as
+            `wrappers.class_scores` finds them. A wrapper around a model with a stream runs its own forward under both
+            poolings. One logit an image gives two classes, 1 with the probability sigmoid(logit) and 0.
         poolings: Of `'gap'` and `'ca'`. None: both for a model with a stream. A model without a stream has `'gap'`
             alone, which is its own forward.
         layer: Name of the module whose output the CAM methods read. None: the tensor that the model pools, or the input
             of the last block where it reads a class token.
-        activation: `'softmax'`, or `'sigmoid'` for multi-label models.
+        activation: `'softmax'`, or `'sigmoid'` for multi-label models, one logit of which is one class.
         batch_size: Images of one forward. None: `images.default_batch_size`.
         channels_last: Use this memory format on every device. It is used on CPUs in any case.
         torchcompile: Compile the forwards of masked and perturbed images.
@@ -46,7 +56,7 @@ class Predictor:
         temperatures: {pooling: positive number} that divides the logits before the activation. None: 1.
 
     Attributes:
-        backbone: The model inside its wrappers.
+        backbone: The model with a stream inside the wrappers, or the model inside those that change nothing.
         poolings: The poolings, in order.
 
     Raises:
@@ -80,7 +90,8 @@ class Predictor:
                 castream_model(model)
             except ValueError as error:
                 raise ValueError(f"{str(error).removesuffix('.')}, or choose pooling 'gap'.") from None
-        self.backbone: Any = castream_model(model) if self.has_stream else _unwrapped(model)
+        self.inner = unwrapped(model)
+        self.backbone: Any = castream_model(model) if self.has_stream else self.inner
         self.poolings = tuple(poolings)
         self.layer = layer
         self.activation = activation
@@ -88,16 +99,17 @@ class Predictor:
         self._batch_size = batch_size
         self._channels_last = channels_last
         self._mean, self._std = mean, std
+        self._changed: bool | None = None
         self._torchcompile = torchcompile
-        self._forward: Callable[[Tensor], Tensor] = torch.compile(model) if torchcompile else model
+        self._forward: Callable[[Tensor], Any] = torch.compile(model) if torchcompile else model
         self._forward_both: Callable[..., dict[str, Tensor]] = (
-            torch.compile(forward_both) if torchcompile else forward_both
+            torch.compile(both_logits) if torchcompile else both_logits
         )
 
     @property
     def name(self) -> str:
         """Name of the model's class."""
-        return type(self.backbone).__name__
+        return type(self.inner).__name__
 
     def calibrated(self, temperatures: Mapping[str, float] | None) -> Predictor:
         """The same network whose probabilities have other temperatures."""
@@ -114,11 +126,12 @@ class Predictor:
     @property
     def num_classes(self) -> int | None:
         """C, or None where the model has no attribute of that name."""
-        return getattr(self.backbone, 'num_classes', None)
+        num_classes = getattr(self.inner, 'num_classes', None)
+        return 2 if num_classes == 1 and self.activation == 'softmax' else num_classes
 
     @property
     def is_timm(self) -> bool:
-        """Whether the model has the two halves of timm's forward, `forward_features` and `forward_head`."""
+        """Whether the backbone has the two halves of timm's forward, `forward_features` and `forward_head`."""
         return all(hasattr(self.backbone, name) for name in ('forward_features', 'forward_head', 'num_classes'))
 
     @property
@@ -127,15 +140,19 @@ class Predictor:
 
         They do not for a wrapper that changes the images or the logits, nor for a subclass with a forward of its own.
         """
-        if not self.is_timm:
-            return True
-        own = type(self.backbone).forward.__module__.partition('.')[0] == 'timm'
-        return own and _unwrapped(self.model) is self.backbone
+        backbone = self.backbone
+        if not self.is_timm or self.inner is not backbone or 'forward' in vars(backbone):
+            return False
+        return type(backbone).forward.__module__.partition('.')[0] == 'timm'
 
     @cached_property
     def cam_layer(self) -> str | None:
         """Name of the module whose output the CAM methods read, or None for the tensor that the model pools."""
         return cam_layer(self.backbone) if self.layer is None and self.is_timm else self.layer
+
+    def owner_of(self, layer: str) -> nn.Module:
+        """The module that a layer's name belongs to: the model, or the model with a stream inside it."""
+        return self.inner if has_module(self.inner, layer) else self.backbone
 
     @property
     def device(self) -> torch.device:
@@ -147,7 +164,7 @@ class Predictor:
 
         The first convolution has the number, unless the network turns pixels into channels before it.
         """
-        if not self.is_timm or first_convolution(self.backbone) is None:
+        if not self.halves_are_forward or first_convolution(self.backbone) is None:
             return
         channels, own = input_channels(self.backbone)
         if channels in (1, own) and images.shape[1] != channels:
@@ -170,11 +187,46 @@ class Predictor:
                 castream_model(self.model)
             if 'feature maps' in method.needs and self.has_feature_maps:
                 self.stage  # noqa: B018 it is found here, before long work
+            if 'gradients' in method.needs and self.layer is not None:
+                self.check_gradients()
 
     @cached_property
     def stage(self) -> Stage:
         """The feature map that the CAM methods read."""
-        return pooled_stage(self.backbone) if self.cam_layer is None else find_stage(self.backbone, self.cam_layer)
+        if self.cam_layer is not None:
+            return find_stage(self.owner_of(self.cam_layer), self.cam_layer)
+        streams = outermost_streams(self.inner)
+        if len(streams) > 1:
+            raise ValueError(
+                f'{self.name} holds {len(streams)} models with a CA-Stream: name the module whose output gives the '
+                'feature maps with layer=.'
+            )
+        return pooled_stage(self.backbone)
+
+    @cached_property
+    def has_graph(self) -> bool:
+        """Whether gradients pass through the weights: not through those made under torch.inference_mode."""
+        return not any(parameter.is_inference() for parameter in self.model.parameters())
+
+    def recording(self) -> AbstractContextManager[Any]:
+        """Records a graph inside, where the weights allow one."""
+        return torch.enable_grad() if self.has_graph else nullcontext()
+
+    def check_gradients(self) -> None:
+        """Raises ValueError if the class scores do not depend on the locations of the layer: gradients are zero there."""
+        layer, whole = self.cam_layer, not self.halves_are_forward
+        if layer is None:
+            return
+        owner = self.owner_of(layer)
+        if layer in layers_with_gradient(owner, [layer], whole or owner is not self.backbone):
+            return
+        works = nearest_layer_with_gradient(owner, whole or owner is not self.backbone)
+        if self.is_timm and owner is self.backbone:
+            works = cam_layer(self.backbone) or works
+        raise ValueError(
+            f'No gradient of the class scores of {self.name} reaches the locations of layer {layer!r}, which nothing '
+            f'reads after it, so gradient methods give zeros{f": name layer {works!r}" if works else ""}.'
+        )
 
     @property
     def has_feature_maps(self) -> bool:
@@ -195,10 +247,30 @@ class Predictor:
 
     def forward(self, images: Tensor) -> Tensor:
         """The model's own forward, under the pooling that the model is set to: (N, C) logits of one batch."""
-        return self._forward(self._prepared(images))[: len(images)]
+        prepared = self._prepared(images)
+        return self.as_classes(self.scores_in(self._call(prepared), len(prepared))[: len(images)])
+
+    def _call(self, prepared: Tensor) -> Any:
+        try:
+            return self._forward(prepared)
+        except AssertionError as error:  # of a network for images of one size
+            height, width = prepared.shape[-2:]
+            raise ValueError(f'{self.name} takes no images of {height} x {width} pixels: {error}') from error
+
+    def scores_in(self, output: Any, count: int) -> Tensor:
+        """The class scores in an output of the model for N images, (N, C)."""
+        return class_scores(output, count, self.name)
+
+    def as_classes(self, scores: Tensor) -> Tensor:
+        """(N, C) logits of at least two classes: one logit z becomes (-z / 2, z / 2), whose softmax is its sigmoid."""
+        return torch.cat([-scores / 2, scores / 2], 1) if self.is_one_logit(scores) else scores
+
+    def is_one_logit(self, scores: Tensor) -> bool:
+        """Whether the model answers yes or no by one logit."""
+        return scores.shape[1] == 1 and self.activation == 'softmax'
 
     def logits(self, images: Tensor, poolings: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Logits of one batch under each pooling, from one pass over the backbone.
+        """Logits of one batch under each pooling, from one pass over the backbone, or one a pooling of a wrapper.
 
         Args:
             images: (N, channels, H, W), N of at most `batch_size`.
@@ -208,17 +280,20 @@ class Predictor:
             {pooling: (N, C)}.
         """
         poolings = self.poolings if poolings is None else poolings
-        if len(poolings) == 1:
-            with self.pooled_by(poolings[0]):
-                return {poolings[0]: self.forward(images)}
-        both = self._forward_both(self.model, self._prepared(images))
-        return {name: both[name][: len(images)] for name in poolings}
+        if len(poolings) == 1 or not self.halves_are_forward:
+            logits = {}
+            for name in poolings:
+                with self.pooled_by(name):
+                    logits[name] = self.forward(images)
+            return logits
+        both = self._forward_both(self.backbone, self._prepared(images))
+        return {name: self.as_classes(both[name][: len(images)]) for name in poolings}
 
     def _prepared(self, images: Tensor) -> Tensor:
-        """One batch in the network's memory format, filled up with zeros to the batch size for a compiled network."""
+        """One batch in the network's memory format and precision, filled up to the batch size for a compiled network."""
         if self._torchcompile:  # another number of images or another memory format would compile another graph
             images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, self.batch_size(images) - len(images)))
-        return images.contiguous(memory_format=self.memory_format(images))
+        return in_precision_of(self.inner, images).contiguous(memory_format=self.memory_format(images))
 
     def all_logits(self, images: Tensor, poolings: Sequence[str] | None = None) -> dict[str, Tensor]:
         """`logits` of any number of images, in batches."""
@@ -226,12 +301,32 @@ class Predictor:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def probabilities(self, logits: Tensor, name: str | None = None) -> Tensor:
-        """Probabilities, (N, C) in float32 or wider, of logits under the pooling `name`."""
+        """Probabilities, (N, C) in float64, of logits under the pooling `name`."""
         return probabilities(logits, self.activation, self.temperatures.get(name, 1.0) if name else 1.0)
 
     def normalisation(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std of the images, as `images.normalisation` gives them."""
-        return normalisation(self.backbone, images, self._mean, self._std)
+        """Mean and std of the images, as `images.normalisation` gives them.
+
+        Raises:
+            ValueError: As `images.normalisation`, or if they are not given for a wrapper that changes the images.
+        """
+        source = self.inner if getattr(self.inner, 'pretrained_cfg', None) else self.backbone
+        given = self._mean is not None and self._std is not None
+        if source is not self.inner and not given and self._changes_images(images):
+            raise ValueError(
+                f'{self.name} changes its images before the {type(self.backbone).__name__} inside it: pass mean= and '
+                'std= of the images that it takes, (0,) and (1,) for pixels in [0, 1].'
+            )
+        return normalisation(source, images, self._mean, self._std)
+
+    def _changes_images(self, images: Tensor) -> bool:
+        """Whether a wrapper gives other images than its own to the model inside it."""
+        if self._changed is None:
+            ramp = torch.linspace(-2, 2, images[:1].numel(), device=images.device).view_as(images[:1]).to(images.dtype)
+            with self.evaluating():
+                inside = images_inside(self.inner, self.backbone, in_precision_of(self.inner, ramp))
+            self._changed = inside.shape != ramp.shape or not torch.allclose(inside.to(ramp), ramp, atol=1e-2)
+        return self._changed
 
     def mask(self, x: Tensor, saliency: Tensor) -> Tensor:
         """Images masked before normalisation by saliency maps of their size.
@@ -251,9 +346,3 @@ def default_poolings(model: nn.Module) -> tuple[str, ...]:
 def has_stream(model: nn.Module) -> bool:
     """Whether the model, or a model inside a wrapper, has a stream."""
     return any(isinstance(module, CAStreamMixin) for module in model.modules())
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DataParallel or DistributedDataParallel."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    return model.module if isinstance(model, wrappers) else model

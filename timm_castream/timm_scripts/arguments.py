@@ -8,7 +8,6 @@ recipe's mixed precision is left out on a CPU.
 
 from __future__ import annotations
 
-import ast
 import logging
 from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ import timm
 import torch
 import yaml
 
+from .._utils.keywords import read_keywords
 from ..backbones.architectures import unknown_name_message
 
 RECIPES = Path(str(files('train_wrappers') / 'recipes'))
@@ -38,15 +38,10 @@ class ParseKwargs(Action):
     def __call__(
         self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
     ) -> None:
-        kwargs = {}
-        for word in filter(None, values):
-            key, equals, value = word.partition('=')
-            if not equals:
-                raise ArgumentError(self, f'takes KEY=VALUE, not {word}')
-            try:
-                kwargs[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                kwargs[key] = value
+        try:
+            kwargs = read_keywords(values)
+        except ValueError as error:
+            raise ArgumentError(self, str(error)) from None
         setattr(namespace, self.dest, kwargs)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...backbones.layout import Stage
 from ...backbones.mixin import carry_query
 from ...backbones.probe import hook_target
+from ...backbones.wrappers import class_scores, in_precision_of
 from ...inference.predictor import Predictor
 
 Target = Callable[[Tensor], Tensor]
@@ -50,7 +51,7 @@ class HookableNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C) scores of (B, 3, H, W) images, or (B, 1) values of the target."""
         self.image_size = x.shape[-2:]
-        output = self.model(x)
+        output = class_scores(self.model(in_precision_of(self.model, x)), len(x), type(self.model).__name__)
         return output if self._target is None else torch.stack([self._target(one).reshape(1) for one in output])
 
     def through_layer(self, stage: Stage, output: Any) -> Any:
@@ -79,7 +80,7 @@ def hookable(
         target: As for `HookableNetwork`.
         layer: Whether the feature maps pass a module that can be hooked.
     """
-    model = _unwrapped(predictor.model)
+    model = predictor.inner
     with ExitStack() as stack:
         stack.enter_context(_silence())
         stack.enter_context(_restored(model))
@@ -117,7 +118,7 @@ def _before_head(predictor: Predictor, hooked: HookableNetwork) -> Iterator[None
 def _at_module(predictor: Predictor, hooked: HookableNetwork) -> Iterator[None]:
     """Sends the feature map in the output of a module through the layer."""
     stage = predictor.stage
-    module = hook_target(predictor.backbone.get_submodule(stage.name))
+    module = hook_target(predictor.owner_of(stage.name).get_submodule(stage.name))
     # This hook runs before the stream's hook on the same module: the gradient through the attention counts.
     handle = module.register_forward_hook(lambda _, args, output: hooked.through_layer(stage, output), prepend=True)
     try:
@@ -181,14 +182,3 @@ def _silence() -> Iterator[None]:
     ):
         warnings.simplefilter('ignore')
         yield
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside wrappers that compute the same: hooks of a compiled network are skipped."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, '_orig_mod'):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
