@@ -19,16 +19,7 @@ from torch import Tensor, nn
 from timm_castream import attention_maps, forward_both
 from timm_castream.attribution import attribute
 from timm_castream.pictures import draw_row
-from timm_castream.visualize import (
-    Panel,
-    class_name,
-    denormalised,
-    draw_identity,
-    explain,
-    find_images,
-    overlay,
-    saliency_row,
-)
+from timm_castream.visualize import Panel, denormalised, draw_identity, explain, find_images, overlay, saliency_row
 
 NAMES = ('cat', 'dog', '$x_$', 'a very long name of a class indeed', *'efghij')
 
@@ -98,27 +89,6 @@ def test_the_identity_figure_shows_both_sides_and_a_difference_of_rounding(model
     assert np.abs(logits).max() > 1
     assert 'difference, at most' in figure.axes[3].get_title()
     np.testing.assert_array_equal(difference, logits - cam)
-
-
-@pytest.mark.parametrize(
-    ('names', 'descriptions', 'expected'),
-    [
-        (('a', 'b', 'c'), None, 'b'),
-        ({1: 'b'}, None, 'b'),
-        ({'1': 'b'}, {'b': 'a bee'}, 'a bee'),
-        ({2: 'c'}, None, 'class 1'),
-        (None, None, 'class 1'),
-    ],
-)
-def test_classes_are_named_by_the_models_config(names: Any, descriptions: Any, expected: str, model: nn.Module) -> None:
-    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names, 'label_descriptions': descriptions}
-    assert class_name(model, 1) == expected
-
-
-def test_classes_without_names_are_imagenets_where_there_are_as_many() -> None:
-    model = nn.Module()
-    model.num_classes = 1000
-    assert class_name(model, 1).startswith('goldfish')
 
 
 def test_a_map_that_says_nothing_is_called_constant(model: nn.Module, one: Tensor) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+from timm.data import create_transform
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,9 +23,11 @@ from .attribution.cam import scale_maps
 from .attribution.methods import METHODS, PAPER_METHODS, Method
 from .attribution.saliency import attention_identity, saliency_maps
 from .attribution.user_methods import UserMethod, check_maps, resolve_methods
+from .backbones.image_settings import image_settings
 from .backbones.mixin import castream_model
 from .backbones.stages import head_pooling, pooled_stage
 from .datasets import find_images, image_mode, open_image
+from .hub.label_names import class_name
 from .inference.images import check_images, normalisation
 from .inference.predictor import Predictor
 from .pictures import (
@@ -128,6 +129,7 @@ def explain(
     activation: str = 'softmax',
     identity: bool = False,
     img_size: int | None = None,
+    input_size: Sequence[int] | None = None,
     crop_pct: float | None = None,
     colours: str = COLOURS[0],
     opacity: float = OPACITY,
@@ -150,6 +152,7 @@ def explain(
         activation: `'softmax'`, or `'sigmoid'` for multi-label models.
         identity: Write the figure of eq. (5) for each image too.
         img_size: Side of the input in pixels. None: that of the model's `pretrained_cfg`.
+        input_size: Channels, height and width of the input in pixels, in place of `img_size`.
         crop_pct: Share of the image in the crop. None: that of the model's `pretrained_cfg`.
         colours: One of `pictures.COLOURS`.
         opacity: Factor of the colours' own opacity, in [0, 1].
@@ -166,7 +169,7 @@ def explain(
     network = Predictor(model, poolings, layer=layer, activation=activation, batch_size=batch_size)
     rows_of_methods = resolve_methods(methods)
     check_maps(rows_of_methods, len(paths), network.poolings)
-    config = resolve_data_config({'img_size': img_size, 'crop_pct': crop_pct}, model=network.backbone)
+    config = image_settings(network.backbone, input_size, img_size, crop_pct)
     transform = create_transform(**config, is_training=False)
     mode = image_mode(config['input_size'][0])
     parameter = next(model.parameters())
@@ -359,24 +362,6 @@ def _own_pooling(network: Predictor) -> str:
         return _OWN_POOLINGS.get(head_pooling(backbone, pooled_stage(backbone), head) or '', 'own pooling')
     except ValueError:  # it pools no feature map
         return 'own pooling'
-
-
-def class_name(model: nn.Module, index: int) -> str:
-    """A class by name: of the model's `pretrained_cfg`, or of the ImageNet with as many classes, as timm guesses."""
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    names = cfg.get('label_names')
-    if names:
-        # Keys of a mapping that went through JSON are strings.
-        by_index = {str(i): name for i, name in (names.items() if isinstance(names, dict) else enumerate(names))}
-        name = by_index.get(str(index), f'class {index}')
-        return (cfg.get('label_descriptions') or {}).get(name, name)
-    subset = infer_imagenet_subset(model)
-    return _imagenet(subset).index_to_description(index) if subset else f'class {index}'
-
-
-@cache
-def _imagenet(subset: str) -> ImageNetInfo:
-    return ImageNetInfo(subset)  # reads files
 
 
 def _cut(text: str, letters: int) -> str:

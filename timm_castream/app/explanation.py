@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform
 from torch import Tensor
 
 from .._utils.checks import check_names
@@ -25,6 +25,7 @@ from ..attach import attention_maps
 from ..attribution.cam import scale_maps
 from ..attribution.methods import METHODS
 from ..attribution.saliency import Identity, attention_identity, attribute_all
+from ..backbones.image_settings import image_settings
 from ..datasets import image_mode, open_image
 from ..datasets.image_files import PluginNeededError, stored_orientation
 from ..inference.images import mask_image
@@ -223,7 +224,7 @@ def explain_image(opened: PageModel, image: str | Path | Image.Image) -> Explana
         ValueError: If the file is no image, or has more than `MAX_PIXELS` pixels. The message is a sentence for the
             user of a page and names no path.
     """
-    config = resolve_model_data_config(opened.model)
+    config = image_settings(opened.model)
     mode = image_mode(config['input_size'][0])
     source = image if isinstance(image, Image.Image) else Path(image)
     pixels = open_image(source, mode) if isinstance(source, Image.Image) else _read_file(source, mode)

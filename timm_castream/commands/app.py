@@ -9,7 +9,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from .options import add_model_options
+from .options import add_model_options, add_size_options
 
 EXAMPLE = 'castream app --model resnet50_castream --checkpoint last.pth.tar'
 _LOCAL = ('127.0.0.1', 'localhost', '::1')
@@ -18,6 +18,7 @@ _LOCAL = ('127.0.0.1', 'localhost', '::1')
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = f'{parser.description} Without --model it shows a small network of digits, offline.'
     add_model_options(parser, required=False)
+    add_size_options(parser)
     parser.add_argument('--multilabel', action='store_true', help='probabilities by sigmoid')
     server = parser.add_argument_group('server')
     server.add_argument(
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
     from ..app import create_app, open_for_page, serve
     from ..app.space import write_examples, write_space
+    from ..backbones.image_settings import set_image_settings
 
     opened = open_for_page(
         args.model,
@@ -47,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         num_classes=args.num_classes,
         **args.model_kwargs,
     )
+    set_image_settings(opened.model, args.input_size, args.img_size, args.crop_pct)
     digits = args.model is None
     if args.space:
         folder = write_space(opened, args.space, digits)

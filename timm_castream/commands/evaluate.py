@@ -97,11 +97,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from timm.data import create_loader, resolve_data_config
+    from timm.data import create_loader
     from timm.utils.distributed import init_distributed_device_so
 
-    from ..datasets import create_dataset, read_boxes
+    from ..backbones.image_settings import image_settings
+    from ..datasets import align_classes, create_dataset, image_mode, present_classes, read_boxes
     from ..evaluate import evaluate
+    from ..hub.label_names import known_names
     from ..metrics.table import METRICS
 
     if args.seed < 0:
@@ -110,8 +112,15 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(place['device'])
     try:
         model = open_from(args).to(device).eval()
-        config = resolve_data_config({'img_size': args.img_size, 'crop_pct': args.crop_pct}, model=model)
-        dataset: Any = create_dataset(args.dataset, args.data_dir, split=args.split, class_map=args.class_map)
+        config = image_settings(model)
+        mode = image_mode(config['input_size'][0])
+        dataset: Any = create_dataset(
+            args.dataset, args.data_dir, split=args.split, class_map=args.class_map, input_img_mode=mode
+        )
+        classes = present_classes(dataset)
+        names = known_names(model, classes) if classes and not args.class_map else None
+        if names:
+            align_classes(dataset, names, 'The data set')
         if args.boxes:
             dataset.boxes = read_boxes(args.boxes, dataset)
         loader = create_loader(

@@ -53,8 +53,6 @@ def run(args: argparse.Namespace) -> int:
         args.layer,
         identity=args.identity,
         activation='sigmoid' if args.multilabel else 'softmax',
-        img_size=args.img_size,
-        crop_pct=args.crop_pct,
         colours=args.colours,
         opacity=args.opacity,
         save_maps=args.save_maps,

@@ -19,6 +19,7 @@ from ..attach import POOLINGS
 from ..attribution.methods import METHODS
 from ..attribution.peers import is_peer, peers_that_work
 from ..attribution.user_methods import UserMethod
+from ..backbones.image_settings import image_settings, set_image_settings
 from ..hub.load import open_model
 from ..inference.predictor import Predictor
 from ..timm_scripts.arguments import ParseKwargs
@@ -44,8 +45,16 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
 
 def add_size_options(parser: argparse._ActionsContainer) -> None:
     """The options of the eval transform."""
-    parser.add_argument(
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
         '--img-size', type=_positive, metavar='N', help="side of the input in pixels (default: the model's)"
+    )
+    size.add_argument(
+        '--input-size',
+        type=_positive,
+        nargs=3,
+        metavar=('C', 'H', 'W'),
+        help="channels, height and width of the input, as timm's scripts take them",
     )
     parser.add_argument(
         '--crop-pct', type=_share, metavar='X', help="share of the image in the crop (default: the model's)"
@@ -88,13 +97,15 @@ def add_model_kwargs(parser: argparse._ActionsContainer) -> None:
 
 def open_from(args: argparse.Namespace) -> nn.Module:
     """The model that the options of `add_model_options` name."""
-    return open_model(
+    model = open_model(
         args.model,
         args.checkpoint,
         args.pretrained,
         args.use_ema,
         **{'num_classes': args.num_classes, **args.model_kwargs},
     )
+    set_image_settings(model, args.input_size, args.img_size, args.crop_pct)
+    return model
 
 
 def add_method_options(parser: argparse.ArgumentParser, methods: Sequence[str]) -> None:
@@ -164,11 +175,8 @@ def methods_from(args: argparse.Namespace, model: nn.Module) -> dict[str, UserMe
 
 def _every_method(args: argparse.Namespace, model: nn.Module) -> list[str]:
     """Names of the built-in methods and of those of the installed libraries that run on a model."""
-    from timm.data import resolve_data_config
-
     predictor = Predictor(model, layer=args.layer)
-    config = resolve_data_config({'img_size': args.img_size}, model=model)
-    noise = torch.randn(1, *config['input_size'], generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, *image_settings(model)['input_size'], generator=torch.Generator().manual_seed(0))
     own = [name for name, row in METHODS.items() if predictor.has_stream or 'stream' not in row.needs]
     return [*own, *peers_that_work(predictor, noise.to(predictor.device))]
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from .archives import CUB200, MIT67, VOC2012, VOC_IGNORE, IndexedImages, TinyImageNet
 from .boxes import boxes_for, has_boxes, input_boxes, read_boxes
-from .classes import align_classes, label_names_of
+from .classes import align_classes, label_names_of, present_classes
 from .folders import FolderReader, ImageFiles, split_folder
 from .image_files import find_images, image_mode, open_image
 from .scenes import DigitScenes, write_image_folder
@@ -45,6 +45,7 @@ __all__ = [
     'input_boxes',
     'label_names_of',
     'open_image',
+    'present_classes',
     'read_batches',
     'read_boxes',
     'without_substitutes',

@@ -27,6 +27,11 @@ def label_names_of(dataset: Any) -> list[str] | None:
     return [named.get(index, f'class {index}') for index in range(max(named) + 1)]
 
 
+def present_classes(dataset: Any) -> list[str] | None:
+    """Names of the classes that a data set has images of, as far as that is known, or None where it has no names."""
+    return getattr(getattr(dataset, 'reader', None), 'present', None) or label_names_of(dataset)
+
+
 def match_classes(names: Sequence[str], label_names: Sequence[str], owner: str) -> dict[str, int]:
     """The index of each class in a list of names.
 
@@ -76,9 +81,12 @@ def align_classes(dataset: Any, label_names: Sequence[str], owner: str = 'The da
     own = label_names_of(dataset)
     if own is None or own == list(label_names):
         return
+    reader: Any = getattr(dataset, 'reader', None)
+    if getattr(reader, 'present', None):  # of a folder of images
+        reader.set_label_names(label_names)
+        return
     indices = match_classes(own, label_names, owner)
     table = np.array([indices[name] for name in own])
-    reader = getattr(dataset, 'reader', None)
     if reader is not None and isinstance(getattr(reader, 'targets', None), np.ndarray):  # (N, C), several labels
         targets = np.full((len(reader.targets), len(label_names)), -1, dtype=reader.targets.dtype)
         targets[:, table] = reader.targets

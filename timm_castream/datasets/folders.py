@@ -97,6 +97,7 @@ class FolderReader(Reader):
     Attributes:
         samples: Path and target of every image.
         class_to_idx: From the name of a class to its index. Empty where no image has a class.
+        present: The folders of classes that have images, in natural order. Empty with a class map.
 
     Raises:
         RuntimeError: There are no images.
@@ -112,6 +113,7 @@ class FolderReader(Reader):
     ) -> None:
         super().__init__()
         self.root = str(root)
+        self.present: list[str] = []
         files, skipped = walk_images(root, endings)
         warn_of_skipped(root, skipped)
         if not files:
@@ -171,14 +173,29 @@ class FolderReader(Reader):
                 beside[0],
             )
         _check_nested(self.root, inside)
-        own = sorted({file.partition('/')[0] for file in inside}, key=natural_key)
+        self.present = sorted({file.partition('/')[0] for file in inside}, key=natural_key)
         if label_names is None:
-            label_names = _training_classes(self.root, own) or own
-            if list(label_names) == own:
-                _tell_order(self.root, own)
-        indices = match_classes(own, label_names, f'The folder {self.root}')
-        self.class_to_idx = {name: i for i, name in enumerate(label_names)}
+            label_names = _training_classes(self.root) or self.present
+            if list(label_names) == self.present:
+                _tell_order(self.root, self.present)
+        indices = self._match(label_names)
         return {file: indices[file.partition('/')[0]] for file in inside}
+
+    def set_label_names(self, label_names: Sequence[str]) -> None:
+        """Gives the images the indices that their folders have in a list of names.
+
+        Args, Raises: as of the constructor.
+        """
+        before = {index: name for name, index in self.class_to_idx.items()}
+        indices = self._match(label_names)
+        self.samples = [(path, indices[before[index]]) for path, index in self.samples]
+
+    def _match(self, label_names: Sequence[str]) -> dict[str, int]:
+        """The index of each folder, which becomes that of the class of its name."""
+        indices = match_classes(self.present, label_names, f'The folder {self.root}')
+        spelt = {index: name for name, index in indices.items()}  # Unicode may write it in another way
+        self.class_to_idx = {spelt.get(index, name): index for index, name in enumerate(label_names)}
+        return indices
 
 
 def class_folders(folder: str | os.PathLike) -> list[str]:
@@ -215,7 +232,7 @@ def split_folder(root: str | os.PathLike, split: str) -> Path:
     return root
 
 
-def _training_classes(root: str, own: Sequence[str]) -> list[str] | None:
+def _training_classes(root: str) -> list[str] | None:
     """The classes of the training split beside a split's folder, or None.
 
     A split that lacks a class then gives the others the indices that they have in training.

@@ -15,8 +15,10 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from ..backbones.architectures import unknown_name_message
+from ..backbones.image_settings import set_image_settings
 from ..backbones.mixin import CAStreamMixin, castream_model
 from .download import read_architecture
+from .label_names import forget_classes, name_imagenet_classes, set_label_names
 from .read import Weights, locate, read_checkpoint, read_file, read_timm_weights, timm_weights_name
 from .stream_file import (
     KEY_PREFIX,
@@ -74,6 +76,13 @@ def open_model(
     if checkpoint is not None:
         return _open_repository(name, str(checkpoint), kwargs)
     model: Any = _create_model(name, pretrained=pretrained, **kwargs)
+    set_image_settings(model)
+    if pretrained:
+        _name_published_classes(model, name)
+    elif kwargs.get('backbone_pretrained') and not kwargs.get('backbone_checkpoint'):
+        name_imagenet_classes(model)
+    else:
+        forget_classes(model)
     if not pretrained:
         part = 'The stream' if any(kwargs.get(key) for key in BACKBONE_WEIGHTS) else 'Every weight'
         _logger.warning('%s of %s is random: name trained weights, a checkpoint or the published ones.', part, name)
@@ -120,6 +129,11 @@ def _open_file(name: str, path: Path, use_ema: bool, kwargs: dict[str, Any]) -> 
     if weights.stream and not weights.backbone:
         model = _create_model(name, **{**args, **_backbone_weights(args)})
         load_stream(model, path)
+        set_image_settings(model)
+        if args.get('backbone_checkpoint'):
+            forget_classes(model)
+        else:
+            name_imagenet_classes(model)
         return model
     model = _create_model(name, **args)
     if isinstance(model, CAStreamMixin) and not weights.stream:
@@ -130,6 +144,7 @@ def _open_file(name: str, path: Path, use_ema: bool, kwargs: dict[str, Any]) -> 
     check_fit(weights.state_dict, model.state_dict(), weights.origin)
     model.load_state_dict(weights.state_dict)
     _take_image_settings(model, weights)
+    _take_label_names(model, weights)
     return model
 
 
@@ -140,7 +155,10 @@ def _open_repository(name: str, checkpoint: str, kwargs: dict[str, Any]) -> nn.M
     architecture = read_architecture(repo_id)
     if architecture != name:
         raise ValueError(f'{repo_id} holds a {architecture}, not a {name}: name it with --model.')
-    return _create_model(f'hf-hub:{repo_id}', pretrained=True, **kwargs)
+    model = _create_model(f'hf-hub:{repo_id}', pretrained=True, **kwargs)
+    set_image_settings(model)
+    _name_published_classes(model, f'hf-hub:{repo_id}')
+    return model
 
 
 def _backbone_weights(args: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +168,7 @@ def _backbone_weights(args: dict[str, Any]) -> dict[str, Any]:
 
 def _take_image_settings(model: Any, weights: Weights) -> None:
     """Puts the image settings of the training into the model's cfg."""
+    set_image_settings(model)
     options = {key: weights.train_args[key] for key in _DATA_OPTIONS if weights.train_args.get(key) is not None}
     if not options:
         return
@@ -160,6 +179,27 @@ def _take_image_settings(model: Any, weights: Weights) -> None:
     if 'crop_pct' in options:
         settings['test_crop_pct'] = None
     cfg.update(settings)
+
+
+def _take_label_names(model: Any, weights: Weights) -> None:
+    """Gives the model the names of the classes that it was trained on, if the checkpoint has them."""
+    names = weights.train_args.get('label_names')
+    if names:
+        set_label_names(model, names)
+    elif weights.model_args.get('freeze_backbone') and weights.model_args.get('backbone_pretrained'):
+        name_imagenet_classes(model)  # the classifier is that of timm's weights
+    else:
+        forget_classes(model)
+
+
+def _name_published_classes(model: Any, name: str) -> None:
+    """Names the classes of published weights: by their config.json, or as ImageNet's where they are timm's."""
+    source, _, place = name.partition(':')
+    if source in ('hf-hub', 'local-dir') and not place.startswith('timm/'):
+        if model.pretrained_cfg.get('label_names') is None:
+            forget_classes(model)
+    else:
+        name_imagenet_classes(model)
 
 
 def load_weights(model: CAStreamMixin, weights: Weights, cfg: dict[str, Any], in_chans: int = 3) -> None:

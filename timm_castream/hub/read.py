@@ -191,6 +191,17 @@ def read_checkpoint(path: str | Path, use_ema: bool | None = False) -> Weights:
     )
 
 
+def checkpoint_label_names(path: str | Path) -> list[str] | None:
+    """Names of the classes that a checkpoint of `castream train` keeps, or None. The weights are not read."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        names = getattr(checkpoint['args'], 'label_names', None)
+    except Exception:  # another kind of file, which whoever loads it explains
+        return None
+    return [str(name) for name in names] if names else None
+
+
 def _find_state_dict(checkpoint: Any, use_ema: bool | None, origin: str) -> dict[str, Any]:
     """The state dict in a checkpoint: under a key of timm's, or the checkpoint itself."""
     if not isinstance(checkpoint, dict):

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..backbones.mixin import CAStreamMixin, castream_model
 from .download import WEIGHTS_NAME
+from .label_names import label_names
 from .load import NOT_SAVED
 from .read import read_timm_weights
 from .stream_file import StreamHeader, backbone_name, fingerprint, stream_state_dict, weights_hash, write_safetensors
@@ -92,6 +93,11 @@ def write_repository(
         config['model_args'].pop(name, None)
     if tag:
         config['model_args']['backbone_pretrained'] = tag
+    names = label_names(model)
+    for name, value in (('label_names', names), ('label_descriptions', model.pretrained_cfg.get('label_descriptions'))):
+        config['pretrained_cfg'].pop(name, None)
+        if names and value:
+            config[name] = value  # where timm puts them
     config['pretrained_cfg']['hf_hub_filename'] = WEIGHTS_NAME  # named, so that no client goes on to a pickle
     (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 

@@ -100,12 +100,14 @@ def _is_ours(error: Exception) -> bool:
 
 def _run(path: Path, options: list[str], parser: argparse.ArgumentParser) -> None:
     score = multilabel.MultiLabelScore()
+    checks = DataChecks(argparse.Namespace())
     with _replaced(
         (sys, 'argv', [str(path)]),
         (timm.data, 'create_dataset', create_dataset),
         (timm.task, 'ClassificationTask', CAStreamTask),
         (timm.utils, 'ParseKwargs', ParseKwargs),
         (timm.utils, 'accuracy', score.accuracy),
+        (timm.utils, 'CheckpointSaver', checks.create_saver(timm.utils.CheckpointSaver)),
     ):
         # Under another name than __main__ the script defines its functions and does not start.
         defined = runpy.run_path(str(path), run_name=f'timm_{path.stem}')
@@ -117,7 +119,7 @@ def _run(path: Path, options: list[str], parser: argparse.ArgumentParser) -> Non
         script['nn'] = _nn_with(CrossEntropyLoss=multilabel.CrossEntropyLoss)
         script['parser'].error = _OneLine(parser.prog)  # in place of timm's, which prints all its options
         command = prepare(script, options)
-        checks = DataChecks(command.args)
+        checks.set_args(command.args)
         for name in ('create_model', 'create_dataset', 'create_loader'):
             if name in script:
                 script[name] = getattr(checks, name)(script[name])

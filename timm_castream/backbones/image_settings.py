@@ -1,0 +1,64 @@
+"""The images that a network takes: channels, size, crop and normalisation, as timm's `resolve_data_config` gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.data import resolve_data_config
+
+_OTHER_SIZES = ('test_input_size', 'pool_size', 'test_pool_size')
+
+
+def image_settings(
+    model: Any, input_size: Sequence[int] | None = None, img_size: int | None = None, crop_pct: float | None = None
+) -> dict[str, Any]:
+    """What timm's `create_transform` and `create_loader` need to know of a network's images.
+
+    Args:
+        model: A timm model.
+        input_size: (C, H, W) in place of the model's own.
+        img_size: Its H and W, if they are equal.
+        crop_pct: Share of the image in the crop, in place of the model's own.
+
+    Returns:
+        `input_size`, `mean`, `std`, `interpolation`, `crop_pct` and `crop_mode`. The channels are those that the model
+        was created with. As in timm's loader, another number of channels than mean and std have gets their average.
+
+    Raises:
+        ValueError: The model takes images of another number of channels.
+    """
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    own = (cfg.get('input_size') or (3,))[0]
+    channels = getattr(model, 'in_chans', None) or own
+    if input_size is not None and input_size[0] != channels:
+        raise ValueError(f'The model takes images of {channels} channels, --input-size has {input_size[0]}.')
+    options = {'input_size': input_size and tuple(input_size), 'img_size': img_size, 'crop_pct': crop_pct}
+    config = resolve_data_config(options, model=model)
+    config['input_size'] = (channels, *config['input_size'][1:])
+    for name in ('mean', 'std'):
+        values = config[name]
+        if len(values) != channels:
+            config[name] = (float(sum(values) / len(values)),) * channels
+    return config
+
+
+def set_image_settings(
+    model: Any, input_size: Sequence[int] | None = None, img_size: int | None = None, crop_pct: float | None = None
+) -> None:
+    """Writes the settings into the model's `pretrained_cfg`, and makes a network of a fixed size take the new one.
+
+    Args, Raises: as `image_settings`.
+    """
+    cfg = model.pretrained_cfg
+    settings = image_settings(model, input_size, img_size, crop_pct)
+    size = tuple(settings['input_size'])
+    if input_size is None and img_size is None:
+        settings['input_size'] = (size[0], *cfg.get('input_size', size)[1:])
+    elif size != tuple(cfg.get('input_size', ())):
+        settings |= dict.fromkeys(_OTHER_SIZES)
+        if cfg.get('fixed_input_size') and hasattr(model, 'set_input_size'):
+            model.set_input_size(img_size=size[1:])  # timm resamples the position embeddings
+    if crop_pct is not None:
+        settings['test_crop_pct'] = None
+    model.pretrained_cfg = model.default_cfg = {**cfg, **settings}
