@@ -144,3 +144,32 @@ def test_score_cam_of_constant_maps_alone_forwards_nothing() -> None:
     targets = {'gap': torch.zeros(1, 1, dtype=torch.long)}
     weights = score_cam_weights(forward, draw(1, 3, 6, 6), torch.ones(1, 2, 3, 3), targets, MEAN, STD, batch_size=4)
     assert weights['gap'].tolist() == [[[0, 0]]]
+
+
+@pytest.mark.parametrize(('level', 'noise'), [(0.5, 1e-7), (-300.0, 3e-5), (1e-20, 1e-27), (7.0, 0.0)])
+def test_a_map_that_varies_by_its_rounding_is_constant(level: float, noise: float) -> None:
+    assert scale_maps((level + noise * draw(3, 9, 9)).float()).eq(0).all()
+    varying = scale_maps((level + 1e4 * (noise or 1e-6) * draw(3, 9, 9)).float())
+    assert varying.amin() == 0 and varying.amax() == 1
+
+
+def test_one_location_is_constant() -> None:
+    assert scale_maps(draw(3, 1, 1)).eq(0).all()
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_makes_its_map_nan_alone(value: float) -> None:
+    maps = draw(2, 3, 3)
+    maps[0, 1, 1] = value
+    scaled = scale_maps(maps)
+    assert scaled[0].isnan().all() and scaled[1].isfinite().all()
+
+
+def test_terms_that_cancel_but_for_rounding_give_zeros() -> None:
+    maps = draw(1, 64, 5, 5).float()
+    weights = draw(1, 1, 64, 5, 5, seed=1).float()
+    weights = weights - (weights * maps[:, None]).sum(2, keepdim=True) * maps[:, None] / (maps**2).sum(1)[:, None, None]
+    left = (weights * maps[:, None]).sum(2)
+    assert 0 < left.abs().max() < 1e-4  # noise, of 5 x 5 locations
+    assert class_activation_map(maps, weights).eq(0).all()
+    assert class_activation_map(maps, weights + 1e-3 * maps[:, None]).amax() == 1

@@ -17,6 +17,7 @@ Letters: B images, K targets an image, C classes, D channels and h x w locations
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -24,6 +25,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..inference.images import mask_normalised
+
+# A map that varies by at most so many roundings of its level is constant: 2e-6 of it in float32. The sums over channels
+# that are zero on paper came to a seventh of it, maps that show something to 300 times as much.
+ROUNDINGS = 16
 
 
 def class_activation_map(maps: Tensor, weights: Tensor) -> Tensor:
@@ -39,8 +44,11 @@ def class_activation_map(maps: Tensor, weights: Tensor) -> Tensor:
     if weights.ndim == 3:
         weights = weights[..., None, None]
     # Products and sums instead of a matrix product: autocast would compute that in half precision.
-    cam = (weights * maps[:, None]).sum(2).clamp(min=0)
-    return scale_maps(cam * is_not_constant(maps).any(1)[:, None, None, None])
+    terms = weights * maps[:, None]
+    cam = terms.sum(2).clamp(min=0)
+    # The sum may be zero on paper: its rounding follows the terms and not what is left of them.
+    level = terms.abs_().sum(2).amax((-2, -1), keepdim=True)
+    return scale_maps(cam * is_not_constant(maps).any(1)[:, None, None, None], level)
 
 
 def grad_cam_weights(gradients: Tensor) -> Tensor:
@@ -105,15 +113,31 @@ def score_cam_weights(
     return {pooling: value.transpose(1, 2) for pooling, value in weights.items()}
 
 
-def scale_maps(maps: Tensor) -> Tensor:
-    """(..., h, w) scaled to [0, 1] by each map's own minimum and maximum, zeros where it is constant."""
+def scale_maps(maps: Tensor, level: Tensor | None = None) -> Tensor:
+    """(..., h, w) scaled to [0, 1] by each map's own minimum and maximum.
+
+    A constant map gives zeros: one whose maximum and minimum differ by at most `ROUNDINGS` roundings of its level. A
+    map with NaN or infinity gives NaN everywhere.
+
+    Args:
+        maps: (..., h, w).
+        level: (..., 1, 1), the size of the numbers that were added up to each map. None: its largest absolute value.
+    """
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    return torch.where(high == low, 0.0, (maps - low) / (high - low))
+    level = torch.maximum(low.abs(), high.abs()) if level is None else level
+    spread = high - low
+    scaled = torch.where(spread <= _rounding(level), 0.0, (maps - low) / spread)
+    return torch.where(spread.isfinite(), scaled, math.nan)
 
 
 def is_not_constant(maps: Tensor) -> Tensor:
-    """(B, D) whether a channel of (B, D, h, w) is not constant.
+    """(B, D) whether a channel of (B, D, h, w) varies by more than its rounding, see `scale_maps`.
 
-    Where none is_not_constant, the sum over the channels is constant on paper, but not always after rounding.
+    Where none varies, the sum over the channels is constant on paper, but not always after rounding.
     """
-    return maps.amax((2, 3)) > maps.amin((2, 3))
+    low, high = maps.amin((2, 3)), maps.amax((2, 3))
+    return high - low > _rounding(torch.maximum(low.abs(), high.abs()))
+
+
+def _rounding(level: Tensor) -> Tensor:
+    return ROUNDINGS * torch.finfo(level.dtype).eps * level

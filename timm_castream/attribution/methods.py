@@ -81,6 +81,11 @@ class Batch:
         """The forward that gives feature maps, logits and attention."""
         return Activations(self.network, self.x, attention='stream' in self._needs)
 
+    def forget_graph(self) -> None:
+        """Computes the activations anew when they are next asked for."""
+        vars(self).pop('activations', None)
+        self._gradients.clear()
+
     @cached_property
     def logits(self) -> dict[str, Tensor]:
         """{pooling: (B, C)} of the images, from the forward that gives the feature maps if a method reads them."""

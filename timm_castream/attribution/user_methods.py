@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._utils.checks import check_names
 from . import cam
 from .methods import METHODS, Batch, Method
 from .peers import is_peer, peer_method
+from .restoring import Hooks, as_it_was
 
 __all__ = ['UserMethod', 'check_maps', 'resolve_methods']
 
@@ -86,21 +87,22 @@ def _to_numpy(array: Any) -> np.ndarray:
 class _UserFunction:
     """A callable of the user as a method: it gets (B, 3, H, W) images and (B,) targets and runs with gradients.
 
-    An exception of the callable becomes the cause of a RuntimeError with the label of the method.
+    An exception of the callable becomes the cause of a RuntimeError with the label of the method. The network is
+    afterwards as it was. Hooks that the callable leaves are there again when it runs next.
     """
 
     label: str
     function: Callable[[Tensor, Tensor], Any]
+    hooks: Hooks = field(default_factory=list, repr=False, compare=False)
 
     def __call__(self, batch: Batch, pooling: str) -> Tensor:
-        gradients = [(parameter, parameter.grad) for parameter in batch.network.model.parameters()]
-        try:
-            with batch.network.pooled_by(pooling), torch.enable_grad():
-                # One target an image at a time, so that a batch never grows.
-                maps = [self._maps(batch.x, target) for target in batch.targets[pooling].unbind(1)]
-        finally:
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
+        model = batch.network.model
+        before = _version(model)
+        with as_it_was(model, self.hooks), batch.network.pooled_by(pooling), torch.enable_grad():
+            # One target an image at a time, so that a batch never grows.
+            maps = [self._maps(batch.x, target) for target in batch.targets[pooling].unbind(1)]
+        if _version(model) != before:
+            batch.forget_graph()
         return torch.stack(maps, 1)
 
     def _maps(self, x: Tensor, target: Tensor) -> Tensor:
@@ -121,7 +123,7 @@ class _UserFunction:
                 f'method {self.label!r} returned {given} for {count} images, valid ones: ({count}, h, w), '
                 f'({count}, 1, h, w) and ({count}, C, H, W).'
             )
-        return _scaled(self.label, values)
+        return _scaled(values)
 
 
 @dataclass(frozen=True)
@@ -143,11 +145,17 @@ class _SavedMaps:
     def __call__(self, batch: Batch, pooling: str) -> Tensor:
         array = self.arrays[None] if None in self.arrays else self.arrays[pooling]
         chosen = torch.from_numpy(np.ascontiguousarray(array[batch.indices.tolist()], dtype=np.float32))
-        return batch.expand_targets(_scaled(self.label, chosen.to(batch.x.device)), pooling)
+        return batch.expand_targets(_scaled(chosen.to(batch.x.device)), pooling)
 
 
-def _scaled(label: str, maps: Tensor) -> Tensor:
-    """(R, h, w) maps clamped at 0 and scaled to [0, 1], as those of the paper."""
-    if not maps.isfinite().all():
-        raise ValueError(f'method {label!r} gave a map with NaN or infinity.')
-    return cam.scale_maps(maps.float().clamp(min=0))
+def _version(model: nn.Module) -> int:
+    """Number of changes in place of all weights. A graph that was recorded before one is of no use afterwards."""
+    return sum(parameter._version for parameter in model.parameters() if not parameter.is_inference())
+
+
+def _scaled(maps: Tensor) -> Tensor:
+    """(R, h, w) maps clamped at 0 and scaled to [0, 1], as those of the paper. NaN where one has NaN or infinity."""
+    maps = maps.float()
+    size = maps.abs().amax((1, 2), keepdim=True)
+    scaled = cam.scale_maps(maps.clamp(min=0), size)
+    return torch.where(size.isfinite(), scaled, torch.nan)

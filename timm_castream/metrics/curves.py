@@ -255,7 +255,8 @@ def _target_curve(
     def predict(images: Tensor, index: Tensor) -> Tensor:
         logits = network.forward(images)
         check_class_indices('target', target, logits.shape[1])
-        return network.probabilities(logits).gather(1, target[index, None])[:, 0]
+        probabilities = network.probabilities(logits).to(torch.promote_types(logits.dtype, torch.float32))
+        return probabilities.gather(1, target[index, None])[:, 0]
 
     with network.evaluating():
         rank = saliency_rank(resize_saliency(saliency.to(start.device), start.shape[2:]))

@@ -20,6 +20,7 @@ from ...backbones.mixin import carry_query
 from ...backbones.probe import hook_target
 from ...backbones.wrappers import class_scores, in_precision_of
 from ...inference.predictor import Predictor
+from ..restoring import as_it_was
 
 Target = Callable[[Tensor], Tensor]
 
@@ -83,7 +84,7 @@ def hookable(
     model = predictor.inner
     with ExitStack() as stack:
         stack.enter_context(_silence())
-        stack.enter_context(_restored(model))
+        stack.enter_context(as_it_was(model, values=False))
         stack.enter_context(predictor.pooled_by(pooling))
         stack.enter_context(torch.autocast(predictor.device.type, enabled=False))  # bfloat16 has no numpy type
         stack.enter_context(torch.enable_grad())
@@ -127,49 +128,9 @@ def _at_module(predictor: Predictor, hooked: HookableNetwork) -> Iterator[None]:
         handle.remove()
 
 
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Hooks, attributes, submodules, modes and gradients as before, whatever a library leaves or an error skips.
-
-    Checkpointing is off inside: it runs the hooks of a module twice.
-    """
-    modules: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
-        (module, dict(vars(module)), _tables(module)) for module in model.modules()
-    ]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, _ in gradients:
-        parameter.grad = None
-    for module, _, _ in modules:
-        if getattr(module, 'grad_checkpointing', False):
-            module.grad_checkpointing = False
-    try:
-        yield
-    finally:
-        for module, attributes, tables in modules:
-            own = vars(module)
-            for name in [name for name in own if name not in attributes]:
-                del own[name]
-            own.update(attributes)
-            for name, items in tables.items():
-                table = attributes[name]
-                table.clear()
-                table.update(items)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-
-
 def _classifier(predictor: Predictor) -> nn.Module | None:
     classifier = predictor.backbone.get_classifier() if predictor.is_timm else None
     return classifier if isinstance(classifier, (nn.Linear, nn.Conv2d)) else None
-
-
-def _tables(module: nn.Module) -> dict[str, dict[Any, Any]]:
-    """Contents of the tables of hooks and submodules of a module, by the names of the attributes."""
-    return {
-        name: dict(value)
-        for name, value in vars(module).items()
-        if isinstance(value, dict) and (name == '_modules' or 'hooks' in name)
-    }
 
 
 @contextmanager

@@ -145,7 +145,8 @@ class PeerMaps:
             seed = np.random.SeedSequence([batch.seed, *indices.tolist()]).generate_state(1)[0]
             with _seeded(int(seed), images.device):
                 parts.append(self._maps(batch.network, images.detach().clone(), classes, pooling))
-        return cam.scale_maps(torch.cat(parts).float().clamp(min=0))
+        maps = torch.cat(parts).float()
+        return cam.scale_maps(maps.clamp(min=0), maps.abs().amax((-2, -1), keepdim=True))
 
     def _maps(self, predictor: Predictor, x: Tensor, classes: Tensor, pooling: str) -> Tensor:
         """(B, h, w) maps as the library gives them, channels summed."""
