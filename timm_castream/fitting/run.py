@@ -59,8 +59,9 @@ from .training import Candidate, Recipe, Targets, accuracy, pooled_logits, strea
 UNFINISHED = '.unfinished'
 """Folder of the state of an unfinished fit, in the output folder."""
 LABELS = ('predicted', 'folders')
-NEAR_CHANCE = 0.95
-"""Mean entropy of the predictions, as a share of that of chance, from which a classifier counts as untrained."""
+NEAR_CHANCE, ONE_CLASS = 0.95, 0.8
+"""Mean entropy of the predictions, as a share of that of chance, above which a classifier counts as untrained: in any
+case, and where it predicts one class for nearly all images, as random weights do."""
 NUM_PICTURES = 6
 EVALUATION_BATCH = 16
 
@@ -357,8 +358,9 @@ class _Fit:
         start = min(self.starts, default=0)
         x = torch.zeros(1, *self.data_config['input_size'])
         size, least = (bytes_per_image(self.network, x, i) * len(self.files) / 1e9 for i in (start, self.last))
-        free = shutil.disk_usage(self.output).free / 1e9
-        self.facts.setdefault('keeps_maps', bool(size <= min(cache_size, free - 1)))
+        free = shutil.disk_usage(folder if folder.is_dir() else self.output).free / 1e9
+        there = sum(path.stat().st_size for path in folder.glob('*.npy')) / 1e9  # of an earlier fit
+        self.facts.setdefault('keeps_maps', bool(size <= min(cache_size, free + there - 1)))
         self._write_facts()
         what = f'the maps of {len(self.files):,} images at S_{start} to S_{self.last} take {size:.2f} GB'
         if self.facts['keeps_maps']:
@@ -508,7 +510,9 @@ def _check_trained(logits: Tensor, name: str) -> None:
     """
     probabilities = logits.softmax(1)
     entropy = -(probabilities * probabilities.clamp(min=1e-30).log()).sum(1).mean().item()
-    if logits.shape[1] > 1 and entropy > NEAR_CHANCE * math.log(logits.shape[1]):
+    most_common = logits.argmax(1).bincount().max().item() / len(logits)
+    limit = (ONE_CLASS if most_common > NEAR_CHANCE else NEAR_CHANCE) * math.log(logits.shape[1])
+    if logits.shape[1] > 1 and entropy > limit:
         raise ValueError(
             f'The classifier of this {name} is not trained: it gives its {logits.shape[1]} classes almost equal '
             "probabilities. Name trained weights, or fit a classifier with labels='folders'."
