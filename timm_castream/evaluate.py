@@ -27,6 +27,7 @@ from .evaluation.protocol import Protocol
 from .evaluation.report import Report
 from .evaluation.run import Run
 from .evaluation.values import ImageValues
+from .hub.label_names import label_names
 from .hub.stream_file import backbone_name, weights_hash
 from .inference.predictor import Predictor, default_poolings
 from .metrics.table import DEFAULT_METRICS
@@ -177,6 +178,8 @@ def evaluate(
             seed=seed,
             settings=settings | {'seed': seed, 'versions': versions},
             unreadable=run.unreadable(),
+            files={index: source.name(index) for index in source.indices},
+            label_names=label_names(predictor.backbone),
         )
         if output_dir is not None and processes.rank == 0:
             report.save(output_dir)
@@ -211,7 +214,7 @@ def _check(plan: Plan, source: ImageSource, predictor: Predictor, num_classes: i
         raise ValueError(
             f"temperature 'fit' needs images outside the sample: choose num_samples below {len(source.dataset)}."
         )
-    source.check_classes(num_classes)
+    source.check_classes(predictor.backbone, num_classes, plan.target)
     predictor.check_needs(plan.methods, torch.zeros(1, *source.input_size, device=predictor.device))
 
 

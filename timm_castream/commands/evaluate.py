@@ -101,9 +101,8 @@ def run(args: argparse.Namespace) -> int:
     from timm.utils.distributed import init_distributed_device_so
 
     from ..backbones.image_settings import image_settings
-    from ..datasets import align_classes, create_dataset, image_mode, present_classes, read_boxes
+    from ..datasets import create_dataset, image_mode, read_boxes
     from ..evaluate import evaluate
-    from ..hub.label_names import known_names
     from ..metrics.table import METRICS
 
     if args.seed < 0:
@@ -117,10 +116,8 @@ def run(args: argparse.Namespace) -> int:
         dataset: Any = create_dataset(
             args.dataset, args.data_dir, split=args.split, class_map=args.class_map, input_img_mode=mode
         )
-        classes = present_classes(dataset)
-        names = known_names(model, classes) if classes and not args.class_map else None
-        if names:
-            align_classes(dataset, names, 'The data set')
+        if not args.class_map:
+            _compare_classes(dataset, model, args.target)
         if args.boxes:
             dataset.boxes = read_boxes(args.boxes, dataset)
         loader = create_loader(
@@ -167,6 +164,30 @@ def run(args: argparse.Namespace) -> int:
         if place['distributed']:
             torch.distributed.destroy_process_group()
     return SKIPPED if report.unreadable else 0
+
+
+def _compare_classes(dataset: Any, model: Any, target: str) -> None:
+    """Gives the targets of a data set the indices of the model's classes, by name.
+
+    Raises:
+        ValueError: If the labels are to be explained and are not the model's.
+    """
+    from ..datasets import align_classes, present_classes
+    from ..hub.label_names import known_names
+
+    classes = present_classes(dataset)
+    names = known_names(model, classes) if classes else None
+    if names:
+        try:
+            align_classes(dataset, names, 'The data set')
+        except ValueError:
+            if target == 'truth':
+                raise
+    elif classes and len(classes) < (model.num_classes or 0) and target == 'truth':
+        raise ValueError(
+            f'The data set has {len(classes)} classes, the model has {model.num_classes}, and its weights name none: give '
+            'the folders their indices with --class-map, or explain the predicted classes with --target predicted.'
+        )
 
 
 def _plot(report: Any, folder: str) -> list[str]:

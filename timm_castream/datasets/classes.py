@@ -32,6 +32,11 @@ def present_classes(dataset: Any) -> list[str] | None:
     return getattr(getattr(dataset, 'reader', None), 'present', None) or label_names_of(dataset)
 
 
+def same_name(one: str, other: str) -> bool:
+    """Whether two names have the same letters, however Unicode writes their accents."""
+    return unicodedata.normalize('NFC', one) == unicodedata.normalize('NFC', other)
+
+
 def match_classes(names: Sequence[str], label_names: Sequence[str], owner: str) -> dict[str, int]:
     """The index of each class in a list of names.
 

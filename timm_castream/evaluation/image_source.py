@@ -14,8 +14,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from ..datasets import Unreadable, boxes_for, count_classes, has_boxes, image_name, read_batches, without_substitutes
+from ..datasets import (
+    Unreadable,
+    boxes_for,
+    count_classes,
+    has_boxes,
+    image_name,
+    label_names_of,
+    present_classes,
+    read_batches,
+    without_substitutes,
+)
+from ..datasets.classes import same_name
+from ..datasets.folders import NO_TARGET, FolderReader
 from ..datasets.unreadable import innermost
+from ..hub.label_names import known_names
 from .loaders import normalisation_of, transform_text
 
 _logger = logging.getLogger(__name__)
@@ -76,6 +89,7 @@ class ImageSource:
         self.dataset = loader.dataset
         self.batches: list[list[int]] = [batch.tolist() for batch in chosen.split(size)]
         self.outside: list[int] = outside.tolist()
+        self._ignores_labels = False
 
     @property
     def indices(self) -> list[int]:
@@ -116,7 +130,10 @@ class ImageSource:
 
     def read(self, batches: Sequence[Sequence[int]]) -> Iterator[ImageBatch]:
         """Reads batches of indices as the loader reads its own."""
-        return map(ImageBatch._make, read_batches(self.loader, batches))
+        for indices, images, labels, unreadable in read_batches(self.loader, batches):
+            if self._ignores_labels and labels is not None:
+                labels = torch.full((len(indices),), NO_TARGET)
+            yield ImageBatch(indices, images, labels, unreadable)
 
     def name(self, index: int) -> str:
         """The name of an image: its file, as the data set gives it, or `image INDEX`."""
@@ -126,19 +143,56 @@ class ImageSource:
         """(P, J, 4) boxes of P classes in P images, in pixels of the input, on the device of the (P,) classes."""
         return boxes_for(self.dataset, list(indices), classes.tolist()).to(classes.device)
 
-    def check_classes(self, num_classes: int) -> None:
-        """Compares the number of classes of the data set, if it is known, with that of the model.
+    def check_classes(self, model: Any, num_classes: int, target: str) -> None:
+        """Compares the classes of the data set, by name where both are known, with those of the model.
+
+        Where the predicted class is explained, labels that are not the model's are ignored: no accuracy is measured.
+
+        Args:
+            model: The network.
+            num_classes: Its number of classes.
+            target: `'truth'` or `'predicted'`.
 
         Raises:
-            ValueError: If the data set has more.
+            ValueError: If the labels that are to be explained are not those of the model.
         """
-        classes = count_classes(self.dataset)
-        if not classes or classes == num_classes:
+        reason = self._misfit(model, num_classes)
+        if reason is None:
             return
-        message = f'The data set has {classes} classes, the model has {num_classes}'
-        if classes > num_classes:
-            raise ValueError(f'{message}: name the model of this data set, or its --num-classes.')
-        _logger.warning('%s. The labels 0 to %d are explained.', message, classes - 1)
+        if target == 'truth' or self.is_multilabel:
+            raise ValueError(reason)
+        _logger.warning('%s The predicted classes are explained, and no accuracy is measured.', reason)
+        self._ignores_labels = True
+
+    def _misfit(self, model: Any, num_classes: int) -> str | None:
+        """Why the labels are not those of the model, or None."""
+        dataset, _ = innermost(self.dataset, 0)
+        reader: Any = getattr(dataset, 'reader', None)
+        is_folder = isinstance(reader, FolderReader)
+        if is_folder and not reader.class_to_idx:
+            return (
+                f'The images of {reader.root} lie in no folders of classes: explain the predicted classes '
+                '(--target predicted).'
+            )
+        own, count = label_names_of(dataset), count_classes(dataset)
+        if not count:
+            return None
+        numbers = f'The data set has {count} classes, the model has {num_classes}'
+        if count > num_classes:
+            return f'{numbers}: name the model of this data set, or its --num-classes.'
+        has_map = is_folder and not reader.present
+        present = present_classes(dataset) or []
+        names = known_names(model, present) if own and not has_map else None
+        if own and names:
+            wrong = [i for i, name in enumerate(own) if name in present and not same_name(name, names[i])]
+            if wrong:
+                return (
+                    f'Class {wrong[0]} is {own[wrong[0]]!r} in the data set and {names[wrong[0]]!r} in the model: give '
+                    'the targets its indices by timm_castream.datasets.align_classes.'
+                )
+        elif count < num_classes and not has_map:
+            _logger.warning('%s. The labels 0 to %d are explained.', numbers, count - 1)
+        return None
 
     def settings(self) -> dict[str, Any]:
         """What a folder of an unfinished evaluation must agree on, plain data."""

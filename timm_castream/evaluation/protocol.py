@@ -9,6 +9,7 @@ Letters: B images, C classes, M methods, H x W pixels; R pairs of an image and a
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from .._utils.checks import check_class_indices
 from ..attribution.methods import Batch
 from ..attribution.saliency import explain
+from ..datasets.folders import NO_TARGET
 from ..inference.images import resize_saliency
 from ..inference.predictor import Predictor
 from ..metrics.localization import has_box
@@ -130,7 +132,8 @@ class Protocol:
         """Whether the predictions are right, in percent; of multi-label data the labels and the probabilities."""
         if self.is_multilabel:
             return {'label': labels, **{f'{p}/score': value for p, value in prob.items()}}
-        return {f'{p}/accuracy': 100.0 * (value.argmax(1) == labels) for p, value in prob.items()}
+        right = {f'{p}/accuracy': 100.0 * (value.argmax(1) == labels) for p, value in prob.items()}
+        return {name: value.masked_fill(labels < 0, math.nan) for name, value in right.items()}
 
     def _explained(self, labels: Tensor, prob: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """The classes to explain: (B, K) under each pooling, and which of them count, (B, K)."""
@@ -157,7 +160,10 @@ class Protocol:
             raise ValueError(
                 f'The targets of {batch} images must be class indices, got {tuple(labels.shape)} of {labels.dtype}.'
             )
-        check_class_indices('The target of the data set', labels, self.num_classes)
+        if self.plan.target == 'predicted':  # images without a class have no accuracy, and are explained all the same
+            labels = labels[labels != NO_TARGET]
+        if len(labels):
+            check_class_indices('The target of the data set', labels, self.num_classes)
 
 
 def _array(value: Tensor) -> np.ndarray:

@@ -39,6 +39,8 @@ class Report:
         settings: Everything that the figures depend on: arguments, seed, versions. Plain data.
         values: Values of every image.
         unreadable: Images that could not be read and are in no figure: reason by name.
+        files: Names of the images by their positions in the data set.
+        label_names: Names of the model's classes, where they are known.
     """
 
     network: str
@@ -54,6 +56,8 @@ class Report:
     settings: dict[str, Any]
     values: ImageValues
     unreadable: dict[str, str] = field(default_factory=dict)
+    files: dict[int, str] | None = None
+    label_names: list[str] | None = None
 
     @classmethod
     def from_values(
@@ -66,11 +70,13 @@ class Report:
         seed: int,
         settings: dict[str, Any],
         unreadable: Mapping[str, str] | None = None,
+        files: Mapping[int, str] | None = None,
+        label_names: Sequence[str] | None = None,
     ) -> Report:
         """Averages over all pairs, with intervals from resamples of the images.
 
         Args:
-            network, poolings, methods, metrics, settings, unreadable: As the attributes.
+            network, poolings, methods, metrics, settings, unreadable, files, label_names: As the attributes.
             values: Values of every image.
             seed: Seed of the resamples, at least 0.
         """
@@ -90,6 +96,8 @@ class Report:
             settings=settings,
             values=values,
             unreadable=dict(unreadable or {}),
+            files=None if files is None else dict(files),
+            label_names=None if label_names is None else list(label_names),
         )
 
     @property
@@ -204,7 +212,7 @@ class Report:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with write_whole(folder / 'images.csv') as file:
-            self.values.write_csv(file)
+            self.values.write_csv(file, self.files, self.label_names)
         if self.values.hits():
             with write_whole(folder / 'hits.npz', 'wb') as file:
                 np.savez_compressed(file, **self.values.hits())  # type: ignore[arg-type]

@@ -70,10 +70,24 @@ class ImageValues:
         }
         return {name: float(np.nanmean(array)) for name, array in columns.items()}
 
-    def write_csv(self, file: TextIO) -> None:
-        """Writes one line a pair, with the columns of its image. The line of an image without a pair ends there."""
+    def write_csv(
+        self, file: TextIO, files: Mapping[int, str] | None = None, label_names: Sequence[str] | None = None
+    ) -> None:
+        """Writes one line a pair, with the columns of its image. The line of an image without a pair ends there.
+
+        Args:
+            file: A text file.
+            files: Names of the images by their positions, for the column `file`.
+            label_names: Names of the classes, for the columns `gap/class_name` and `ca/class_name`.
+        """
         of_image, of_pair = _columns(self.images), _columns(self.pairs)
         del of_pair['image']
+        if files is not None:
+            of_image = _after(of_image, 'image', 'file', [files.get(i, '') for i in of_image['image'].tolist()])
+        if label_names is not None:
+            for name in [name for name in of_pair if name.rpartition('/')[2] == 'class']:
+                texts = [label_names[i] if i < len(label_names) else '' for i in of_pair[name].tolist()]
+                of_pair = _after(of_pair, name, f'{name}_name', texts)
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow([*of_image, *of_pair])
         image_cells, pair_cells = (
@@ -136,6 +150,16 @@ def _columns(table: Table) -> Table:
             columns[name] = array
         elif array.ndim == 2 and name.rpartition('/')[2] in _CLASS_BY_CLASS:
             columns |= {f'{name}/{i}': column for i, column in enumerate(array.T)}
+    return columns
+
+
+def _after(table: Table, name: str, new: str, values: Sequence[str]) -> Table:
+    """The table with a new column behind another one."""
+    columns: Table = {}
+    for key, array in table.items():
+        columns[key] = array
+        if key == name:
+            columns[new] = np.array(values, dtype=object)
     return columns
 
 
