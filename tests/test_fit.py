@@ -251,7 +251,7 @@ def test_the_rule_takes_accuracy_first_and_then_the_score() -> None:
 
 def test_given_settings_alone_are_tried() -> None:
     assert {(r.stream_start, r.epochs, r.lr) for r in recipes(4, 'gap')} == {
-        (start, epochs, lr) for start in (0, 4) for epochs in (1, 3) for lr in (3e-5, 1e-4)
+        (start, epochs, lr) for start in (0, 4) for epochs in (1, 3) for lr in (1e-5, 1e-4)
     }
     assert recipes(4, 'gap', [2], [1e-3], [1]) == [Recipe(1, 2, 1e-3)]
 

@@ -62,7 +62,7 @@ def fit(
         output: Folder for the results; it holds nothing else. It gets `stream.safetensors` (`load_stream` takes it),
             `model/` (a folder that `local-dir:` loads), `evaluation/`, `pictures/`, `report.md` and `fit.json`.
         epochs: Passes over the images. Several are tried, and one is chosen; None: 1 and 3.
-        lr: Learning rate at the start of the cosine, or several to try. None: 3e-5 and 1e-4 (`'paper'` start: 3e-4 and
+        lr: Learning rate at the start of the cosine, or several to try. None: 1e-5 and 1e-4 (`'paper'` start: 3e-4 and
             1e-3).
         stream_start: l of the placement S_l - S_L, or several to try. None: that of the model's stream, or 0 and L.
         num_images: Use so many of the images, drawn by `seed`.
@@ -71,11 +71,11 @@ def fit(
         weight_decay: AdamW's.
         distill: Train on the network's probabilities of all classes, in place of the class that it predicts.
         true_share: Share of the training images, in [0, 1], whose label is the class that their folder names, where
-            the model knows a class of that name (ImageNet's WordNet ids, or `label_names`).
+            the model has a class of that name.
         augment: Train on random crops, flips and colours, timm's. The label of an image is what the network predicts
             for what is left of it. No maps can be kept then.
-        img_size: Side of the input in pixels. None: that of the model's `pretrained_cfg`.
-        crop_pct: Share of the image in the crop. None: that of the model's `pretrained_cfg`.
+        img_size: Side of the input in pixels, which the model keeps. None: that of its `pretrained_cfg`.
+        crop_pct: Share of the image in the crop, which the model keeps. None: that of its `pretrained_cfg`.
         cache_size: Most gigabytes of maps to keep on disk. 0 keeps none.
         cache: Folder for the maps, which stays for other fits of the same images and network. None: in the output
             folder until the fit is finished.

@@ -97,8 +97,6 @@ def _run(args: argparse.Namespace) -> int:
         distill=args.distill,
         true_share=args.true_share,
         augment=args.augment,
-        img_size=args.img_size,
-        crop_pct=args.crop_pct,
         cache_size=args.cache_size,
         cache=args.cache,
         workers=args.workers,

@@ -9,7 +9,7 @@ from itertools import product
 from .training import Recipe
 
 EPOCHS = (1, 3)
-RATES = {'gap': (3e-5, 1e-4), 'paper': (3e-4, 1e-3)}
+RATES = {'gap': (1e-5, 1e-4), 'paper': (3e-4, 1e-3)}
 ACCURACY_MARGINS = {'folders': 1.0, 'predicted': 2.0}
 """Points of accuracy within which recipes count as equally accurate. GAP's own predictions favour the stream that has
 changed least, so their margin is wider."""

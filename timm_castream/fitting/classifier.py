@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..hub.label_names import set_label_names
 from .network import FrozenNetwork
 from .training import accuracy, classifier_parameters, fit_classifier, pooled_logits, seeded
 
@@ -55,8 +56,8 @@ def replace_classifier(model: Any, classes: Sequence[str], known: dict[str, int]
         with torch.no_grad():
             for before, parameter in zip(old, classifier_parameters(model), strict=True):
                 parameter.copy_(before[rows])
-    names = {'label_names': list(classes), 'num_classes': len(classes)}
-    model.pretrained_cfg = {**(model.pretrained_cfg or {}), **names}
+    set_label_names(model, classes)
+    model.pretrained_cfg['num_classes'] = len(classes)
 
 
 def choose_classifier(

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -197,13 +196,3 @@ def folder_classes(files: Sequence[ImageFile]) -> list[str]:
     if len(classes) < 2:
         raise ValueError(f"labels='folders' needs two classes or more, the images have {classes[0]!r} alone.")
     return classes
-
-
-def class_index(model: Any) -> dict[str, int]:
-    """Index of each class that a model knows by name: of its `pretrained_cfg`, or ImageNet's WordNet ids."""
-    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
-    if names:
-        values = names.values() if isinstance(names, dict) else names
-        return {str(name): i for i, name in enumerate(values)}
-    subset = infer_imagenet_subset(model)
-    return {name: i for i, name in enumerate(ImageNetInfo(subset).label_names())} if subset else {}

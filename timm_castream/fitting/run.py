@@ -21,18 +21,20 @@ import timm
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from .._utils.checks import check_bool, check_count, check_names
 from .._utils.files import write_whole
 from ..attach import attach, detach
+from ..backbones.image_settings import image_settings, set_image_settings
 from ..backbones.mixin import CAStreamMixin
 from ..datasets.image_files import image_mode
 from ..evaluate import evaluate
 from ..evaluation.report import Report
 from ..hub import load_stream, save_stream
+from ..hub.label_names import known_names
 from ..hub.repository import write_repository
 from ..hub.stream_file import backbone_name, fingerprint, weights_hash, write_safetensors
 from ..version import __version__
@@ -47,7 +49,6 @@ from .images import (
     ListedImages,
     Split,
     check_folders,
-    class_index,
     files_hash,
     find_files,
     folder_classes,
@@ -202,12 +203,13 @@ class _Fit:
                 f'stream_start {max(self.starts)} is no stage: {type(self.work).__name__} has the stages 0 to '
                 f'{self.last}.'
             )
-        size = {'img_size': settings.img_size, 'crop_pct': settings.crop_pct}
-        self.data_config = resolve_data_config(size, model=self.work)
+        self._set_image_settings(self.work)
+        self.data_config = image_settings(self.work)
         self.transform = create_transform(**self.data_config, is_training=False)
         self.mode = image_mode(self.data_config['input_size'][0])
         self.classes: list[str] = []
-        self.known = class_index(self.work)
+        names = known_names(self.work, sorted({file.folder for file in files})) or []
+        self.known = {name: i for i, name in enumerate(names)}
         if settings.labels == 'folders':
             self.classes = folder_classes(files)
         index = {name: i for i, name in enumerate(self.classes)} or self.known
@@ -313,14 +315,7 @@ class _Fit:
         else:
             _logger.info('%s is no registered model, so there is no model folder: load the stream alone.', name)
         paths = [self.files[i].path for i in self.facts['test'][:NUM_PICTURES]]
-        explain(
-            self.work,
-            paths,
-            ('attention', 'grad_cam'),
-            self.output / 'pictures',
-            img_size=self.settings.img_size,
-            crop_pct=self.settings.crop_pct,
-        )
+        explain(self.work, paths, ('attention', 'grad_cam'), self.output / 'pictures')
         with write_whole(self.output / 'report.md') as file:
             file.write(report_text(report, reached, self.facts))
         self.facts |= {'helps': reached.helps, 'sentence': reached.sentence}
@@ -333,11 +328,16 @@ class _Fit:
         model = self.model
         if isinstance(model, CAStreamMixin):
             detach(model)
+        self._set_image_settings(model)
         if self.classes:
             self._replace_classifier(model)
         attach(model, **self.facts['stream_args'])
         model.load_state_dict(self.work.state_dict())
         model.eval()
+
+    def _set_image_settings(self, model: Any) -> None:
+        if self.settings.img_size is not None or self.settings.crop_pct is not None:
+            set_image_settings(model, img_size=self.settings.img_size, crop_pct=self.settings.crop_pct)
 
     def _write_facts(self) -> None:
         with write_whole(self.output / 'fit.json') as file:
