@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from references import count_masks
 from torch import Tensor
 
 from timm_castream.attribution.cam import (
@@ -173,3 +174,40 @@ def test_terms_that_cancel_but_for_rounding_give_zeros() -> None:
     assert 0 < left.abs().max() < 1e-4  # noise, of 5 x 5 locations
     assert class_activation_map(maps, weights).eq(0).all()
     assert class_activation_map(maps, weights + 1e-3 * maps[:, None]).amax() == 1
+
+
+@pytest.mark.parametrize('batch_size', [2, 100])
+def test_score_cam_forwards_equal_masks_of_an_image_once_and_weighs_every_channel(batch_size: int) -> None:
+    maps = draw(2, 9, 3, 4).float()
+    maps[:, 1:4] = 0
+    maps[:, 1, 0, 2], maps[:, 2, 0, 2], maps[:, 3, 1, 1] = 0.7, 1e-3, 0.3  # the mask of one location twice
+    maps[0, 4] = 2.0 * maps[0, 5] + 1.0
+    maps[0, 4] = maps[0, 4].round()
+    maps[0, 5] = 4.0 * maps[0, 4]  # powers of two scale to equal masks exactly
+    maps[1, 6] = 5.0
+    x, classifier = draw(2, 3, 6, 8, seed=1).float(), draw(144, 4, seed=2).float()
+    targets = {'gap': torch.tensor([[0, 3], [2, 1]]), 'ca': torch.tensor([[1, 1], [0, 2]])}
+    seen = []
+
+    def predict(images: Tensor) -> dict[str, Tensor]:
+        seen.append(len(images))
+        prob = (images.flatten(1) @ classifier).softmax(1)
+        return {'gap': prob, 'ca': prob**2}
+
+    weights = score_cam_weights(predict, x, maps, targets, MEAN.float(), STD.float(), batch_size)
+    assert sum(seen) == (9 - 2) + (9 - 1 - 1) == count_masks(maps)
+    for image in range(2):  # one channel after the other, each forwarded alone
+        for channel in range(9):
+            alone = score_cam_weights(
+                predict,
+                x[image : image + 1],
+                maps[image : image + 1, channel : channel + 1],
+                {pooling: classes[image : image + 1] for pooling, classes in targets.items()},
+                MEAN.float(),
+                STD.float(),
+                1,
+            )
+            for pooling in targets:
+                torch.testing.assert_close(
+                    weights[pooling][image, :, channel], alone[pooling][0, :, 0], rtol=1e-5, atol=1e-7
+                )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from references import devkit_average_precision
+from references import count_masks, devkit_average_precision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -196,8 +196,7 @@ def images_through_the_backbone(model: nn.Module, *args, **kwargs) -> int:
 
 def test_both_poolings_share_every_forward_but_those_of_their_own_maps(model, images) -> None:
     loader = loader_of(images, LABELS, batch_size=3)
-    features = model.forward_features(images)
-    masks = int((features.amax((2, 3)) > features.amin((2, 3))).sum())
+    masks = count_masks(model.forward_features(images))
     own = 5 * len(METHODS) * (1 + 2 * (SIDE * SIDE // STEP - 1))  # masked images, and curves without their ends
     shared = 5 + 5 + 3 + masks  # images, blurred, zeros for the first batch, masks
     assert images_through_the_backbone(model, loader, METHODS, ('ca',)) == shared + own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
 # The 20 classes of Pascal VOC in the order of the devkit.
 VOC_CLASSES = [
@@ -63,3 +64,14 @@ def resized_bilinearly(saliency: np.ndarray, height: int, width: int) -> np.ndar
             low = saliency[y1, x0] * (1 - (x - x0)) + saliency[y1, x1] * (x - x0)
             out[i, j] = top * (1 - (y - y0)) + low * (y - y0)
     return out
+
+
+def count_masks(maps: Tensor) -> int:
+    """The number of different Score-CAM masks of (B, D, h, w) maps: constant channels give none, equal ones give one."""
+    masks = set()
+    for image, channels in enumerate(maps.detach().cpu().numpy()):
+        for channel in channels:
+            low, high = channel.min(), channel.max()
+            if high > low:
+                masks.add((image, *((channel - low) / (high - low)).ravel().tolist()))
+    return len(masks)

@@ -86,7 +86,8 @@ def score_cam_weights(
     """Score-CAM's w: the probability of a class on the image masked by each channel, resized and scaled to [0, 1].
 
     The image is masked before its normalisation. A channel that is constant on an image gives no mask. It gets no
-    forward and weight 0, as in Score-CAM's own code.
+    forward and weight 0, as in Score-CAM's own code. Channels of an image that are equal after scaling give one mask,
+    which is forwarded once: all channels with a single location above 0 that is the same, for instance.
 
     Args:
         predict: {pooling: (N, C) probabilities} of (N, 3, H, W) images.
@@ -102,15 +103,41 @@ def score_cam_weights(
     """
     weights = {pooling: maps.new_zeros(*maps.shape[:2], t.shape[1]) for pooling, t in targets.items()}
     images, channels = is_not_constant(maps).nonzero(as_tuple=True)
-    for start in range(0, len(images), batch_size):
-        image, channel = images[start : start + batch_size], channels[start : start + batch_size]
+    if not len(images):
+        return {pooling: value.transpose(1, 2) for pooling, value in weights.items()}
+    first, same = _first_of_equal(scale_maps(maps[images, channels]), images)
+    for part in first.split(batch_size):
+        image, channel = images[part], channels[part]
         # The authors resize with align_corners=True and scale afterwards; other orders give other maps.
         masks = F.interpolate(maps[image, channel][:, None], x.shape[2:], mode='bilinear', align_corners=True)
         masked = mask_normalised(x[image], scale_maps(masks).to(x.dtype), mean, std)
         scores = predict(masked)
         for pooling, indices in targets.items():
             weights[pooling][image, channel] = scores[pooling].gather(1, indices[image]).to(maps.dtype)
+    for value in weights.values():
+        value[images, channels] = value[images[same], channels[same]]
     return {pooling: value.transpose(1, 2) for pooling, value in weights.items()}
+
+
+def _first_of_equal(masks: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of n masks are equal.
+
+    Args:
+        masks: (n, h, w).
+        images: (n,) the image of each mask. Masks of two images are never equal.
+
+    Returns:
+        The positions of the masks that no earlier one equals, ascending, and (n,) that of the first equal one of each.
+    """
+    rows = torch.cat([images[:, None].to(masks.dtype), masks.flatten(1)], dim=1)
+    if rows.device.type == 'mps':  # it finds no unique rows
+        rows = rows.cpu()
+    _, group = rows.unique(dim=0, return_inverse=True)
+    group = group.to(masks.device)
+    position = torch.arange(len(group), device=group.device)
+    first = torch.full_like(group, len(group)).scatter_reduce(0, group, position, 'amin')
+    same = first[group]
+    return (same == position).nonzero()[:, 0], same
 
 
 def scale_maps(maps: Tensor, level: Tensor | None = None) -> Tensor:

@@ -27,6 +27,7 @@ from ..datasets import (
 )
 from ..datasets.classes import same_name
 from ..datasets.folders import NO_TARGET, FolderReader
+from ..datasets.read_ahead import read_ahead
 from ..datasets.unreadable import innermost
 from ..hub.label_names import known_names
 from .loaders import normalisation_of, transform_text
@@ -129,8 +130,11 @@ class ImageSource:
         return has_boxes(self.dataset)
 
     def read(self, batches: Sequence[Sequence[int]]) -> Iterator[ImageBatch]:
-        """Reads batches of indices as the loader reads its own."""
-        for indices, images, labels, unreadable in read_batches(self.loader, batches):
+        """Reads batches of indices as the loader reads its own, the next ones while the network works on this one."""
+        items = read_batches(self.loader, batches)
+        if not getattr(self.loader, 'loader', self.loader).num_workers:  # workers read ahead in any case
+            items = read_ahead(items)
+        for indices, images, labels, unreadable in items:
             if self._ignores_labels and labels is not None:
                 labels = torch.full((len(indices),), NO_TARGET)
             yield ImageBatch(indices, images, labels, unreadable)
