@@ -180,6 +180,7 @@ def evaluate(
             unreadable=run.unreadable(),
             files={index: source.name(index) for index in source.indices},
             label_names=label_names(predictor.backbone),
+            pooling_names=predictor.pooling_names,
         )
         if output_dir is not None and processes.rank == 0:
             report.save(output_dir)
@@ -224,7 +225,7 @@ def _settings(predictor: Predictor, source: ImageSource) -> dict[str, Any]:
     mean, std = ([round(v, 6) for v in values.flatten().tolist()] for values in predictor.normalisation(blank))
     return {
         'weights': weights_hash(predictor.model),
-        'architecture': architecture(predictor.backbone),
+        'architecture': architecture(predictor.inner),
         'stream': inference_args(predictor.backbone.castream_config) if predictor.has_stream else None,
         'mean': mean,
         'std': std,

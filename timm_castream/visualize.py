@@ -25,7 +25,6 @@ from .attribution.saliency import attention_identity, saliency_maps
 from .attribution.user_methods import UserMethod, check_maps, resolve_methods
 from .backbones.image_settings import image_settings
 from .backbones.mixin import castream_model
-from .backbones.stages import head_pooling, pooled_stage
 from .datasets import find_images, image_mode, open_image
 from .hub.label_names import class_name
 from .inference.images import check_images, normalisation
@@ -73,13 +72,6 @@ EARLY_STAGES = (
     'point.'
 )
 
-_OWN_POOLINGS = {
-    'avg': 'GAP',
-    'max': 'max pooling',
-    'avgmax': 'average and max',
-    'token': 'class token',
-    'tokens': 'token average',
-}
 _LABEL_LETTERS, _NAME_LETTERS = 22, 30
 _NUM_TOP = 5
 _MAX_STEM_BYTES = 200
@@ -350,18 +342,7 @@ def draw_identity(model: nn.Module, x: Tensor) -> Any:
 
 def pooling_names(network: Predictor) -> dict[str, str]:
     """{pooling: its name in titles}, `'CA'` for the stream, and for the network's own what it pools by."""
-    return {pooling: 'CA' if pooling == 'ca' else _own_pooling(network) for pooling in network.poolings}
-
-
-def _own_pooling(network: Predictor) -> str:
-    backbone = network.backbone
-    if not network.is_timm:
-        return 'own pooling'
-    try:
-        head = getattr(backbone, 'forward_gap_head', backbone.forward_head)
-        return _OWN_POOLINGS.get(head_pooling(backbone, pooled_stage(backbone), head) or '', 'own pooling')
-    except ValueError:  # it pools no feature map
-        return 'own pooling'
+    return network.pooling_names
 
 
 def _cut(text: str, letters: int) -> str:

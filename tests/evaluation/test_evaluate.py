@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from timm.data import create_loader, create_transform, resolve_model_data_config
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from timm_castream import datasets
+import timm_castream
+from timm_castream import datasets, forward_both
 from timm_castream.attribution import attribute
 from timm_castream.evaluate import evaluate
 from timm_castream.evaluation.report import Report
@@ -537,3 +540,126 @@ def test_options_for_speed_may_differ_when_an_evaluation_resumes(model, tmp_path
         model, DataLoader(Scenes(), 3), METHODS, output_dir=tmp_path, batch_size=3, channels_last=True, progress=True
     )
     assert_close(report, evaluate(model, DataLoader(Scenes(), 2), METHODS), atol=1e-3)
+
+
+class Six(Dataset):
+    """Six images of random pixels, without names of files."""
+
+    def __init__(self, left_out: int | None = None) -> None:
+        images = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+        self.kept = [i for i in range(6) if i != left_out]
+        self.images = images[self.kept]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.kept[index]
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+@pytest.mark.parametrize('where', ['map', 'scores'])
+def test_an_image_with_nan_is_in_no_value_and_is_named(value, where, model, tmp_path) -> None:
+    target = Six().images[3]
+
+    def method(x: Tensor, classes: Tensor) -> Tensor:
+        maps = x.sum(1)
+        maps[(x == target).flatten(1).all(1), 5, 5] = value
+        return maps
+
+    class Net(nn.Module):
+        def __init__(self, bad: bool) -> None:
+            super().__init__()
+            self.model, self.bad = model, bad
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.model(x)
+            if self.bad:
+                scores = torch.where((x == target).flatten(1).all(1)[:, None], value, scores)
+            return scores
+
+    methods = {'mine': method if where == 'map' else lambda x, t: x.sum(1), 'grad_cam': 'grad_cam'}
+    report = evaluate(Net(where == 'scores'), DataLoader(Six(), 2), methods, output_dir=tmp_path)
+    without = evaluate(Net(False), DataLoader(Six(3), 2), methods)
+    assert report.num_images == 5
+    for key, estimate in without.figures.items():
+        assert report.figures[key].value == pytest.approx(estimate.value, abs=1e-4), key
+    assert report.accuracy['ca'].value == without.accuracy['ca'].value
+    assert list(report.not_finite) == ['image 3'] and 'image 3' in str(report)
+    saved = json.loads((tmp_path / 'evaluation.json').read_text())
+    assert list(saved['not_finite']) == ['image 3']
+    with open(tmp_path / 'table.csv', newline='') as file:
+        counts = {(row['method'], row['pooling']): row['nan_maps'] for row in csv.DictReader(file)}
+    assert counts['mine', 'gap'] == counts['mine', 'ca'] == ('1' if where == 'map' else '0')
+    again = evaluate(Net(where == 'scores'), DataLoader(Six(), 2), methods, output_dir=tmp_path)  # resumes
+    assert again.not_finite == report.not_finite and again.figures == report.figures
+
+
+def test_nan_on_every_image_is_one_sentence(model) -> None:
+    methods = {'mine': lambda x, target: x.sum(1) * math.nan}
+    with pytest.raises(ValueError, match='No image has finite maps and scores: mine under gap gives NaN'):
+        evaluate(model, DataLoader(Six(), 2), methods, metrics=('average_drop',))
+
+
+def test_maps_that_say_nothing_are_counted_by_method_and_pooling(make_model, tmp_path) -> None:
+    model = make_model('test_resnet')
+    dataset = TensorDataset(torch.randn(4, 3, 32, 32), torch.arange(4))  # feature maps of 1 x 1
+    methods = {'grad_cam': 'grad_cam', 'random': 'random', 'negative': lambda x, t: -x.abs().sum(1), 'centre': 'centre'}
+    report = evaluate(model, DataLoader(dataset, 2), methods, metrics=('average_drop',), output_dir=tmp_path)
+    expected = {(p, m): 4 for m in ('grad_cam', 'random', 'negative') for p in ('gap', 'ca')}
+    assert report.constant_maps == expected
+    assert 'Maps that are constant and say nothing, of 4: Grad-CAM GAP 4, Grad-CAM CA 4, Random GAP 4' in str(report)
+    saved = json.loads((tmp_path / 'evaluation.json').read_text())
+    with open(tmp_path / 'table.csv', newline='') as file:
+        for rows in (saved['rows'], list(csv.DictReader(file))):
+            counts = {
+                (row['pooling'], row['method']): int(row['constant_maps']) for row in rows if row['pooling'] != 'ca-gap'
+            }
+            assert counts == {**expected, ('gap', 'centre'): 0, ('ca', 'centre'): 0}
+
+
+def test_a_class_token_is_called_so(make_model) -> None:
+    model = make_model('test_vit')
+    text = str(evaluate(model, DataLoader(Six(), 3), ('grad_cam',), metrics=('average_drop',)))
+    assert 'class token' in text and 'CA - class token' in text and 'GAP' not in text
+
+
+def test_one_logit_is_evaluated_for_both_answers(make_model) -> None:
+    model = make_model('test_resnet', {'num_classes': 1})
+    model.get_classifier().weight.data.mul_(20)
+    images = Six().images
+    labels = torch.tensor([0, 1, 1, 0, 1, 0])
+    report = evaluate(model, DataLoader(TensorDataset(images, labels), 2), ('centre',), metrics=('average_drop',))
+    with torch.no_grad(), timm_castream.pooling(model, 'gap'):
+        yes = model(images)[:, 0].sigmoid()
+    assert report.accuracy['gap'].value == pytest.approx(100 * ((yes > 0.5) == labels).float().mean().item())
+    assert report.confidence['gap'].value == pytest.approx(
+        100 * torch.where(labels == 1, yes, 1 - yes).mean().item(), abs=1e-3
+    )
+    with pytest.raises(ValueError, match='has classes from 2 to 3, the model has 0 to 1'):
+        evaluate(model, DataLoader(TensorDataset(images, labels + 2), 2), ('centre',), metrics=('average_drop',))
+
+
+def test_a_wrapper_that_normalises_is_measured_as_its_model_on_normalised_images(make_model) -> None:
+    model = make_model('test_resnet')
+    model.get_classifier().weight.data.mul_(20)
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
+
+    class Normalise(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x - mean) / std
+
+    pixels = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        labels = forward_both(model, (pixels - mean) / std)['ca'].argmax(1)
+    methods, metrics = ('grad_cam', 'attention', 'score_cam'), ('average_drop', 'average_increase')
+    wrapper = nn.Sequential(Normalise(), model)
+    given = evaluate(
+        wrapper, DataLoader(TensorDataset(pixels, labels), 2), methods, metrics=metrics, mean=(0.0,), std=(1.0,)
+    )
+    expected = evaluate(model, DataLoader(TensorDataset((pixels - mean) / std, labels), 2), methods, metrics=metrics)
+    assert given.accuracy['ca'].value == 100
+    for key, estimate in expected.figures.items():
+        assert given.figures[key].value == pytest.approx(estimate.value, abs=1e-2), key
+    with pytest.raises(ValueError, match='Sequential changes its images'):
+        evaluate(wrapper, DataLoader(TensorDataset(pixels, labels), 2), methods, metrics=metrics)

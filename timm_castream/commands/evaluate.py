@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         if place['distributed']:
             torch.distributed.destroy_process_group()
-    return SKIPPED if report.unreadable else 0
+    return SKIPPED if report.unreadable or report.not_finite else 0
 
 
 def _compare_classes(dataset: Any, model: Any, target: str) -> None:

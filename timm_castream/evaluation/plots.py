@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 from ..attribution.methods import method_title
 from ..metrics.table import METRICS
-from ..visualize import POOLING_NAMES
 from .bootstrap import mean_curve
 from .report import Report
 
@@ -41,10 +40,10 @@ def draw_curves(report: Report) -> Figure:
                 curves = report.curves[pooling, method, kind]
                 mean, low, high = mean_curve(curves, image_of_pair, report.settings['seed'])
                 share = [i / (len(mean) - 1) for i in range(len(mean))]
-                label = f'{POOLING_NAMES[pooling]} {report[pooling, method, kind].value:.1f} %'
+                label = f'{report.pooling_name(pooling)} {report[pooling, method, kind].value:.1f} %'
                 axes.plot(share, mean, color=_COLOURS[pooling], label=label)
                 axes.fill_between(share, low, high, color=_COLOURS[pooling], alpha=0.25, linewidth=0)
-            axes.set_title(f'{method_title(method)}: {METRICS[kind].heading}', fontsize=9)
+            axes.set_title(f'{_title(report, method)}: {METRICS[kind].heading}', fontsize=9)
             axes.legend(fontsize=7, frameon=False)
             axes.spines[['top', 'right']].set_visible(False)
         row[0].set_ylabel('probability', fontsize=8)
@@ -75,7 +74,18 @@ def draw_differences(report: Report) -> Figure:
         axes.set_title(METRICS[metric].heading, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.spines[['top', 'right', 'left']].set_visible(False)
-    panels[0].set_yticks(list(positions), [method_title(method) for method in report.methods])
+    panels[0].set_yticks(list(positions), [_title(report, method) for method in report.methods])
     panels[0].invert_yaxis()
-    figure.supxlabel('CA - GAP in points; green: better, red: worse, grey: the interval includes 0', fontsize=8)
+    figure.supxlabel(
+        f'{report.difference_name} in points; green: better, red: worse, grey: the interval includes 0', fontsize=8
+    )
     return figure
+
+
+def _title(report: Report, method: str) -> str:
+    """The title of a method, and how many of its maps say nothing."""
+    counts = {p: report.constant_maps.get((p, method), 0) for p in report.poolings}
+    if not any(counts.values()):
+        return method_title(method)
+    each = ', '.join(f'{report.pooling_name(p)} {count}' for p, count in counts.items())
+    return f'{method_title(method)} (constant: {each})'

@@ -89,7 +89,11 @@ class Protocol:
             maps = explain(batch, classes)
             groups = {}
             for p in predictor.poolings:
-                saliency = [resize_saliency(maps[p, method.name][valid], x.shape[2:]) for method in methods]
+                of_pooling = [maps[p, method.name][valid] for method in methods]
+                for method, given in zip(methods, of_pooling, strict=True):
+                    pairs[f'{p}/{method.name}/constant'] = given.eq(0).flatten(1).all(1)
+                    pairs[f'{p}/{method.name}/not_finite'] = given.isnan().flatten(1).any(1)
+                saliency = [resize_saliency(given.nan_to_num(0), x.shape[2:]) for given in of_pooling]
                 groups[p] = MapGroup(
                     references,
                     (p,),
@@ -112,8 +116,14 @@ class Protocol:
         values = {f'{pooling}/class': group.classes[:num_pairs, 0], f'{pooling}/prob': prob[:num_pairs]}
         if 'boxes' in measured:
             values[f'{pooling}/has_box'] = has_box(measured['boxes'][:num_pairs])
-        quantities = Measurements(prob=prob, **measured)
+        lost = _is_nan(prob)  # the network gives NaN: no number is measured of such a map
+        for name in measured.keys() - {'boxes'}:
+            lost |= _is_nan(measured[name])
+        known = {name: value if name == 'boxes' else value.nan_to_num(0) for name, value in measured.items()}
+        quantities = Measurements(prob=prob.nan_to_num(0), **known)
         of_metric = {row.name: row.values(quantities).split(num_pairs) for row in self.plan.metric_rows}
+        for position, method in enumerate(self.plan.methods):
+            values[f'{pooling}/{method.name}/unmeasured'] = lost.split(num_pairs)[position]
         kept = {name: measured[name].split(num_pairs) for name in self._kept}
         for position, method in enumerate(self.plan.methods):
             for name, parts in (of_metric | kept).items():
@@ -164,6 +174,11 @@ class Protocol:
             labels = labels[labels != NO_TARGET]
         if len(labels):
             check_class_indices('The target of the data set', labels, self.num_classes)
+
+
+def _is_nan(values: Tensor) -> Tensor:
+    """(T,) whether a number of each map is NaN."""
+    return values.isnan().reshape(len(values), -1).any(1)
 
 
 def _array(value: Tensor) -> np.ndarray:

@@ -41,6 +41,9 @@ class Report:
         unreadable: Images that could not be read and are in no figure: reason by name.
         files: Names of the images by their positions in the data set.
         label_names: Names of the model's classes, where they are known.
+        not_finite: Images with NaN in a map or in the scores, which are in no figure: reason by name.
+        not_finite_maps: Number of maps with NaN, by (pooling, method).
+        pooling_names: What the network pools by, `'GAP'` or `'class token'`, and `'CA'`, by pooling.
     """
 
     network: str
@@ -58,6 +61,9 @@ class Report:
     unreadable: dict[str, str] = field(default_factory=dict)
     files: dict[int, str] | None = None
     label_names: list[str] | None = None
+    not_finite: dict[str, str] = field(default_factory=dict)
+    not_finite_maps: dict[tuple[str, str], int] = field(default_factory=dict)
+    pooling_names: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_values(
@@ -72,14 +78,25 @@ class Report:
         unreadable: Mapping[str, str] | None = None,
         files: Mapping[int, str] | None = None,
         label_names: Sequence[str] | None = None,
+        pooling_names: Mapping[str, str] | None = None,
     ) -> Report:
         """Averages over all pairs, with intervals from resamples of the images.
 
         Args:
-            network, poolings, methods, metrics, settings, unreadable, files, label_names: As the attributes.
+            network, poolings, methods, metrics, settings, unreadable, files, label_names, pooling_names: As the
+                attributes.
             values: Values of every image.
             seed: Seed of the resamples, at least 0.
+
+        Raises:
+            ValueError: If every image has NaN in a map or in the scores.
         """
+        lost = values.lost(poolings, methods)
+        not_finite_maps = {(p, m): values.count(p, m, 'not_finite') for p in poolings for m in methods}
+        if lost:
+            values = values.without(lost)
+            if not len(values.pairs['image']):
+                raise ValueError(f'No image has finite maps and scores: {next(iter(lost.values()))}.')
         bootstrap = Bootstrap(values, poolings, methods, metrics, seed)
         estimates = bootstrap.estimates()
         return cls(
@@ -98,7 +115,25 @@ class Report:
             unreadable=dict(unreadable or {}),
             files=None if files is None else dict(files),
             label_names=None if label_names is None else list(label_names),
+            not_finite={(files or {}).get(index, f'image {index}'): reason for index, reason in lost.items()},
+            not_finite_maps={key: count for key, count in not_finite_maps.items() if count},
+            pooling_names=dict(pooling_names or {}),
         )
+
+    @property
+    def constant_maps(self) -> dict[tuple[str, str], int]:
+        """Number of maps that say nothing, constant or zero, by (pooling, method)."""
+        counts = {(p, m): self.values.count(p, m, 'constant') for m in self.methods for p in self.poolings}
+        return {key: count for key, count in counts.items() if count}
+
+    def pooling_name(self, pooling: str) -> str:
+        """The name of a pooling in tables and pictures."""
+        return self.pooling_names.get(pooling, pooling.upper())
+
+    @property
+    def difference_name(self) -> str:
+        """The name of the differences, `'CA - GAP'`."""
+        return f'{self.pooling_name("ca")} - {self.pooling_name("gap")}'
 
     @property
     def curves(self) -> dict[tuple[str, str, str], np.ndarray]:
@@ -149,42 +184,60 @@ class Report:
         if not self.differences:
             return ''
         return '\n'.join(
-            f'CA against GAP, {method_title(m)}: '
+            f'CA against {self.pooling_name("gap")}, {method_title(m)}: '
             + ', '.join(f'{METRICS[k].symbol} {self.verdict(m, k)}' for k in self.metrics)
             for m in self.methods
         )
 
     def __str__(self) -> str:
         accuracy: list[tuple[str, ...]] = [('NETWORK', 'POOLING', f'{self.accuracy_name} ↑', 'probability')]
-        accuracy += [(self.network, p.upper(), str(self.accuracy[p]), str(self.confidence[p])) for p in self.poolings]
+        accuracy += [
+            (self.network, self.pooling_name(p), str(self.accuracy[p]), str(self.confidence[p])) for p in self.poolings
+        ]
         table: list[tuple[str, ...]] = [('NETWORK', 'METHOD', 'POOLING', *(METRICS[k].heading for k in self.metrics))]
         for m in self.methods:
             title = method_title(m)
             table += [
-                (self.network, title, p.upper(), *(str(self[p, m, k]) for k in self.metrics)) for p in self.poolings
+                (self.network, title, self.pooling_name(p), *(str(self[p, m, k]) for k in self.metrics))
+                for p in self.poolings
             ]
             if self.differences:
-                table.append((self.network, title, 'CA - GAP', *(_signed(self.difference(m, k)) for k in self.metrics)))
+                differences = (_signed(self.difference(m, k)) for k in self.metrics)
+                table.append((self.network, title, self.difference_name, *differences))
         if self.differences:
             accuracy.append(
-                (self.network, 'CA - GAP', *(_signed(self.differences[k,]) for k in ('accuracy', 'confidence')))
+                (
+                    self.network,
+                    self.difference_name,
+                    *(_signed(self.differences[k,]) for k in ('accuracy', 'confidence')),
+                )
             )
         notes = [
-            f'{self.num_images} images, class: {self.settings.get("target")}; in percent, with 95 % intervals '
+            f'{_images(self.num_images)}, class: {self.settings.get("target")}; in percent, with 95 % intervals '
             f'from {RESAMPLES} bootstrap resamples; probability: mean of the class explained'
         ]
         if self.differences:
-            notes.append('CA - GAP: paired by image')
+            notes.append(f'{self.difference_name}: paired by image')
         temperatures = self.settings.get('temperatures')
         if temperatures:
-            notes.append('Temperatures: ' + ', '.join(f'{p.upper()} {t:.3f}' for p, t in temperatures.items()))
+            notes.append(
+                'Temperatures: ' + ', '.join(f'{self.pooling_name(p)} {t:.3f}' for p, t in temperatures.items())
+            )
         if self.num_boxed is not None:
             both = ' under both poolings' if len(self.poolings) > 1 else ''
             notes.append(f'Localisation: {self.num_boxed} of {len(self.values.pairs["image"])} maps have a box{both}')
-        if self.unreadable:
-            images = 'image' if len(self.unreadable) == 1 else 'images'
-            names = ', '.join(list(self.unreadable)[:3]) + (', ...' if len(self.unreadable) > 3 else '')
-            notes.append(f'{len(self.unreadable)} {images} could not be read and are in no figure: {names}')
+        maps = len(self.values.pairs['image'])
+        for counts, text in (
+            (self.constant_maps, f'are constant and say nothing, of {maps}'),
+            (self.not_finite_maps, 'have NaN'),
+        ):
+            if counts:
+                each = ', '.join(f'{method_title(m)} {self.pooling_name(p)} {n}' for (p, m), n in counts.items())
+                notes.append(f'Maps that {text}: {each}')
+        for lost, text in ((self.unreadable, 'could not be read'), (self.not_finite, 'have NaN in a map or in scores')):
+            if lost:
+                names = ', '.join(list(lost)[:3]) + (', ...' if len(lost) > 3 else '')
+                notes.append(f'{_images(len(lost))} {text} and are in no figure: {names}')
         return '\n'.join([*_aligned(accuracy), '', *_aligned(table), '', *notes])
 
     def to_dict(self) -> dict[str, Any]:
@@ -197,10 +250,12 @@ class Report:
             'titles': {
                 'methods': {name: method_title(name) for name in self.methods},
                 'metrics': {name: METRICS[name].title for name in self.metrics},
+                'poolings': {name: self.pooling_name(name) for name in self.poolings},
             },
             'rows': self._table_rows(),
             'num_boxed': self.num_boxed,
             'unreadable': self.unreadable,
+            'not_finite': self.not_finite,
             'settings': self.settings,
         }
 
@@ -258,7 +313,14 @@ class Report:
         row: dict[str, Any] = {'network': self.network, 'method': method, 'pooling': pooling}
         for name, (value, low, high) in figures.items():
             row |= {name: value, f'{name}_low': low, f'{name}_high': high}
+        if pooling != DIFFERENCE:
+            row['constant_maps'] = self.values.count(pooling, method, 'constant')
+            row['nan_maps'] = self.not_finite_maps.get((pooling, method), 0)
         return row
+
+
+def _images(count: int) -> str:
+    return f'{count} image' if count == 1 else f'{count} images'
 
 
 def _signed(estimate: Estimate) -> str:

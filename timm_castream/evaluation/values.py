@@ -6,6 +6,7 @@ N images, C classes; R pairs of an image and a class explained: N of them, or on
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -27,7 +28,8 @@ class ImageValues:
             probabilities `'gap/score'`, (N, C).
         pairs: `'image'`, (R,), and under each pooling `'gap/class'` and `'gap/prob'`, (R,), and the values of every
             metric, `'gap/METHOD/METRIC'`, (R,) or, of max_box_acc_v2, (R, 768) bool. Metrics of boxes add
-            `'gap/has_box'`, (R,) bool. Kept curves are `'gap/METHOD/insertion_curve'`, (R, n + 1).
+            `'gap/has_box'`, (R,) bool. Every method has `'gap/METHOD/constant'`, (R,) bool, maps that say nothing, and
+            `'gap/METHOD/not_finite'` and `'gap/METHOD/unmeasured'`, NaN in the map and in the scores of the network. Kept curves are `'gap/METHOD/insertion_curve'`, (R, n + 1).
     """
 
     images: Table
@@ -59,6 +61,19 @@ class ImageValues:
         its own prediction, and one of the two classes may have no box in the image.
         """
         return np.all([self.pairs[f'{pooling}/has_box'] for pooling in poolings], axis=0)
+
+    def count(self, pooling: str, method: str, kind: str) -> int:
+        """Number of maps of a method that are `'constant'` or `'not_finite'`."""
+        return int(self.pairs.get(f'{pooling}/{method}/{kind}', np.zeros(0)).sum())
+
+    def lost(self, poolings: Sequence[str], methods: Sequence[str]) -> dict[int, str]:
+        """Images with NaN in a map or in the scores of the network, which are in no value: {position: reason}."""
+        reasons: dict[int, str] = {}
+        for p, m in itertools.product(poolings, methods):
+            for kind, reason in (('not_finite', f'{m} under {p} gives NaN'), ('unmeasured', f'NaN scores under {p}')):
+                bad = self.pairs.get(f'{p}/{m}/{kind}', np.zeros(len(self.pairs['image']), dtype=bool))
+                reasons = {**dict.fromkeys(self.pairs['image'][bad].tolist(), reason), **reasons}
+        return dict(sorted(reasons.items()))
 
     def means(self) -> dict[str, float]:
         """The mean of every column of images.csv that holds measurements, as plain numbers."""
@@ -103,7 +118,11 @@ class ImageValues:
 
     def hits(self) -> Table:
         """The arrays of yes and no that images.csv has not, with the image of each pair; empty without any."""
-        hits = {name: array for name, array in self.pairs.items() if array.dtype == bool}
+        hits = {
+            name: array
+            for name, array in self.pairs.items()
+            if array.dtype == bool and (array.ndim > 1 or name.endswith('/has_box'))
+        }
         return {'image': self.pairs['image'], **hits} if any(array.ndim > 1 for array in hits.values()) else {}
 
     def to_json(self) -> dict[str, dict[str, Any]]:

@@ -25,9 +25,11 @@ from ..backbones.layout import Stage
 from ..backbones.mixin import CAStreamMixin, castream_model, outermost_streams
 from ..backbones.probe import eval_mode, first_convolution, input_channels
 from ..backbones.stages import (
+    HeadPooling,
     cam_layer,
     find_stage,
     has_module,
+    head_pooling,
     layers_with_gradient,
     nearest_layer_with_gradient,
     pooled_stage,
@@ -35,6 +37,14 @@ from ..backbones.stages import (
 from ..backbones.wrappers import class_scores, images_inside, in_precision_of, unwrapped
 from .images import default_batch_size, fast_memory_format, mask_normalised, normalisation
 from .probabilities import ACTIVATIONS, probabilities
+
+_OWN_POOLINGS = {
+    HeadPooling.AVERAGE: 'GAP',
+    HeadPooling.MAXIMUM: 'max pooling',
+    HeadPooling.AVERAGE_AND_MAXIMUM: 'average and max',
+    HeadPooling.CLASS_TOKEN: 'class token',
+    HeadPooling.ALL_TOKENS: 'token average',
+}
 
 
 class Predictor:
@@ -202,6 +212,21 @@ class Predictor:
                 'feature maps with layer=.'
             )
         return pooled_stage(self.backbone)
+
+    @cached_property
+    def pooling_names(self) -> dict[str, str]:
+        """{pooling: its name in tables and pictures}: `'CA'`, and for the network's own what it pools by."""
+        return {pooling: 'CA' if pooling == 'ca' else self._own_pooling() for pooling in self.poolings}
+
+    def _own_pooling(self) -> str:
+        backbone = self.backbone
+        if not self.is_timm:
+            return 'own pooling'
+        head = getattr(backbone, 'forward_gap_head', backbone.forward_head)
+        try:
+            return _OWN_POOLINGS.get(head_pooling(backbone, pooled_stage(backbone), head), 'own pooling')
+        except ValueError:  # it pools no feature map
+            return 'own pooling'
 
     @cached_property
     def has_graph(self) -> bool:
