@@ -28,7 +28,12 @@ INTERRUPTED = 130  # as shells report Ctrl-C
 BROKEN_PIPE = 141  # as shells report it
 
 # Libraries of the extras in setup.cfg, by the name that is imported.
-EXTRAS = {'torchmetrics': 'eval', 'scipy': 'eval', 'matplotlib': 'eval', 'sklearn': 'demo', 'gradio': 'app'}
+EXTRAS = {
+    **dict.fromkeys(('torchmetrics', 'scipy', 'matplotlib'), 'eval'),
+    **dict.fromkeys(('onnxruntime', 'onnx', 'onnxscript'), 'fast'),
+    'sklearn': 'demo',
+    'gradio': 'app',
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -139,6 +139,11 @@ class ImageSource:
                 labels = torch.full((len(indices),), NO_TARGET)
             yield ImageBatch(indices, images, labels, unreadable)
 
+    def some_images(self, count: int) -> Tensor:
+        """(N, C, H, W): up to `count` of the images that can be read, the first ones."""
+        groups = [self.indices[i : i + count] for i in range(0, len(self.indices), count)]
+        return next(batch.images for batch in self.read(groups) if batch.indices)
+
     def name(self, index: int) -> str:
         """The name of an image: its file, as the data set gives it, or `image INDEX`."""
         return image_name(self.dataset, index)

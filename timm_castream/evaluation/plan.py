@@ -13,6 +13,7 @@ import torch
 from .._utils.checks import check_count, check_names
 from ..attach import POOLINGS
 from ..attribution.methods import Method
+from ..inference.predictor import Predictor
 from ..metrics.curves import CurveSetting, curve_setting
 from ..metrics.table import DEFAULT_METRICS, METRICS, MetricRow
 
@@ -79,6 +80,20 @@ class Plan:
     def metric_of_boxes(self) -> str | None:
         """The first metric that needs boxes, or None."""
         return next((row.name for row in self.metric_rows if 'boxes' in row.needs), None)
+
+    def num_forwards(self, predictor: Predictor, input_size: Sequence[int]) -> float:
+        """Forwards of masked and perturbed images that an image needs, in those of 224 x 224 pixels, roughly.
+
+        Args:
+            predictor: The network.
+            input_size: (channels, H, W).
+        """
+        height, width = input_size[-2:]
+        per_map = sum(height / self.curve_setting.rows if name in self.curves else 1 for name in self.needs)
+        count = per_map * len(self.methods) * len(self.poolings)
+        if any('masked forwards' in method.needs for method in self.methods):
+            count += getattr(predictor.backbone, 'num_features', 0)
+        return count * height * width / 224**2
 
     def settings(self) -> dict[str, Any]:
         """What a folder of an unfinished evaluation must agree on, plain data: exactly what changes values."""

@@ -122,6 +122,17 @@ class Journal:
             )
 
 
+def recorded_engine(folder: str | Path | None) -> str:
+    """The engine of the finished batches in a folder, or '' where there are none."""
+    if folder is None or not any(Path(folder).glob('finished.*.jsonl')):
+        return ''
+    try:
+        engine = json.loads(Path(folder, 'settings.json').read_text(encoding='utf-8'))['engine']
+    except (OSError, ValueError, KeyError, TypeError):  # `Journal.resume` reports it
+        return ''
+    return str(engine).partition(' ')[0]
+
+
 def _parse(path: Path, number: int, line: bytes) -> ImageValues | None:
     """The values of a line, or None for a line that a kill cut off."""
     try:

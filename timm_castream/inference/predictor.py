@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ from ..backbones.stages import (
 from ..backbones.wrappers import class_scores, images_inside, in_precision_of, unwrapped
 from .images import default_batch_size, fast_memory_format, mask_normalised, normalisation
 from .probabilities import ACTIVATIONS, probabilities
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 _OWN_POOLINGS = {
     HeadPooling.AVERAGE: 'GAP',
@@ -110,6 +113,7 @@ class Predictor:
         self._channels_last = channels_last
         self._mean, self._std = mean, std
         self._changed: bool | None = None
+        self._engine: Engine | None = None
         self._torchcompile = torchcompile
         self._forward: Callable[[Tensor], Any] = torch.compile(model) if torchcompile else model
         self._forward_both: Callable[..., dict[str, Tensor]] = (
@@ -126,6 +130,17 @@ class Predictor:
         other = copy.copy(self)
         other.temperatures = dict(temperatures or {})
         return other
+
+    def accelerated(self, engine: Engine | None) -> Predictor:
+        """The same network whose `logits` run in an engine, see `engine`."""
+        other = copy.copy(self)
+        other._engine = engine
+        return other
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the forwards of masked and perturbed images are compiled by torch."""
+        return self._torchcompile
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -264,6 +279,8 @@ class Predictor:
 
     def batch_size(self, images: Tensor) -> int:
         """Images of one forward, for images of this size."""
+        if self._engine is not None and self._engine.takes(images):
+            return self._engine.shape[0]
         return self._batch_size or default_batch_size(images)
 
     def memory_format(self, images: Tensor) -> torch.memory_format:
@@ -295,7 +312,8 @@ class Predictor:
         return scores.shape[1] == 1 and self.activation == 'softmax'
 
     def logits(self, images: Tensor, poolings: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Logits of one batch under each pooling, from one pass over the backbone, or one a pooling of a wrapper.
+        """Logits of one batch of masked or perturbed images under each pooling, from one pass over the backbone, or one
+        a pooling of a wrapper.
 
         Args:
             images: (N, channels, H, W), N of at most `batch_size`.
@@ -304,6 +322,12 @@ class Predictor:
         Returns:
             {pooling: (N, C)}.
         """
+        if self._engine is not None and self._engine.takes(images):
+            return self._engine.logits(images, self.poolings if poolings is None else poolings)
+        return self.torch_logits(images, poolings)
+
+    def torch_logits(self, images: Tensor, poolings: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """`logits`, in torch whatever the engine."""
         poolings = self.poolings if poolings is None else poolings
         if len(poolings) == 1 or not self.halves_are_forward:
             logits = {}
@@ -321,8 +345,8 @@ class Predictor:
         return in_precision_of(self.inner, images).contiguous(memory_format=self.memory_format(images))
 
     def all_logits(self, images: Tensor, poolings: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """`logits` of any number of images, in batches."""
-        parts = [self.logits(part, poolings) for part in images.split(self.batch_size(images))]
+        """Logits of any number of images that no map has changed, in batches, in torch."""
+        parts = [self.torch_logits(part, poolings) for part in images.split(self.batch_size(images))]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def probabilities(self, logits: Tensor, name: str | None = None) -> Tensor:

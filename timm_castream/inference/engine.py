@@ -1,0 +1,253 @@
+"""Forwards without gradients in ONNX Runtime: masked and perturbed images on a CPU, both poolings in one graph.
+
+A network is exported for images of one size. The engine is tried on a few images before it is used: where its
+probabilities are not those of torch, or a network does not export, the forwards stay in torch.
+
+Letters: N images, C classes, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import multiprocessing
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.checks import check_names
+from .predictor import Predictor
+
+ENGINES = ('auto', 'torch', 'onnxruntime')
+TORCH = 'torch'
+TOLERANCE = 1e-5  # of probabilities
+# An export takes as long as some hundred forwards of 224 x 224 pixels. Below so many `auto` does not try it.
+WORTH_AN_EXPORT = 1000
+_PACKAGES = ('onnxruntime', 'onnx', 'onnxscript')
+# Two images of 224 x 224 at a time are as fast as many, and need little memory.
+_PIXELS_AT_ONCE = 2 * 224 * 224
+_SECONDS_OF_AN_EXPORT = 900
+
+_logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """A network in ONNX Runtime, for images of one size.
+
+    Args:
+        path: File of the graph, from `export`.
+        poolings: Names of its outputs.
+        shape: (n, channels, H, W), of its input.
+
+    Attributes:
+        name: `onnxruntime` and its version.
+    """
+
+    def __init__(self, path: Path, poolings: Sequence[str], shape: Sequence[int]) -> None:
+        onnxruntime: Any = importlib.import_module('onnxruntime')
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors
+        # Its threads would wait for the next forward beside torch's threads, which make the masks.
+        options.add_session_config_entry('session.force_spinning_stop', '1')
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+        self._input = self._session.get_inputs()[0].name
+        self.poolings = tuple(poolings)
+        self.shape = tuple(shape)
+        self.name = f'onnxruntime {onnxruntime.__version__}'
+
+    def takes(self, images: Tensor) -> bool:
+        """Whether images have the size and the type of the graph."""
+        return tuple(images.shape[1:]) == self.shape[1:] and images.dtype == torch.float32
+
+    def logits(self, images: Tensor, poolings: Sequence[str]) -> dict[str, Tensor]:
+        """{pooling: (N, C)} logits of (N, channels, H, W) images."""
+        parts = [self._run(part) for part in images.contiguous().split(self.shape[0])]
+        return {name: torch.cat([part[self.poolings.index(name)] for part in parts]) for name in poolings}
+
+    def _run(self, images: Tensor) -> list[Tensor]:
+        missing = self.shape[0] - len(images)
+        filled = torch.cat([images, images.new_zeros(missing, *self.shape[1:])]) if missing else images
+        outputs = self._session.run(None, {self._input: filled.numpy()})
+        return [torch.from_numpy(output)[: len(images)] for output in outputs]
+
+
+class _Logits(nn.Module):
+    """A predictor as a module: from images to the logits of each pooling, (N, C)."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        super().__init__()
+        self.model = predictor.model
+        self._predict = predictor.torch_logits
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self._predict(x).values())
+
+
+def check_engine(name: str, predictor: Predictor, amp_dtype: torch.dtype | None = None) -> None:
+    """Raises an error, before long work, where an engine cannot be had.
+
+    Args:
+        name: Of `ENGINES`.
+        predictor: The network.
+        amp_dtype: Type of autocast, or None.
+
+    Raises:
+        ValueError: If the name is unknown, or ONNX Runtime is asked for beside a device, a type or a compiler.
+        ModuleNotFoundError: If it is asked for and not installed.
+    """
+    check_names('engine', (name,), ENGINES)
+    if name == 'onnxruntime':
+        obstacle = _obstacle(predictor, amp_dtype)
+        if obstacle:
+            raise ValueError(f"engine 'onnxruntime' takes float32 networks on a CPU, {obstacle}: choose 'torch'.")
+        for package in _PACKAGES:
+            importlib.import_module(package)
+
+
+def can_try(predictor: Predictor, amp_dtype: torch.dtype | None = None) -> bool:
+    """Whether ONNX Runtime is installed and could run the network."""
+    return not _obstacle(predictor, amp_dtype) and all(map(importlib.util.find_spec, _PACKAGES))
+
+
+def _obstacle(predictor: Predictor, amp_dtype: torch.dtype | None) -> str:
+    """Why ONNX Runtime cannot run a network, as a clause, or ''."""
+    if predictor.device.type != 'cpu':
+        return f'and the network is on {predictor.device}'
+    if amp_dtype is not None:
+        return f'and amp_dtype is {str(amp_dtype).removeprefix("torch.")}'
+    if predictor.is_compiled:
+        return 'and torchcompile is on'
+    other = next((p.dtype for p in predictor.model.parameters() if p.dtype != torch.float32), None)
+    return f'and the network has weights in {str(other).removeprefix("torch.")}' if other else ''
+
+
+# {model: (fingerprint, engine)}: evaluating a network again exports nothing.
+_engines: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Engine]] = WeakKeyDictionary()
+
+
+def make_engine(predictor: Predictor, images: Tensor, fingerprint: str, must_be_faster: bool = False) -> Engine | None:
+    """Exports a network and tries it on images.
+
+    Args:
+        predictor: The network.
+        images: (N, channels, H, W), a few normalised images.
+        fingerprint: Text that differs for other weights or another architecture.
+        must_be_faster: Take the engine only if it is faster than torch on a batch.
+
+    Returns:
+        The engine, or None where the network does not export, its probabilities differ from torch's, or torch is
+        faster. The reason is logged.
+    """
+    pixels = images.shape[2] * images.shape[3]
+    size = max(1, min(_PIXELS_AT_ONCE // pixels, predictor.batch_size(images)))
+    key = (fingerprint, predictor.poolings, size, tuple(images.shape[1:]), torch.get_num_threads())
+    known, engine = _engines.get(predictor.model, ((), None))
+    with predictor.evaluating():
+        if known != key or engine is None:
+            try:
+                engine = _export(predictor, (size, *images.shape[1:]))
+            except Exception as error:  # the exporter raises errors of many libraries
+                text = _first_line(error)
+                _logger.warning('The forwards run in torch: the network does not export to ONNX (%s).', text)
+                return None
+        difference = _difference(predictor, engine, images)
+        if not difference <= TOLERANCE:  # NaN is no agreement
+            _logger.warning(
+                'The forwards run in torch: the probabilities of %s differ by %.1e.', engine.name, difference
+            )
+            return None
+        _engines[predictor.model] = key, engine
+        speed = _speed(predictor, engine, images)
+    if must_be_faster and speed < 1:
+        _logger.info('The forwards run in torch: %s takes %.2f times as long.', engine.name, 1 / speed)
+        return None
+    _logger.info('The forwards of masked images run in %s, %.1f times as fast as torch.', engine.name, speed)
+    return engine
+
+
+def _export(predictor: Predictor, shape: Sequence[int]) -> Engine:
+    with tempfile.TemporaryDirectory(prefix='castream-onnx-') as folder, warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # about the exporter's own code
+        path = Path(folder, 'network.onnx')
+        if sys.platform == 'linux':
+            _write_in_a_child(predictor, shape, path)
+        else:
+            _write(predictor, shape, path)
+        return Engine(path, predictor.poolings, shape)
+
+
+def _write(predictor: Predictor, shape: Sequence[int], path: Path) -> None:
+    program = torch.export.export(_Logits(predictor).eval(), (torch.zeros(*shape),), strict=False)
+    exported: Any = torch.onnx.export(program, (), dynamo=True, verbose=False)
+    exported.save(path)
+
+
+def _write_in_a_child(predictor: Predictor, shape: Sequence[int], path: Path) -> None:
+    """`_write` in another process: the exporter's libraries and tensors leave no memory behind."""
+    process = multiprocessing.get_context('fork').Process(target=_child, args=(predictor, shape, path), daemon=True)
+    process.start()
+    try:
+        process.join(_SECONDS_OF_AN_EXPORT)
+    finally:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    error = path.with_suffix('.txt')
+    if error.exists():
+        raise RuntimeError(error.read_text(encoding='utf-8'))
+    if process.exitcode:
+        raise RuntimeError(f'the process of the export ended with code {process.exitcode}')
+
+
+def _child(predictor: Predictor, shape: Sequence[int], path: Path) -> None:
+    logging.disable(logging.WARNING)  # the exporter tells its own steps
+    torch.set_num_threads(1)  # the threads of the first process are not in this one
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        _write(predictor, shape, path)
+    except Exception as error:
+        path.with_suffix('.txt').write_text(_first_line(error), encoding='utf-8')
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _difference(predictor: Predictor, engine: Engine, images: Tensor) -> float:
+    """The greatest difference of a probability, on images, darkened ones and the mean colour."""
+    tried = torch.cat([images, 0.3 * images, torch.zeros_like(images[:1])])
+    ours = engine.logits(tried, engine.poolings)
+    expected = [predictor.torch_logits(part) for part in tried.split(engine.shape[0])]
+    return max(
+        (predictor.probabilities(ours[name]) - predictor.probabilities(torch.cat([part[name] for part in expected])))
+        .abs()
+        .max()
+        .item()
+        for name in engine.poolings
+    )
+
+
+def _speed(predictor: Predictor, engine: Engine, images: Tensor) -> float:
+    """Seconds of torch for a batch over those of the engine, the least of two each."""
+    size = engine.shape[0]
+    batch = images.repeat(-(-size // len(images)), 1, 1, 1)[:size]
+    calls = (lambda: predictor.torch_logits(batch)), (lambda: engine.logits(batch, engine.poolings))
+    torch_seconds, engine_seconds = (min(_seconds(call) for _ in range(2)) for call in calls)
+    return torch_seconds / engine_seconds
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
