@@ -15,10 +15,9 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from types import FrameType, ModuleType
 from typing import NoReturn
-
-import timm
 
 from .commands import COMMANDS
 from .version import __version__
@@ -113,7 +112,7 @@ def _parse_command(argv: Sequence[str]) -> str:
         description='CA-Stream attention pooling and saliency for timm models.',
         epilog='castream COMMAND --help shows the options of a command and an example.',
     )
-    parser.add_argument('--version', action='version', version=f'timm_castream {__version__}, timm {timm.__version__}')
+    parser.add_argument('--version', action='version', version=f'timm_castream {__version__}, timm {version("timm")}')
     commands = parser.add_subparsers(metavar='COMMAND', dest='command', required=True)
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text)

@@ -9,7 +9,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from .options import add_model_options, add_size_options
+from .options import add_model_options, add_size_options, device_of
 
 EXAMPLE = 'castream app --model resnet50_castream --checkpoint last.pth.tar'
 _LOCAL = ('127.0.0.1', 'localhost', '::1')
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         args.checkpoint,
         args.pretrained,
         activation='sigmoid' if args.multilabel else 'softmax',
-        device=args.device,
+        device=device_of(args),
         use_ema=args.use_ema,
         num_classes=args.num_classes,
         **args.model_kwargs,

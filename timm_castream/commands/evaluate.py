@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
-
-from ..attribution.methods import TABLE_METHODS
 from . import SKIPPED
-from .options import add_method_options, add_model_options, add_size_options, methods_from, open_from
+from .names import names, rows
+from .options import add_method_options, add_model_options, add_size_options, device_of, methods_from, open_from
 
 EXAMPLE = 'castream evaluate --model resnet50_castream --checkpoint last.pth.tar --data-dir /data/imagenet'
 
@@ -32,13 +30,9 @@ _RECORDED = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    from ..evaluation.plan import TARGETS
-    from ..inference.engine import ENGINES
-    from ..metrics.curves import CURVE_SETTINGS
-    from ..metrics.table import DEFAULT_METRICS, METRICS
-
+    metrics, engines = rows('metrics/table', 'MetricRow'), names('inference/engine', 'ENGINES')
     add_model_options(parser)
-    add_method_options(parser, TABLE_METHODS)
+    add_method_options(parser, ('grad_cam', 'grad_cam_pp', 'score_cam'))  # those of the paper's tables
     data = parser.add_argument_group('data')
     data.add_argument('--data-dir', metavar='DIR', help='an image folder, or the folder of the data set')
     data.add_argument(
@@ -61,16 +55,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     protocol.add_argument(
         '--metrics',
         nargs='+',
-        default=list(DEFAULT_METRICS),
-        choices=METRICS,
+        choices=metrics,
         metavar='METRIC',
-        help=f'of {", ".join(METRICS)} (default: those without boxes)',
+        help=f'of {", ".join(metrics)} (default: the five of the paper)',
     )
     protocol.add_argument(
-        '--target', choices=TARGETS, default='truth', help='the class explained (default: %(default)s)'
+        '--target',
+        choices=names('evaluation/plan', 'TARGETS'),
+        default='truth',
+        help='the class explained (default: %(default)s)',
     )
     protocol.add_argument(
-        '--setting', choices=CURVE_SETTINGS, default='paper', help='of insertion and deletion (default: %(default)s)'
+        '--setting',
+        choices=names('metrics/curves', 'CURVE_SETTINGS'),
+        default='paper',
+        help='of insertion and deletion (default: %(default)s)',
     )
     protocol.add_argument(
         '--temperature',
@@ -88,8 +87,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     speed.add_argument(
         '--engine',
-        choices=ENGINES,
-        default=ENGINES[0],
+        choices=engines,
+        default=engines[0],
         help='what runs the forwards of masked images; auto: ONNX Runtime where it is faster (default: %(default)s)',
     )
     speed.add_argument('--channels-last', action='store_true', help='use this memory format')
@@ -104,17 +103,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
     from timm.data import create_loader
     from timm.utils.distributed import init_distributed_device_so
 
     from ..backbones.image_settings import image_settings
     from ..datasets import create_dataset, image_mode, read_boxes
     from ..evaluate import evaluate
-    from ..metrics.table import METRICS
+    from ..metrics.table import DEFAULT_METRICS, METRICS
 
     if args.seed < 0:
         raise ValueError(f'--seed must be at least 0, got {args.seed}.')
-    place = init_distributed_device_so(device=args.device)
+    place = init_distributed_device_so(device=device_of(args))
     device = torch.device(place['device'])
     try:
         model = open_from(args).to(device).eval()
@@ -140,14 +140,15 @@ def run(args: argparse.Namespace) -> int:
             device=device,
             persistent_workers=False,
         )
-        has_curves = any(METRICS[name].curve for name in args.metrics)
+        metrics = args.metrics or list(DEFAULT_METRICS)
+        has_curves = any(METRICS[name].curve for name in metrics)
         report = evaluate(
             model,
             loader,
             methods_from(args, model),
             args.poolings,
             args.target,
-            metrics=args.metrics,
+            metrics=metrics,
             setting=args.setting,
             layer=args.layer,
             num_samples=args.num_samples,

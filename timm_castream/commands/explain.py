@@ -6,7 +6,7 @@ import argparse
 import os
 
 from . import SKIPPED
-from .options import add_method_options, add_model_options, add_size_options, methods_from, open_from
+from .options import add_method_options, add_model_options, add_size_options, device_of, methods_from, open_from
 
 EXAMPLE = 'castream explain cat.jpg dog.jpg --model resnet50_castream --checkpoint last.pth.tar'
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     for path in args.paths:
         if os.path.isdir(path):
             raise ValueError(f'{path} is a folder: name it with --images.')
-    model = open_from(args).to(args.device).eval()
+    model = open_from(args).to(device_of(args)).eval()
     done = explain(
         model,
         paths,

@@ -6,21 +6,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..hub.load import BACKBONE_WEIGHTS
-from .options import add_model_options, add_size_options, open_from
+from .names import names
+from .options import add_model_options, add_size_options, device_of, open_from
 
 EXAMPLE = 'castream fit --model tf_efficientnet_lite0 --pretrained --images FOLDER --output fitted'
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    from ..fitting.run import LABELS
-
     add_model_options(parser)
     data = parser.add_argument_group('images')
     data.add_argument('--images', nargs='+', required=True, metavar='DIR', help='folders; every image below them')
     data.add_argument(
         '--labels',
-        choices=LABELS,
+        choices=names('fitting/run', 'LABELS'),
         default='predicted',
         help="the network's own predictions, or the names of the class folders (default: %(default)s)",
     )
@@ -75,13 +73,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from ..fit import fit
+    from ..hub.load import BACKBONE_WEIGHTS
 
     local = args.model.startswith('local-dir:')
     if not (args.pretrained or args.checkpoint or any(args.model_kwargs.get(key) for key in BACKBONE_WEIGHTS)):
         raise ValueError(
             f'{args.model} has no trained weights so far: add {"" if local else "--checkpoint FILE or "}--pretrained.'
         )
-    model = open_from(args).to(args.device)
+    model = open_from(args).to(device_of(args))
     fitted = fit(
         model,
         args.images,

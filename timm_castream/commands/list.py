@@ -5,11 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import timm
-import torch
-
-from ..backbones.architectures import unknown_name_message
-
 EXAMPLE = "castream list 'resnet*' --parameters"
 
 
@@ -19,6 +14,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import timm
+    import torch
+
+    from ..backbones.architectures import unknown_name_message
+
     names = [name for name in timm.list_models([args.filter, f'{args.filter}_castream']) if name.endswith('_castream')]
     if not names:
         raise ValueError(unknown_name_message(args.filter))

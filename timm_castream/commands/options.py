@@ -7,22 +7,22 @@ import functools
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import nn
+from .._utils.keywords import ParseKwargs
+from .names import names, rows
 
-from ..attach import POOLINGS
-from ..attribution.methods import METHODS
-from ..attribution.peers import is_peer, peers_that_work
-from ..attribution.user_methods import UserMethod
-from ..backbones.image_settings import image_settings, set_image_settings
-from ..hub.load import open_model
-from ..inference.predictor import Predictor
-from ..timm_scripts.arguments import ParseKwargs
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from ..attribution.user_methods import UserMethod
+
+# What torch.device takes.
+_DEVICE = re.compile(r'(cpu|cuda|mps|xpu|mtia|hpu|npu|mlu|xla|meta|privateuseone)(:\d+)?')
 
 
 def add_model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -39,7 +39,7 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
     group.add_argument('--num-classes', type=int, help="other than the model's own")
     add_model_kwargs(group)
     group.add_argument(
-        '--device', type=_device, default='cuda' if torch.cuda.is_available() else 'cpu', help='(default: %(default)s)'
+        '--device', type=_device, metavar='NAME', help='cpu, cuda, cuda:1, ... (default: cuda if there is one)'
     )
 
 
@@ -62,11 +62,16 @@ def add_size_options(parser: argparse._ActionsContainer) -> None:
 
 
 def _device(text: str) -> str:
-    try:
-        torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f'{text!r} is no device, valid ones are cpu, cuda, cuda:1, ...') from None
+    if not _DEVICE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f'{text!r} is no device, valid ones are cpu, cuda, cuda:1, ...')
     return text
+
+
+def device_of(args: argparse.Namespace) -> str:
+    """The device of `--device`, or the one that there is."""
+    import torch
+
+    return args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
 
 
 def _positive(text: str) -> int:
@@ -97,6 +102,9 @@ def add_model_kwargs(parser: argparse._ActionsContainer) -> None:
 
 def open_from(args: argparse.Namespace) -> nn.Module:
     """The model that the options of `add_model_options` name."""
+    from ..backbones.image_settings import set_image_settings
+    from ..hub.load import open_model
+
     model = open_model(
         args.model,
         args.checkpoint,
@@ -120,7 +128,7 @@ def add_method_options(parser: argparse.ArgumentParser, methods: Sequence[str]) 
         '--methods',
         nargs='+',
         metavar='METHOD',
-        help=f'all, or of {", ".join(METHODS)}, captum:NAME, grad-cam:NAME, torchcam:NAME with ,key=value arguments of the library, or '
+        help=f'all, or of {", ".join(rows("attribution/methods", "Method"))}, captum:NAME, grad-cam:NAME, torchcam:NAME with ,key=value arguments of the library, or '
         f'LABEL=NAME or LABEL=package.module:function (default: {" ".join(methods)}; without '
         'attention for a model without a stream)',
     )
@@ -133,7 +141,10 @@ def add_method_options(parser: argparse.ArgumentParser, methods: Sequence[str]) 
         help='saved maps of all images in their order, an array (N, h, w)',
     )
     group.add_argument(
-        '--poolings', nargs='+', choices=POOLINGS, help='(default: both, or gap for a model without a stream)'
+        '--poolings',
+        nargs='+',
+        choices=names('attach', 'POOLINGS'),
+        help='(default: both, or gap for a model without a stream)',
     )
     group.add_argument('--layer', help='another module than the pooled stage for the CAM methods')
 
@@ -146,19 +157,23 @@ def methods_from(args: argparse.Namespace, model: nn.Module) -> dict[str, UserMe
     Raises:
         ValueError: If a label is repeated, or a function or a file is not there.
     """
-    names = args.methods
-    if names is None:
-        has_stream = Predictor(model).has_stream
-        names = (
+    from ..attribution.methods import METHODS
+    from ..attribution.peers import is_peer
+    from ..inference.predictor import has_stream
+
+    words = args.methods
+    if words is None:
+        with_stream = has_stream(model)
+        words = (
             ()
             if args.maps
-            else [name for name in args.default_methods if has_stream or 'stream' not in METHODS[name].needs]
+            else [name for name in args.default_methods if with_stream or 'stream' not in METHODS[name].needs]
         )
-    if 'all' in names:
-        at = list(names).index('all')
-        names = [*names[:at], *_every_method(args, model), *names[at + 1 :]]
+    if 'all' in words:
+        at = list(words).index('all')
+        words = [*words[:at], *_every_method(args, model), *words[at + 1 :]]
     methods: dict[str, UserMethod] = {}
-    for word in (*names, *args.maps):
+    for word in (*words, *args.maps):
         label, equals, source = (word, '', word) if is_peer(word) else word.partition('=')
         if label in methods:
             raise ValueError(f'method {label!r} is given twice.')
@@ -175,6 +190,13 @@ def methods_from(args: argparse.Namespace, model: nn.Module) -> dict[str, UserMe
 
 def _every_method(args: argparse.Namespace, model: nn.Module) -> list[str]:
     """Names of the built-in methods and of those of the installed libraries that run on a model."""
+    import torch
+
+    from ..attribution.methods import METHODS
+    from ..attribution.peers import peers_that_work
+    from ..backbones.image_settings import image_settings
+    from ..inference.predictor import Predictor
+
     predictor = Predictor(model, layer=args.layer)
     noise = torch.randn(1, *image_settings(model)['input_size'], generator=torch.Generator().manual_seed(0))
     own = [name for name, row in METHODS.items() if predictor.has_stream or 'stream' not in row.needs]
@@ -182,6 +204,8 @@ def _every_method(args: argparse.Namespace, model: nn.Module) -> list[str]:
 
 
 def _load_maps(word: str, path: str) -> np.ndarray:
+    import numpy as np
+
     if not path:
         raise ValueError(f'--maps takes LABEL=FILE.npy, got {word!r}.')
     try:

@@ -7,9 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..hub import push_to_hub
-from ..hub.load import open_model
-from ..hub.repository import write_repository
 from .options import add_model_kwargs
 
 EXAMPLE = 'castream push model_best.pth.tar --model resnet50_castream --repo me/resnet50_castream.sgd90_in1k'
@@ -36,6 +33,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..hub import push_to_hub
+    from ..hub.load import open_model
+    from ..hub.repository import write_repository
+
     if bool(args.checkpoint) == args.pretrained:
         raise ValueError('Name either a CHECKPOINT or --pretrained.')
     if args.checkpoint and not Path(args.checkpoint).is_file():

@@ -9,7 +9,7 @@ recipe's mixed precision is left out on a CPU.
 from __future__ import annotations
 
 import logging
-from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,28 +21,11 @@ import timm
 import torch
 import yaml
 
-from .._utils.keywords import read_keywords
 from ..backbones.architectures import unknown_name_message
 
 RECIPES = Path(str(files('train_wrappers') / 'recipes'))
 
 _logger = logging.getLogger(__name__)
-
-
-class ParseKwargs(Action):
-    """Reads `key=value` words: Python literals, or else strings.
-
-    timm's own ParseKwargs ends in a traceback where `=` is missing.
-    """
-
-    def __call__(
-        self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
-    ) -> None:
-        try:
-            kwargs = read_keywords(values)
-        except ValueError as error:
-            raise ArgumentError(self, str(error)) from None
-        setattr(namespace, self.dest, kwargs)
 
 
 @dataclass

@@ -19,9 +19,10 @@ import timm.utils
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from .._utils.keywords import ParseKwargs
 from ..datasets import create_dataset
 from . import multilabel
-from .arguments import ParseKwargs, prepare
+from .arguments import prepare
 from .data import DataChecks
 from .finder import ScriptNotFoundError, find_script, script_release
 from .task import CAStreamTask
