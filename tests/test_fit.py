@@ -243,15 +243,16 @@ def test_the_rule_takes_accuracy_first_and_then_the_score() -> None:
         return Tried(Recipe(0, epochs, lr), accuracy, gain, 0.0)
 
     table = [tried(90, 1), tried(89.2, 9), tried(88.9, 30)]
-    assert take(table, 1.0) is table[1]
-    assert take(table, 2.0) is table[2]
+    assert take(table, 89) is table[1]
+    assert take(table, 88) is table[2]
+    assert take(table, 95) is table[0]
     close = [tried(90, 8.5), tried(89.5, 9.0), tried(90, 8.4, epochs=3)]
-    assert take(close, 1.0) is close[0]
+    assert take(close, 89) is close[0]
 
 
 def test_given_settings_alone_are_tried() -> None:
     assert {(r.stream_start, r.epochs, r.lr) for r in recipes(4, 'gap')} == {
-        (start, epochs, lr) for start in (0, 4) for epochs in (1, 3) for lr in (1e-5, 1e-4)
+        (start, epochs, lr) for start in (0, 4) for epochs in (1, 3) for lr in (3e-5, 1e-4)
     }
     assert recipes(4, 'gap', [2], [1e-3], [1]) == [Recipe(1, 2, 1e-3)]
 

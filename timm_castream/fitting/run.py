@@ -40,7 +40,7 @@ from ..hub.stream_file import backbone_name, fingerprint, weights_hash, write_sa
 from ..version import __version__
 from ..visualize import explain
 from .answer import MEASURED, METHODS, Answer, answer, report_text
-from .choice import ACCURACY_MARGINS, MAX_SCORED, Tried, accurate, recipes, take
+from .choice import MARGINS, MAX_SCORED, Tried, accurate, recipes, take
 from .classifier import choose_classifier, classifier_state, load_classifier, replace_classifier
 from .features import CachedFeatures, Features, LiveFeatures, bytes_per_image, write_features
 from .images import (
@@ -278,7 +278,7 @@ class _Fit:
         features: Features = kept
         if not keeps:
             features = LiveFeatures(self.network, lambda epoch: self._dataset(self.truth), self.workers)
-        recipe, candidate = self._choose(features, split, labels, targets)
+        recipe, candidate = self._choose(features, kept.pooled, split, labels, targets)
         attach(self.work, **self._attach_args(recipe))
         self.work.castream.load_state_dict(candidate.stream.state_dict())
         save_stream(self.work, self.output / 'stream.safetensors')
@@ -314,7 +314,8 @@ class _Fit:
             )
         else:
             _logger.info('%s is no registered model, so there is no model folder: load the stream alone.', name)
-        paths = [self.files[i].path for i in self.facts['test'][:NUM_PICTURES]]
+        test = self.facts['test']
+        paths = [self.files[i].path for i in test[:: -(-len(test) // NUM_PICTURES)]]
         explain(self.work, paths, ('attention', 'grad_cam'), self.output / 'pictures')
         with write_whole(self.output / 'report.md') as file:
             file.write(report_text(report, reached, self.facts))
@@ -410,7 +411,9 @@ class _Fit:
         replace_classifier(model, self.classes, {}, 0)
         load_classifier(model, load_file(self.output / 'classifier.safetensors'))
 
-    def _choose(self, features: Features, split: Split, labels: Tensor, targets: Targets) -> tuple[Recipe, Candidate]:
+    def _choose(
+        self, features: Features, pooled: Tensor, split: Split, labels: Tensor, targets: Targets
+    ) -> tuple[Recipe, Candidate]:
         """Trains a stream by every recipe, and takes one by the rule of `choice.take`."""
         settings = self.settings
         tried = recipes(
@@ -438,12 +441,15 @@ class _Fit:
         own = labels[split.selection]
         logits = stream_logits(self.network, features, split.selection, candidates)
         measured = [Tried(recipe, accuracy(part, own)) for recipe, part in zip(tried, logits, strict=True)]
-        margin = ACCURACY_MARGINS[settings.labels]
-        fair = accurate(measured, margin)
+        gap = accuracy(pooled_logits(self.network, pooled[split.selection]), own)
+        least = gap - MARGINS[settings.labels]
+        fair = accurate(measured, least)
+        order = torch.randperm(len(own), generator=torch.Generator().manual_seed(settings.seed))
+        scored = split.selection[order[:MAX_SCORED].sort().values]
         for i, entry in enumerate(measured):
             if entry in fair and len(fair) > 1:
-                measured[i] = self._score(entry, candidates[i], split.selection[:MAX_SCORED], labels, f'choice{i}')
-        taken = take(measured, margin)
+                measured[i] = self._score(entry, candidates[i], scored, labels, f'choice{i}')
+        taken = take(measured, least)
         self.facts['tried'] = [
             {
                 **asdict(entry.recipe),
