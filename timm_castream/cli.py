@@ -30,6 +30,7 @@ BROKEN_PIPE = 141  # as shells report it
 EXTRAS = {
     **dict.fromkeys(('torchmetrics', 'scipy', 'matplotlib'), 'eval'),
     **dict.fromkeys(('onnxruntime', 'onnx', 'onnxscript'), 'fast'),
+    'skimage': 'demo',
     'sklearn': 'demo',
     'gradio': 'app',
 }

@@ -12,7 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import make_backbone, sharpen
 from PIL import Image
+
+import timm_castream
+from timm_castream.inference.predictor import Predictor
 
 pytest.importorskip('gradio', reason='the page needs the extra app')
 playwright = pytest.importorskip('playwright.sync_api', reason='the browser is driven by the package playwright')
@@ -28,14 +32,18 @@ PATIENCE = 90_000  # milliseconds
 
 @pytest.fixture(scope='module')
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    from timm_castream.app import create_app, open_for_page, serve
+    from timm_castream.app import PageModel, create_app, serve
     from timm_castream.app.space import write_examples
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('GRADIO_TEMP_DIR', str(tmp_path_factory.mktemp('gradio')))
         patch.setenv('GRADIO_ANALYTICS_ENABLED', 'False')
-        examples = write_examples(tmp_path_factory.mktemp('examples'), digits=True)
-        app = create_app(open_for_page(), examples, choose_model=True)
+        examples = write_examples(tmp_path_factory.mktemp('examples'))
+        model: Any = sharpen(timm_castream.attach(make_backbone('test_resnet')))
+        names = tuple(f'thing {i}' for i in range(10))
+        model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': (3, 64, 64), 'label_names': names}
+        opened = PageModel(Predictor(model), 'test_resnet_castream', 'Its weights are drawn for a test.')
+        app = create_app(opened, examples, choose_model=True)
         _, address, _ = serve(app, prevent_thread_lock=True)
         yield address
         app.close()
@@ -109,7 +117,7 @@ def pixels(page: Any, selector: str) -> np.ndarray:
 def test_the_page_opens_with_an_example_and_loads_nothing_from_other_hosts(page: Any, url: str) -> None:
     assert len(sources(page)) == 6  # three methods, two poolings
     assert page.locator('#cs-attention img').count() == 5
-    assert 'digit 6' in page.inner_text('#cs-classes')
+    assert 'thing' in page.inner_text('#cs-classes')
     outside = [address for address in page.requests if not address.startswith((url, 'data:', 'blob:'))]
     assert outside == []
 
@@ -120,7 +128,7 @@ def test_a_photograph_is_uploaded_a_class_is_chosen_and_the_overlays_change(page
     first = sources(page)
     drawn = pixels(page, '#cs-maps .cs-picture')
     chosen = page.locator('#cs-classes li.cs-chosen span').first.inner_text()
-    choose(page, next(f'digit {i}' for i in (1, 2) if f'digit {i}' != chosen))
+    choose(page, next(f'thing {i}' for i in (1, 2) if f'thing {i}' != chosen))
     second = sources(page)
     assert len(second) == 6 and all(old != new for old, new in zip(first, second, strict=True))
     assert np.abs(pixels(page, '#cs-maps .cs-picture') - drawn).mean() > 1
@@ -175,10 +183,10 @@ def test_two_users_see_their_own_class(page: Any, browser: Any, url: str) -> Non
     other = browser.new_page()
     other.goto(url, wait_until='domcontentloaded')
     other.wait_for_selector('#cs-maps img')
-    choose(page, 'digit 1')
-    choose(other, 'digit 2')
-    assert '“digit 1”' in page.inner_text('#cs-maps')
-    assert '“digit 2”' in other.inner_text('#cs-maps')
+    choose(page, 'thing 1')
+    choose(other, 'thing 2')
+    assert '“thing 1”' in page.inner_text('#cs-maps')
+    assert '“thing 2”' in other.inner_text('#cs-maps')
     other.close()
 
 

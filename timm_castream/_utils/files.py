@@ -39,3 +39,18 @@ def write_whole(path: str | os.PathLike[str], mode: str = 'w') -> Iterator[Any]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Moves every file below a folder to the same place below another one, where it replaces an older file.
+
+    Args:
+        source: A folder.
+        target: A folder on the same file system.
+    """
+    for file in sorted(source.rglob('*')):
+        moved = target / file.relative_to(source)
+        if file.is_dir():
+            moved.mkdir(exist_ok=True)
+        else:
+            os.replace(file, moved)

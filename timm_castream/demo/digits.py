@@ -1,4 +1,4 @@
-"""The demo: trains a GAP network and then its CA-Stream on real pixels, and compares the saliency of both poolings.
+"""Digits: trains a GAP network and then its CA-Stream on real pixels, and compares the saliency of both poolings.
 
 `test_resnet` at stride 8 on `datasets.DigitScenes`: the paper's protocol in minutes on a laptop. Training is timm's
 task, optimiser, scheduler and loader; the comparison is `evaluate.evaluate`.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import tempfile
 import time
@@ -25,16 +24,17 @@ from timm.task import ClassificationTask
 from torch import nn
 from tqdm import tqdm
 
-from .attach import POOLINGS, forward_both
-from .attribution.methods import TABLE_METHODS
-from .datasets import DigitScenes
-from .evaluate import evaluate
-from .evaluation.report import Report
-from .hub import save_stream
-from .hub.repository import write_repository
-from .hub.stream_file import write_safetensors
-from .version import __version__
-from .visualize import draw_grid, saliency_row, save
+from .._utils.files import move_files
+from ..attach import POOLINGS, forward_both
+from ..attribution.methods import TABLE_METHODS
+from ..datasets import DigitScenes
+from ..evaluate import evaluate
+from ..evaluation.report import Report
+from ..hub import save_stream
+from ..hub.repository import write_repository
+from ..hub.stream_file import write_safetensors
+from ..version import __version__
+from ..visualize import draw_grid, saliency_row, save
 
 NUM_PICTURES = 4
 
@@ -124,12 +124,7 @@ def run(output_dir: str | Path, seed: int = 0, settings: DemoSettings | None = N
         )
         minutes = (time.monotonic() - start) / 60
         (folder / 'report.md').write_text(_report_text(report, facts, output, minutes), encoding='utf-8')
-        for file in sorted(folder.rglob('*')):
-            target = output / file.relative_to(folder)
-            if file.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                os.replace(file, target)
+        move_files(folder, output)
     return report
 
 
@@ -266,7 +261,7 @@ def _report_text(report: Report, facts: dict[str, Any], output: Path, minutes: f
     quick = ' --quick' if settings == asdict(QUICK) else ''
     return f"""# CA-Stream and global average pooling on handwritten digits
 
-`castream demo --seed {facts['seed']}{quick}`: {minutes:.1f} minutes with {torch.get_num_threads()} threads on
+`castream demo --train --seed {facts['seed']}{quick}`: {minutes:.1f} minutes with {torch.get_num_threads()} threads on
 {platform.machine()}, torch {torch.__version__}, timm {timm.__version__}, timm_castream {__version__}.
 
 A `test_resnet` was trained on {settings['train_images']} images of digits on photographs, 64 x 64 pixels, for
