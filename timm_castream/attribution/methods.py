@@ -33,7 +33,7 @@ class Method:
         name: Key in Python, on the command line and in files.
         title: Name in tables and pictures.
         saliency: Maps of a batch under a pooling, (B, K, h, w) in [0, 1].
-        needs: Of `'stream'`, `'feature maps'`, `'grid'`, `'gradients'`, `'masked forwards'`, `'seed'`.
+        needs: Of `'stream'`, `'feature maps'`, `'grid'`, `'gradients'`, `'masked forwards'`, `'seed'`, `'saved maps'`.
         in_paper: Whether the paper shows the method.
         source: Name, callable or arrays behind a method of the user.
         check: Function that raises ValueError if the method cannot run on a network, before long work.

@@ -76,7 +76,7 @@ def _user_method(label: str, value: Any) -> Method:
             f'method {label!r} must be a name, a callable, an array of shape (N, h, w) or a mapping from a pooling to '
             f'such arrays, got {given}.'
         )
-    return Method(label, label, _SavedMaps(label, arrays), source=arrays)
+    return Method(label, label, _SavedMaps(label, arrays), frozenset({'saved maps'}), source=arrays)
 
 
 def _to_numpy(array: Any) -> np.ndarray:

@@ -54,10 +54,10 @@ class Bootstrap:
         self._image_of_pair = np.searchsorted(values.images['image'], values.pairs['image'])
         cells: list[Cell] = [(p, m, k) for p in poolings for m in methods for k in metrics]
         self._boxed = [cell for cell in cells if 'boxes' in METRICS[cell[2]].needs]
-        # Metrics without boxes are defined for every pair, so one product serves all of them.
+        # MaxBoxAccV2 has many numbers a pair, so metrics of boxes are averaged one by one, the others in one product.
         others = [cell for cell in cells if cell not in self._boxed]
         self._groups: list[tuple[list[Cell], tuple[np.ndarray, np.ndarray]]] = [
-            (others, self._sums([values.pairs['/'.join(cell)] for cell in others])),
+            (others, self._sums([self._column(cell) for cell in others])),
             (
                 [(p, 'confidence') for p in self._poolings],
                 self._sums([100 * values.pairs[f'{p}/prob'] for p in self._poolings]),
@@ -89,28 +89,35 @@ class Bootstrap:
             if name[0] == first and (second, *name[1:]) in self._point
         }
 
+    def _column(self, cell: Cell) -> np.ndarray:
+        """(R,) values of a metric, NaN for pairs without a value under one of the poolings: the others are paired."""
+        pooling, *name = cell
+        arrays = {p: self._values.pairs['/'.join((p, *name))] for p in self._poolings}
+        undefined = np.any([np.isnan(array) for array in arrays.values()], axis=0)
+        return np.where(undefined, np.nan, arrays[pooling])
+
     def _sums(self, columns: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Sums over the pairs of each image, (N, m), and the number of pairs that are not NaN, (N,).
+        """Sums over the pairs of each image that are not NaN, and their number, (N, m) each.
 
         Args:
             columns: (R,) or (R, m) arrays.
         """
         num_images = len(self._values.images['image'])
         pairs = np.column_stack(columns) if columns else np.zeros((len(self._image_of_pair), 0))
-        defined = ~np.isnan(pairs).any(1)
-        sums = np.zeros((num_images, pairs.shape[1]))
-        np.add.at(sums, self._image_of_pair[defined], pairs[defined])
-        counts = np.bincount(self._image_of_pair[defined], minlength=num_images).astype(float)
+        defined = ~np.isnan(pairs)
+        sums, counts = np.zeros((num_images, pairs.shape[1])), np.zeros((num_images, pairs.shape[1]))
+        np.add.at(sums, self._image_of_pair, np.where(defined, pairs, 0))
+        np.add.at(counts, self._image_of_pair, defined)
         return sums, counts
 
     def _averages(self, weights: np.ndarray) -> np.ndarray:
         """(S, names) under (S, N) weights of the images."""
         with np.errstate(invalid='ignore'):
-            parts = [(weights @ sums) / (weights @ counts)[:, None] for _, (sums, counts) in self._groups]
+            parts = [(weights @ sums) / (weights @ counts) for _, (sums, counts) in self._groups]
             for cell in self._boxed:  # one after the other: MaxBoxAccV2 has 768 numbers a pair
                 array = self._values.pairs['/'.join(cell)]
                 sums, counts = self._sums([np.where(self._has_box, array.reshape(len(array), -1), np.nan)])
-                means = (weights @ sums) / (weights @ counts)[:, None]
+                means = (weights @ sums) / (weights @ counts[:, :1])
                 parts.append(METRICS[cell[2]].from_means(means)[:, None])
         return np.concatenate([*parts, self._accuracy(weights)], axis=1)
 

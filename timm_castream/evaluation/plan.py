@@ -15,6 +15,7 @@ from ..attach import POOLINGS
 from ..attribution.methods import Method
 from ..inference.predictor import Predictor
 from ..metrics.curves import CurveSetting, curve_setting
+from ..metrics.measurements import EXPLAIN_AGAIN, READ_SEED
 from ..metrics.table import DEFAULT_METRICS, METRICS, MetricRow
 
 TARGETS = ('truth', 'predicted')
@@ -55,6 +56,13 @@ class Plan:
         check_names('target', (self.target,), TARGETS)
         curve_setting(self.setting)
         _check_temperature(self.temperature, self.poolings)
+        again = next((row.name for row in self.metric_rows if row.needs & EXPLAIN_AGAIN), None)
+        saved = next((method.name for method in self.methods if 'saved maps' in method.needs), None)
+        if again and saved:
+            raise ValueError(
+                f'metric {again!r} explains other images or weights, for which method {saved!r} has no saved maps: '
+                'leave one of them out.'
+            )
 
     @property
     def metric_rows(self) -> tuple[MetricRow, ...]:
@@ -98,7 +106,11 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """What a folder of an unfinished evaluation must agree on, plain data: exactly what changes values."""
         # Without a subset and without random maps the seed changes the intervals alone.
-        reads_seed = self.num_samples is not None or any('seed' in method.needs for method in self.methods)
+        reads_seed = (
+            self.num_samples is not None
+            or any('seed' in method.needs for method in self.methods)
+            or bool(READ_SEED & set(self.needs))
+        )
         temperature = self.temperature
         if isinstance(temperature, Mapping):
             temperature = {name: float(temperature[name]) for name in self.poolings}

@@ -8,6 +8,7 @@ Letters: B images, C classes, M methods, H x W pixels; R pairs of an image and a
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -85,7 +86,9 @@ class Protocol:
         image = valid.nonzero()[:, 0]
         pairs = {'image': position[image]}
         if len(image):
-            references = References(predictor, x, prob, self.plan.curve_setting, self._constants)
+            references = References(
+                predictor, x, prob, self.plan.curve_setting, self._constants, position, self.plan.seed
+            )
             maps = explain(batch, classes)
             groups = {}
             for p in predictor.poolings:
@@ -101,7 +104,7 @@ class Protocol:
                     classes[p][valid].repeat(len(methods))[:, None],
                     torch.cat(saliency),
                     find_boxes,
-                    functools.partial(self._explain_others, position, classes, valid, p),
+                    functools.partial(self._explain_others, p, position[image], classes[p][valid]),
                 )
             measured = measure(self.plan.needs, groups)
             for p, group in groups.items():
@@ -130,13 +133,27 @@ class Protocol:
                 values[f'{pooling}/{method.name}/{name}'] = parts[position]
         return values
 
-    def _explain_others(
-        self, position: Tensor, classes: dict[str, Tensor], valid: Tensor, pooling: str, images: Tensor
-    ) -> Tensor:
-        """(M * R, H, W): maps of other images, (B, channels, H, W), for the same classes."""
-        maps = explain(Batch(self.predictor, images, self.plan.methods, position, self.plan.seed), classes)
-        size = images.shape[2:]
-        return torch.cat([resize_saliency(maps[pooling, method.name][valid], size) for method in self.plan.methods])
+    def _explain_others(self, pooling: str, position: Tensor, classes: Tensor, images: Tensor, index: Tensor) -> Tensor:
+        """(N, H, W): maps of other images by the methods and for the classes of (N,) maps, of R pairs a method.
+
+        Args:
+            pooling: The pooling.
+            position: (R,) positions of the images of the pairs in the data set.
+            classes: (R,) classes of the pairs.
+            images: (N, channels, H, W).
+            index: (N,) the maps that the images belong to.
+        """
+        predictor = copy.copy(self.predictor)
+        predictor.poolings = (pooling,)
+        maps = images.new_empty(len(images), *images.shape[2:])
+        method, pair = index // len(position), index % len(position)
+        for number in method.unique().tolist():
+            row, chosen = self.plan.methods[number], (method == number).nonzero()[:, 0]
+            pairs = pair[chosen]
+            batch = Batch(predictor, images[chosen], (row,), position[pairs], self.plan.seed)
+            saliency = explain(batch, {pooling: classes[pairs]})[pooling, row.name][:, 0]
+            maps[chosen] = resize_saliency(saliency, images.shape[2:]).to(maps)
+        return maps
 
     def _outcome(self, labels: Tensor, prob: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whether the predictions are right, in percent; of multi-label data the labels and the probabilities."""

@@ -32,6 +32,7 @@ __all__ = [
     'AverageIncrease',
     'Deletion',
     'Insertion',
+    'area_over_shares',
     'area_under_curve',
     'average_drop',
     'average_gain',
@@ -99,6 +100,23 @@ def area_under_curve(curve: Tensor) -> Tensor:
         raise ValueError(f'curve must have shape (B, n + 1) with n of at least 1, got {tuple(curve.shape)}.')
     _check_probabilities('curve', curve)
     return 100 * torch.trapezoid(curve, dim=1) / (curve.shape[1] - 1)
+
+
+def area_over_shares(curve: Tensor, shares: Tensor) -> Tensor:
+    """Area under each curve over the true share of the pixels, in percent: the last step may be smaller.
+
+    Args:
+        curve: (B, n + 1) probabilities.
+        shares: (B, n + 1) shares of the pixels changed, from 0 to 1.
+
+    Returns:
+        (B,) values in [0, 100].
+
+    Raises:
+        ValueError: As `area_under_curve`.
+    """
+    area_under_curve(curve)  # checks the curve
+    return 100 * torch.trapezoid(curve, shares.to(curve), dim=1)
 
 
 class _ImageMean(Metric):

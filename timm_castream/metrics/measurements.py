@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,10 @@ from .curves import CurveSetting, blur, perturbation_curves, saliency_rank
 MEASUREMENTS: dict[str, Callable[[MapGroup], Tensor]] = {}
 REFERENCES: dict[str, Callable[[References], Tensor]] = {}
 _OF_ONE_POOLING: set[str] = set()
+READ_SEED: set[str] = set()
+"""Measurements that depend on the seed of the evaluation."""
+EXPLAIN_AGAIN: set[str] = set()
+"""Measurements that run the methods on other images or weights, which saved maps cannot."""
 
 FunctionT = TypeVar('FunctionT', bound=Callable[[Any], Tensor])
 
@@ -53,6 +58,18 @@ def measurement_of_one_pooling(function: FunctionT) -> FunctionT:
     """As `measurement`, for a function that gets groups of one pooling alone and returns (T, ...)."""
     _OF_ONE_POOLING.add(function.__name__)
     return measurement(function)
+
+
+def reads_seed(function: FunctionT) -> FunctionT:
+    """Adds the name of a measurement to `READ_SEED`."""
+    READ_SEED.add(function.__name__)
+    return function
+
+
+def explains_again(function: FunctionT) -> FunctionT:
+    """A measurement of one pooling that calls `MapGroup.explain`; its name is in `EXPLAIN_AGAIN` too."""
+    EXPLAIN_AGAIN.add(function.__name__)
+    return measurement_of_one_pooling(function)
 
 
 def reference(function: FunctionT) -> FunctionT:
@@ -75,6 +92,8 @@ class References:
         probabilities: {pooling: (B, classes)} of x.
         setting: Of the curves.
         constants: Probabilities of the images that are the same for all, kept from batch to batch.
+        indices: (B,) positions of the images in their data set. None: 0 to B - 1.
+        seed: Of `noise`.
     """
 
     def __init__(
@@ -84,10 +103,14 @@ class References:
         probabilities: dict[str, Tensor],
         setting: CurveSetting,
         constants: dict[Any, dict[str, Tensor]],
+        indices: Tensor | None = None,
+        seed: int = 0,
     ) -> None:
         self.predictor = predictor
         self.x = x
         self.setting = setting
+        self.indices = torch.arange(len(x)) if indices is None else indices.cpu()
+        self.seed = seed
         self._constants = constants
         self._images: dict[str, Tensor] = {'image': x}
         self._probabilities: dict[str, dict[str, Tensor]] = {'image': probabilities}
@@ -113,6 +136,14 @@ class References:
                 self._probabilities[name] = self._predict(images)
         return self._probabilities[name]
 
+    def noise(self, number: int = 0) -> Tensor:
+        """(B, C, H, W) standard normal: it depends on the seed, the position of an image and the number alone."""
+        rows = [
+            np.random.default_rng((self.seed, index, number)).standard_normal(self.x.shape[1:], dtype=np.float32)
+            for index in self.indices.tolist()
+        ]
+        return torch.from_numpy(np.stack(rows)).to(self.x)
+
     def _predict(self, images: Tensor) -> dict[str, Tensor]:
         logits = self.predictor.all_logits(images)
         return {pooling: self.predictor.probabilities(value, pooling) for pooling, value in logits.items()}
@@ -129,8 +160,8 @@ class MapGroup:
         classes: (T, Q) the class that each map explains under each pooling.
         saliency: (T, H, W) in [0, 1].
         find_boxes: From (P,) images and (P,) classes to (P, J, 4) boxes. None where no metric reads boxes.
-        explain: From (B, C, H, W) images to (T, H, W): the same methods' maps of other images for the same classes, for
-            metrics of stability. Groups of one pooling have it.
+        explain: From (N, C, H, W) images and the (N,) maps that they belong to, to (N, H, W): maps of these images by
+            the methods and for the classes of those maps. Groups of one pooling have it.
     """
 
     references: References
@@ -139,7 +170,7 @@ class MapGroup:
     classes: Tensor
     saliency: Tensor
     find_boxes: Callable[[Tensor, Tensor], Tensor] | None = None
-    explain: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+    explain: Callable[[Tensor, Tensor], Tensor] | None = field(default=None, repr=False)
 
     @property
     def predictor(self) -> Predictor:
@@ -178,6 +209,12 @@ class MapGroup:
         """(N, C, H, W): the images of (N,) maps, multiplied by (N, H, W) masks before normalisation."""
         return self.predictor.mask(self.references.x[self.image[index]], masks)
 
+    def explain_each(self, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """(T, H, W): the maps of one image a map; `make` gives (N, C, H, W) images of (N,) maps."""
+        assert self.explain is not None  # a measurement of one pooling asks
+        every = torch.arange(len(self.saliency), device=self.saliency.device)
+        return torch.cat([self.explain(make(index), index) for index in every.split(len(self.references.x))])
+
     def _of_classes(self, probabilities: dict[str, Tensor], index: Tensor) -> Tensor:
         classes = self.classes[index].unbind(1)
         return torch.stack(
@@ -197,6 +234,13 @@ def zeros(references: References) -> Tensor:
     return torch.zeros_like(references.x[:1])
 
 
+@reference
+def black(references: References) -> Tensor:
+    """Pixels of value 0 before normalisation."""
+    mean, std = references.predictor.normalisation(references.x)
+    return (-mean / std).expand(1, *references.x.shape[1:])
+
+
 @measurement
 def masked_prob(maps: MapGroup) -> Tensor:
     """(T, Q) probability of the class on the image masked by the map."""
@@ -213,6 +257,53 @@ def insertion_curve(maps: MapGroup) -> Tensor:
 def deletion_curve(maps: MapGroup) -> Tensor:
     """(T, n + 1, Q) from the image to the mean colour."""
     return perturbed(maps, 'image', 'zeros')
+
+
+@measurement
+def insertion_black_curve(maps: MapGroup) -> Tensor:
+    """(T, n + 1, Q) from black to the image."""
+    return perturbed(maps, 'black', 'image')
+
+
+@measurement
+def insertion_mean_curve(maps: MapGroup) -> Tensor:
+    """(T, n + 1, Q) from the mean colour to the image."""
+    return perturbed(maps, 'zeros', 'image')
+
+
+@measurement
+def deletion_black_curve(maps: MapGroup) -> Tensor:
+    """(T, n + 1, Q) from the image to black."""
+    return perturbed(maps, 'image', 'black')
+
+
+@measurement
+def deletion_blur_curve(maps: MapGroup) -> Tensor:
+    """(T, n + 1, Q) from the image to the blurred image."""
+    return perturbed(maps, 'image', 'blurred')
+
+
+@measurement_of_one_pooling
+def pixel_shares(maps: MapGroup) -> Tensor:
+    """(T, n + 1) the share of the pixels that has changed at each point of a curve."""
+    num_pixels = maps.saliency[0].numel()
+    step = maps.references.setting.rows * maps.saliency.shape[2]
+    changed = torch.arange(-(-num_pixels // step) + 1, device=maps.saliency.device) * step
+    return (changed.clamp(max=num_pixels) / num_pixels).expand(len(maps.saliency), -1)
+
+
+@measurement
+def top_half_prob(maps: MapGroup) -> Tensor:
+    """(T, Q) probability of the class on the image masked by the map, of which the top half of the pixels is kept.
+
+    Score-CAM's authors (arXiv 1910.01279, section 4.2) mute the other half. Of equal pixels the first ones are kept.
+    """
+
+    def changed(index: Tensor) -> Tensor:
+        kept = maps.rank[index] < maps.rank[0].numel() // 2
+        return maps.mask(index, maps.saliency[index] * kept)
+
+    return maps.predict_each(changed)
 
 
 @measurement_of_one_pooling

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .faithfulness import area_under_curve, average_drop, average_gain, average_increase
+from . import road  # noqa: F401 its measurements
+from .faithfulness import area_over_shares, area_under_curve, average_drop, average_gain, average_increase
 from .localization import energy_pointing_game, localization_error, pointing_game
 from .max_box_acc import best_levels, box_accuracy_hits
+from .robustness import adcc, coherency, complexity, rank_correlation, structural_similarity
 
 __all__ = ['DEFAULT_METRICS', 'METRICS', 'Measurements', 'MetricRow']
 
@@ -31,6 +33,9 @@ class Measurements(SimpleNamespace):
 
     def __getattr__(self, name: str) -> Tensor:
         raise AttributeError(f'{name} was not measured: a row of METRICS that reads it names it in needs.')
+
+
+Values = Callable[[Measurements], Tensor]
 
 
 def _first(means: np.ndarray) -> np.ndarray:
@@ -59,7 +64,7 @@ class MetricRow:
     symbol: str
     higher_is_better: bool
     needs: frozenset[str]
-    values: Callable[[Measurements], Tensor]
+    values: Values
     from_means: Callable[[np.ndarray], np.ndarray] = _first
     in_default: bool = False
     curve: str = ''
@@ -68,6 +73,18 @@ class MetricRow:
     def heading(self) -> str:
         """The symbol with an arrow towards better values."""
         return f'{self.symbol} {"↑" if self.higher_is_better else "↓"}'
+
+
+def _of_top_half(value: Callable[[Tensor, Tensor], Tensor]) -> Values:
+    return lambda m: value(m.prob, m.top_half_prob)
+
+
+def _over_shares(curve: str) -> Values:
+    return lambda m: area_over_shares(getattr(m, curve), m.pixel_shares)
+
+
+def _with_randomised(compare: Callable[[Tensor, Tensor], Tensor]) -> Values:
+    return lambda m: torch.stack([compare(m.saliency, other) for other in m.maps_of_randomised.unbind(1)]).mean(0)
 
 
 _MASKED, _BOXES = frozenset({'masked_prob'}), frozenset({'saliency', 'boxes'})
@@ -147,6 +164,92 @@ METRICS: dict[str, MetricRow] = {
             _BOXES,
             lambda m: box_accuracy_hits(m.saliency, m.boxes).flatten(1),
             lambda means: best_levels(torch.from_numpy(means)).numpy(),
+        ),
+        *(
+            MetricRow(
+                f'{name}_top50',
+                f'{title}, top 50 % of the pixels',
+                f'{symbol}50',
+                higher_is_better,
+                frozenset({'top_half_prob'}),
+                _of_top_half(value),
+            )
+            for name, title, symbol, higher_is_better, value in (
+                ('average_drop', 'Average Drop', 'AD', False, average_drop),
+                ('average_gain', 'Average Gain', 'AG', True, average_gain),
+                ('average_increase', 'Average Increase', 'AI', True, average_increase),
+            )
+        ),
+        *(
+            MetricRow(
+                name,
+                title,
+                symbol,
+                higher_is_better,
+                frozenset({curve, 'pixel_shares'}),
+                _over_shares(curve),
+                curve='' if curve in ('insertion_curve', 'deletion_curve') else curve,
+            )
+            for name, title, symbol, higher_is_better, curve in (
+                ('insertion_share', 'Insertion over the true share', 'I share', True, 'insertion_curve'),
+                ('deletion_share', 'Deletion over the true share', 'D share', False, 'deletion_curve'),
+                ('insertion_black', 'Insertion into black', 'I black', True, 'insertion_black_curve'),
+                ('insertion_mean', 'Insertion into the mean colour', 'I mean', True, 'insertion_mean_curve'),
+                ('deletion_black', 'Deletion to black', 'D black', False, 'deletion_black_curve'),
+                ('deletion_blur', 'Deletion to the blurred image', 'D blur', False, 'deletion_blur_curve'),
+            )
+        ),
+        MetricRow(
+            'road_morf',
+            'ROAD, most relevant first',
+            'ROAD MoRF',
+            False,
+            frozenset({'road_morf_prob'}),
+            lambda m: 100 * m.road_morf_prob.mean(1),
+        ),
+        MetricRow(
+            'road_lerf',
+            'ROAD, least relevant first',
+            'ROAD LeRF',
+            True,
+            frozenset({'road_lerf_prob'}),
+            lambda m: 100 * m.road_lerf_prob.mean(1),
+        ),
+        MetricRow(
+            'coherency',
+            'Coherency',
+            'Coh',
+            True,
+            frozenset({'saliency', 'map_of_masked'}),
+            lambda m: coherency(m.saliency, m.map_of_masked),
+        ),
+        MetricRow('complexity', 'Complexity', 'Com', False, frozenset({'saliency'}), lambda m: complexity(m.saliency)),
+        MetricRow(
+            'adcc',
+            'Average DCC',
+            'ADCC',
+            True,
+            _MASKED | {'saliency', 'map_of_masked'},
+            lambda m: adcc(
+                coherency(m.saliency, m.map_of_masked), complexity(m.saliency), average_drop(m.prob, m.masked_prob)
+            ),
+        ),
+        *(
+            MetricRow(
+                name, title, symbol, False, frozenset({'saliency', 'maps_of_randomised'}), _with_randomised(compare)
+            )
+            for name, title, symbol, compare in (
+                ('randomisation', 'Rank correlation under randomised weights', 'Rand', rank_correlation),
+                ('randomisation_ssim', 'SSIM under randomised weights', 'Rand SSIM', structural_similarity),
+            )
+        ),
+        MetricRow(
+            'stability',
+            'Relative change under noise',
+            'Stab',
+            False,
+            frozenset({'map_stability'}),
+            lambda m: m.map_stability,
         ),
     )
 }
