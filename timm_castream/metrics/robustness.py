@@ -73,11 +73,13 @@ def stability(saliency: Tensor, others: Tensor, x: Tensor, noisy: Tensor) -> Ten
         noisy: (K, T, C, H, W).
 
     Returns:
-        (T,) at least 0; NaN for a map of zeros.
+        (T,) at least 0. The relative change of a map of zeros is 1 if another map is none, else 0.
     """
-    of_map = (others - saliency).flatten(2).norm(dim=2) / saliency.flatten(1).norm(dim=1)
+    changed = (others - saliency).flatten(2).norm(dim=2)
+    norm = saliency.flatten(1).norm(dim=1)
+    of_map = torch.where(norm > 0, changed / norm, (changed > 0).to(changed))
     of_image = (noisy - x).flatten(2).norm(dim=2) / x.flatten(1).norm(dim=1)
-    return 100 * (of_map / of_image).amax(0).where(saliency.flatten(1).amax(1) > 0, torch.nan)
+    return 100 * (of_map / of_image).amax(0)
 
 
 def coherency(saliency: Tensor, of_masked: Tensor) -> Tensor:
