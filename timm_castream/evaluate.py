@@ -85,7 +85,8 @@ def evaluate(
             maximum.
         poolings: `'gap'`, `'ca'` or both. None: both for a model with a stream, `'gap'` for others: their own forward.
         target: The class explained: `'truth'`, the label, or `'predicted'`, under each pooling its own prediction. The
-            metrics of boxes then count the images whose predictions have a box under both poolings.
+            metrics of boxes then count the images whose predictions have a box under both poolings. A function gets the
+            output for one image, (C,), and gives one number in [0, 1] that takes the place of the probability.
         metrics: Names of `metrics.METRICS`. Only what they need is computed. Those of localisation need a data set
             with boxes.
         setting: Insertion and Deletion as in `metrics.CURVE_SETTINGS`: `'paper'` or `'rise'`.
@@ -143,6 +144,7 @@ def evaluate(
         torchcompile=torchcompile,
         mean=mean,
         std=std,
+        score=target if callable(target) else None,
     )
     check_engine(engine, predictor, amp_dtype)
     num_classes = _num_classes(predictor, source)
@@ -226,7 +228,8 @@ def _check(plan: Plan, source: ImageSource, predictor: Predictor, num_classes: i
         raise ValueError(
             f"temperature 'fit' needs images outside the sample: choose num_samples below {len(source.dataset)}."
         )
-    source.check_classes(predictor.backbone, num_classes, plan.target)
+    if not callable(plan.target):
+        source.check_classes(predictor.backbone, num_classes, plan.target)
     predictor.check_needs(plan.methods, torch.zeros(1, *source.input_size, device=predictor.device))
 
 

@@ -528,3 +528,48 @@ def test_a_layer_that_runs_more_than_once_is_refused(model: nn.Module, x: Tensor
     model.layer3[0].drop_block, model.layer4[0].drop_block = shared, shared
     with pytest.raises(ValueError, match='runs 2 times before the pooling'):
         attribute(model, x, 'grad_cam', layer='layer4.0.drop_block')
+
+
+@pytest.mark.parametrize(
+    'method', ['grad_cam', 'hires_cam', 'captum:InputXGradient', 'grad-cam:GradCAM', 'torchcam:LayerCAM']
+)
+@pytest.mark.parametrize('mode', POOLINGS)
+def test_a_function_of_the_output_that_picks_a_class_gives_the_maps_of_the_class(
+    mode: str, method: str, model: nn.Module, x: Tensor
+) -> None:
+    maps = attribute(model, x, method, lambda output: output[3], mode)
+    torch.testing.assert_close(maps, attribute(model, x, method, 3, mode), atol=1e-5, rtol=0)
+    assert maps.shape[:1] == (2,) and maps.ndim == 3
+
+
+def test_the_similarity_of_an_embedding_is_a_target_as_in_torch_cam(model: nn.Module, x: Tensor) -> None:
+    model.reset_classifier(0)
+    wanted = torch.randn(96, generator=torch.Generator().manual_seed(1))
+
+    def similarity(embedding: Tensor) -> Tensor:
+        return torch.cosine_similarity(embedding, wanted, dim=0)
+
+    with pooling(model, 'gap'), TorchCamGradCAM(model, 'layer4') as extractor:
+        expected = extractor(scores=model(x), targets=similarity)[0]
+    for name in ('grad_cam', 'torchcam:GradCAM'):
+        maps = attribute(model, x, name, similarity, 'gap')
+        for b in range(2):
+            np.testing.assert_allclose(maps[b].numpy(), unit_range(expected[b].detach().numpy()), atol=1e-4)
+    assert expected.std() > 0.1
+
+
+def test_score_cam_weighs_by_the_values_of_a_function(model: nn.Module, x: Tensor) -> None:
+    maps = attribute(model, x, 'score_cam', lambda output: output.softmax(0)[3], 'gap')
+    torch.testing.assert_close(maps, attribute(model, x, 'score_cam', 3, 'gap'), atol=1e-5, rtol=0)
+
+
+def test_one_regression_output_is_explained_as_it_is(make_model: Callable[..., nn.Module], x: Tensor) -> None:
+    model = make_model('test_resnet', {'num_classes': 1})
+    maps = attribute(model, x, 'grad_cam', lambda output: output, 'gap')
+    negative = attribute(model, x, 'grad_cam', lambda output: -output[0], 'gap')
+    assert (maps * negative).abs().max() < 1e-6 < (maps - negative).abs().max()
+
+
+def test_a_function_that_gives_no_number_is_refused(model: nn.Module, x: Tensor) -> None:
+    with pytest.raises(ValueError, match=r'target as a function gets .*\(10,\).* got \(10,\)'):
+        attribute(model, x, 'grad_cam', lambda output: output)

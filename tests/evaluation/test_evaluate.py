@@ -7,7 +7,7 @@ import csv
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -663,3 +663,19 @@ def test_a_wrapper_that_normalises_is_measured_as_its_model_on_normalised_images
         assert given.figures[key].value == pytest.approx(estimate.value, abs=1e-2), key
     with pytest.raises(ValueError, match='Sequential changes its images'):
         evaluate(wrapper, DataLoader(TensorDataset(pixels, labels), 2), methods, metrics=metrics)
+
+
+def test_a_function_of_the_output_takes_the_place_of_the_probability(make_model: Callable[..., nn.Module]) -> None:
+    model = make_model('test_resnet')
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(images, torch.full((4,), 3)), 2)
+    metrics = ('average_drop', 'average_gain', 'deletion')
+    by_class = evaluate(model, loader, ('centre', 'score_cam'), metrics=metrics)
+    ages = DataLoader(TensorDataset(images, torch.tensor([31.5, 8.0, 64.0, 20.0])), 2)  # no class indices
+    report = evaluate(model, ages, ('centre', 'score_cam'), target=lambda output: output.softmax(0)[3], metrics=metrics)
+    for key, estimate in by_class.figures.items():
+        assert report[key].value == pytest.approx(estimate.value, abs=1e-3)
+    assert report.confidence['ca'].value == pytest.approx(by_class.confidence['ca'].value, abs=1e-3)
+    assert math.isnan(report.accuracy['gap'].value) and 'nan' not in str(report)
+    with pytest.raises(ValueError, match=r'target as a function gave -?\d.* \[0, 1\]'):
+        evaluate(model, ages, ('centre',), target=lambda output: output.sum() * 10, metrics=metrics)

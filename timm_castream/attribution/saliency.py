@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from .._utils.checks import check_class_indices
 from ..backbones.mixin import castream_model, query_of
 from ..inference.images import check_images
-from ..inference.predictor import Predictor, has_stream
+from ..inference.predictor import Predictor, Score, has_stream
 from .methods import METHODS, PAPER_METHODS, Batch, Method
 from .user_methods import UserMethod, resolve_methods
 
 __all__ = ['METHODS', 'Identity', 'attention_identity', 'attribute', 'attribute_all']
 
 Classes = Tensor | int | Sequence[int] | np.ndarray | None
-Target = Classes | Mapping[str, Classes]
+Target = Classes | Mapping[str, Classes] | Score
 
 
 def attribute(
@@ -90,7 +90,10 @@ def attribute_all(
             that of the pooled stage, averaged over its heads. It depends on no target and is the same map under both
             poolings.
         target: Class indices to explain: (B,), or (B, K) for several an image, or one for all images, as a tensor, a
-            number, a list or an array; a mapping gives each pooling its own. None: the class that the model predicts, under each pooling. Where images have unequally many labels,
+            number, a list or an array; a mapping gives each pooling its own. None: the class that the model predicts,
+            under each pooling. A function gets the output for one image, (C,), and gives the number to explain: a
+            regression, a sigmoid, the similarity of an embedding. Score-CAM weighs by its values as they are. Where
+            images have unequally many labels,
             repeat one.
         poolings: Of `'gap'` and `'ca'`. None: both for a model with a stream, `'gap'` for others.
         layer: Name of the module whose output gives the maps, instead of the tensor that is pooled. The attention
@@ -109,7 +112,10 @@ def attribute_all(
     """
     rows = resolve_methods(methods)
     check_images(x)
-    network = Predictor(model, poolings, layer=layer, activation=activation, batch_size=batch_size, mean=mean, std=std)
+    score, target = (target, None) if callable(target) else (None, target)
+    network = Predictor(
+        model, poolings, layer=layer, activation=activation, batch_size=batch_size, mean=mean, std=std, score=score
+    )
     network.check_channels(x)
     with network.evaluating():
         maps = saliency_maps(network, x, rows, target, seed=seed)
@@ -193,7 +199,7 @@ def attention_identity(model: nn.Module, x: Tensor) -> Identity:
 
 def _of_pooling(target: Target, pooling: str) -> Classes:
     if not isinstance(target, Mapping):
-        return target
+        return target  # type: ignore[return-value]  # a function is in the predictor
     if pooling not in target:
         raise ValueError(f'target has no classes for pooling {pooling!r}, only for {", ".join(map(repr, target))}.')
     return target[pooling]

@@ -7,6 +7,7 @@ N images, C classes, P poolings, S samples; R pairs of an image and a class expl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,13 +26,15 @@ Cell = tuple[str, ...]
 
 
 class Estimate(NamedTuple):
-    """A value and its bootstrap 95 % interval, all in percent."""
+    """A value and its bootstrap 95 % interval, all in percent. NaN where there is no value."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.value):
+            return '-'
         return f'{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]'
 
 

@@ -12,8 +12,9 @@ import torch
 
 from .._utils.checks import check_count, check_names
 from ..attach import POOLINGS
+from ..attribution.method_hash import method_hash
 from ..attribution.methods import Method
-from ..inference.predictor import Predictor
+from ..inference.predictor import Predictor, Score
 from ..metrics.curves import CurveSetting, curve_setting
 from ..metrics.measurements import EXPLAIN_AGAIN, READ_SEED
 from ..metrics.table import DEFAULT_METRICS, METRICS, MetricRow
@@ -38,7 +39,7 @@ class Plan:
     methods: tuple[Method, ...]
     poolings: Sequence[str]
     metrics: Sequence[str] = DEFAULT_METRICS
-    target: str = 'truth'
+    target: str | Score = 'truth'
     setting: str = 'paper'
     layer: str | None = None
     num_samples: int | None = None
@@ -53,7 +54,8 @@ class Plan:
             check_count('num_samples', self.num_samples)
         check_names('pooling', self.poolings, POOLINGS)
         check_names('metric', self.metrics, tuple(METRICS))
-        check_names('target', (self.target,), TARGETS)
+        if not callable(self.target):
+            check_names('target', (self.target,), TARGETS)
         curve_setting(self.setting)
         _check_temperature(self.temperature, self.poolings)
         again = next((row.name for row in self.metric_rows if row.needs & EXPLAIN_AGAIN), None)
@@ -119,7 +121,7 @@ class Plan:
             'user_methods': {method.name: method.source_hash for method in self.methods if method.source_hash},
             'metrics': list(self.metrics),
             'poolings': list(self.poolings),
-            'target': self.target,
+            'target': method_hash(self.target),
             'setting': self.setting,
             'layer': self.layer,
             'num_samples': self.num_samples,

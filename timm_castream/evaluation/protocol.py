@@ -81,6 +81,8 @@ class Protocol:
         x = x.contiguous(memory_format=predictor.memory_format(x))
         batch = Batch(predictor, x, methods, position, self.plan.seed)
         prob = {p: predictor.probabilities(batch.logits[p], p) for p in predictor.poolings}
+        if predictor.score is not None:
+            _check_values(prob)
         images = {'image': position, **self._outcome(labels, prob)}
         classes, valid = self._explained(labels, prob)
         image = valid.nonzero()[:, 0]
@@ -160,11 +162,14 @@ class Protocol:
         if self.is_multilabel:
             return {'label': labels, **{f'{p}/score': value for p, value in prob.items()}}
         right = {f'{p}/accuracy': 100.0 * (value.argmax(1) == labels) for p, value in prob.items()}
-        return {name: value.masked_fill(labels < 0, math.nan) for name, value in right.items()}
+        return {
+            name: value.masked_fill((labels < 0) | (self.predictor.score is not None), math.nan)
+            for name, value in right.items()
+        }
 
     def _explained(self, labels: Tensor, prob: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """The classes to explain: (B, K) under each pooling, and which of them count, (B, K)."""
-        if self.plan.target == 'predicted':
+        if self.plan.target == 'predicted' or self.predictor.score is not None:
             classes = {p: value.argmax(1, keepdim=True) for p, value in prob.items()}
             return classes, torch.ones(len(labels), 1, dtype=torch.bool, device=labels.device)
         if not self.is_multilabel:
@@ -187,6 +192,8 @@ class Protocol:
             raise ValueError(
                 f'The targets of {batch} images must be class indices, got {tuple(labels.shape)} of {labels.dtype}.'
             )
+        if self.predictor.score is not None:
+            return
         if self.plan.target == 'predicted':  # images without a class have no accuracy, and are explained all the same
             labels = labels[labels != NO_TARGET]
         if len(labels):
@@ -196,6 +203,17 @@ class Protocol:
 def _is_nan(values: Tensor) -> Tensor:
     """(T,) whether a number of each map is NaN."""
     return values.isnan().reshape(len(values), -1).any(1)
+
+
+def _check_values(values: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless the values of a target of the user are finite and in [0, 1], as the metrics take them."""
+    for value in values.values():
+        outside = value[(value < 0) | (value > 1)]
+        if len(outside):
+            raise ValueError(
+                f'target as a function gave {outside[0].item():g}, and the metrics take values in [0, 1]: end it with '
+                'sigmoid(), or scale it.'
+            )
 
 
 def _array(value: Tensor) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -245,7 +246,7 @@ class Report:
         return {
             'network': self.network,
             'num_images': self.num_images,
-            self.accuracy_name: {p: estimate.value for p, estimate in self.accuracy.items()},
+            self.accuracy_name: {p: _plain(estimate.value) for p, estimate in self.accuracy.items()},
             'confidence': {p: estimate.value for p, estimate in self.confidence.items()},
             'titles': {
                 'methods': {name: method_title(name) for name in self.methods},
@@ -312,7 +313,7 @@ class Report:
     def _table_row(self, method: str, pooling: str, figures: Mapping[str, Estimate]) -> dict[str, Any]:
         row: dict[str, Any] = {'network': self.network, 'method': method, 'pooling': pooling}
         for name, (value, low, high) in figures.items():
-            row |= {name: value, f'{name}_low': low, f'{name}_high': high}
+            row |= {name: _plain(value), f'{name}_low': _plain(low), f'{name}_high': _plain(high)}
         if pooling != DIFFERENCE:
             row['constant_maps'] = self.values.count(pooling, method, 'constant')
             row['nan_maps'] = self.not_finite_maps.get((pooling, method), 0)
@@ -323,7 +324,14 @@ def _images(count: int) -> str:
     return f'{count} image' if count == 1 else f'{count} images'
 
 
+def _plain(value: float) -> float | None:
+    """The value for files: JSON has no NaN."""
+    return None if math.isnan(value) else value
+
+
 def _signed(estimate: Estimate) -> str:
+    if math.isnan(estimate.value):
+        return '-'
     return '{:+.2f} [{:+.2f}, {:+.2f}]'.format(*estimate)
 
 

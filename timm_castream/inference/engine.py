@@ -128,6 +128,8 @@ def _obstacle(predictor: Predictor, amp_dtype: torch.dtype | None) -> str:
         return f'and amp_dtype is {str(amp_dtype).removeprefix("torch.")}'
     if predictor.is_compiled:
         return 'and torchcompile is on'
+    if predictor.score is not None:
+        return 'and target is a function'
     other = next((p.dtype for p in predictor.model.parameters() if p.dtype != torch.float32), None)
     return f'and the network has weights in {str(other).removeprefix("torch.")}' if other else ''
 

@@ -41,6 +41,8 @@ from .probabilities import ACTIVATIONS, probabilities
 if TYPE_CHECKING:
     from .engine import Engine
 
+Score = Callable[[Tensor], Tensor]
+
 _OWN_POOLINGS = {
     HeadPooling.AVERAGE: 'GAP',
     HeadPooling.MAXIMUM: 'max pooling',
@@ -67,6 +69,8 @@ class Predictor:
         torchcompile: Compile the forwards of masked and perturbed images.
         mean, std: Normalisation of the images, one number a channel. None: those of the model's `pretrained_cfg`.
         temperatures: {pooling: positive number} that divides the logits before the activation. None: 1.
+        score: Function from the output for one image, (C,), to the one number that is explained. Values of the images
+            take the place of logits and of probabilities, (N, 1) with the class 0. None: class scores are explained.
 
     Attributes:
         backbone: The model with a stream inside the wrappers, or the model inside those that change nothing.
@@ -89,6 +93,7 @@ class Predictor:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         temperatures: Mapping[str, float] | None = None,
+        score: Score | None = None,
     ) -> None:
         self.has_stream = has_stream(model)
         if poolings is None:
@@ -109,6 +114,7 @@ class Predictor:
         self.layer = layer
         self.activation = activation
         self.temperatures = dict(temperatures or {})
+        self.score = score
         self._batch_size = batch_size
         self._channels_last = channels_last
         self._mean, self._std = mean, std
@@ -151,6 +157,8 @@ class Predictor:
     @property
     def num_classes(self) -> int | None:
         """C, or None where the model has no attribute of that name."""
+        if self.score is not None:
+            return 1
         num_classes = getattr(self.inner, 'num_classes', None)
         return 2 if num_classes == 1 and self.activation == 'softmax' else num_classes
 
@@ -304,12 +312,29 @@ class Predictor:
         return class_scores(output, count, self.name)
 
     def as_classes(self, scores: Tensor) -> Tensor:
-        """(N, C) logits of at least two classes: one logit z becomes (-z / 2, z / 2), whose softmax is its sigmoid."""
+        """(N, C) logits of at least two classes: one logit z becomes (-z / 2, z / 2), whose softmax is its sigmoid.
+
+        With a `score` the (N, 1) values that it gives.
+        """
+        if self.score is not None:
+            return self._values(scores)
         return torch.cat([-scores / 2, scores / 2], 1) if self.is_one_logit(scores) else scores
 
     def is_one_logit(self, scores: Tensor) -> bool:
         """Whether the model answers yes or no by one logit."""
-        return scores.shape[1] == 1 and self.activation == 'softmax'
+        return scores.shape[1] == 1 and self.activation == 'softmax' and self.score is None
+
+    def _values(self, outputs: Tensor) -> Tensor:
+        assert self.score is not None
+        values = [self.score(output) for output in outputs]
+        for value in values:
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f'target as a function gets the output for one image, {tuple(outputs.shape[1:])}, and must give a '
+                    f'tensor of one number, got {given}.'
+                )
+        return torch.stack([value.reshape(1) for value in values])
 
     def logits(self, images: Tensor, poolings: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Logits of one batch of masked or perturbed images under each pooling, from one pass over the backbone, or one
@@ -350,7 +375,9 @@ class Predictor:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def probabilities(self, logits: Tensor, name: str | None = None) -> Tensor:
-        """Probabilities, (N, C) in float64, of logits under the pooling `name`."""
+        """Probabilities, (N, C) in float64, of logits under the pooling `name`; with a `score` its values."""
+        if self.score is not None:
+            return logits.double()
         return probabilities(logits, self.activation, self.temperatures.get(name, 1.0) if name else 1.0)
 
     def normalisation(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,6 @@ from ...backbones.wrappers import class_scores, in_precision_of
 from ...inference.predictor import Predictor
 from ..restoring import as_it_was
 
-Target = Callable[[Tensor], Tensor]
-
 
 class HookableNetwork(nn.Module):
     """A network whose feature maps pass a module of their own, as (B, D, h, w) in any layout.
@@ -31,29 +29,29 @@ class HookableNetwork(nn.Module):
     Libraries hook `layer`. What their hooks put in its place is what the network computes with.
 
     Args:
-        model: The predictor.
-        target: Function from the output for one image to one number. None: the output is (B, C) scores.
+        model: The network.
+        as_classes: Function from the (B, C) scores in its output to the scores that are explained.
 
     Attributes:
-        model: The predictor.
+        model: The network.
         layer: The module that the feature maps pass, or None where they pass none.
         classifier: The last linear layer of a timm model, or None.
         image_size: Height and width of the images of the last forward.
     """
 
-    def __init__(self, model: nn.Module, target: Target | None = None) -> None:
+    def __init__(self, model: nn.Module, as_classes: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.model = model
         self.layer: Any = None
         self.classifier: Any = None
         self.image_size: torch.Size | None = None
-        self._target = target
+        self._as_classes = as_classes
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C) scores of (B, 3, H, W) images, or (B, 1) values of the target."""
+        """(B, C) scores of (B, 3, H, W) images."""
         self.image_size = x.shape[-2:]
         output = class_scores(self.model(in_precision_of(self.model, x)), len(x), type(self.model).__name__)
-        return output if self._target is None else torch.stack([self._target(one).reshape(1) for one in output])
+        return self._as_classes(output)
 
     def through_layer(self, stage: Stage, output: Any) -> Any:
         """The output of a stage after its feature map has passed `layer`."""
@@ -70,15 +68,12 @@ class HookableNetwork(nn.Module):
 
 
 @contextmanager
-def hookable(
-    predictor: Predictor, pooling: str, target: Target | None = None, layer: bool = True
-) -> Iterator[HookableNetwork]:
+def hookable(predictor: Predictor, pooling: str, layer: bool = True) -> Iterator[HookableNetwork]:
     """The network of a pooling for one call of a library. Everything that the call leaves on it is undone.
 
     Args:
         predictor: The network, in evaluation mode.
         pooling: `'gap'` or `'ca'`.
-        target: As for `HookableNetwork`.
         layer: Whether the feature maps pass a module that can be hooked.
     """
     model = predictor.inner
@@ -88,7 +83,7 @@ def hookable(
         stack.enter_context(predictor.pooled_by(pooling))
         stack.enter_context(torch.autocast(predictor.device.type, enabled=False))  # bfloat16 has no numpy type
         stack.enter_context(torch.enable_grad())
-        hooked = HookableNetwork(model, target).eval()
+        hooked = HookableNetwork(model, predictor.as_classes).eval()
         hooked.classifier = _classifier(predictor)
         if layer:
             hooked.layer = nn.Identity()
