@@ -192,7 +192,7 @@ def test_no_image_is_overwritten_and_no_picture_twice(model: nn.Module, tmp_path
     before = [path.read_bytes() for path in paths]
     done = explain(model, paths, ('attention',), tmp_path, ('ca',))
     assert [path.read_bytes() for path in paths] == before
-    assert [path.name for path in done.pictures] == ['a_2.png', 'A_3.png', 'grid_3.png']
+    assert [path.relative_to(tmp_path).as_posix() for path in done.pictures] == ['a_2.png', 'other/A.png', 'grid_3.png']
     assert [path.name for path in done.grids] == ['grid_2.png']
 
 

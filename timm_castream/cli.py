@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .timm_scripts.run import run_script
 
         return run_script(f'{name}.py', argv[1:])
-    command = importlib.import_module(f'.commands.{name}', __package__)
+    command = importlib.import_module(f'.commands.{name.replace("-", "_")}', __package__)
     args = _command_parser(name, command).parse_args(argv[1:])
     logging.basicConfig(format='%(message)s')
     logging.getLogger('timm_castream').setLevel(logging.INFO)  # not the HTTP client's requests

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import chain, count
@@ -14,10 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ._utils.checks import check_count
 from .attach import attention_maps
 from .attribution.cam import scale_maps
 from .attribution.methods import METHODS, PAPER_METHODS, Method
@@ -26,12 +29,13 @@ from .attribution.user_methods import UserMethod, check_maps, resolve_methods
 from .backbones.image_settings import image_settings
 from .backbones.mixin import castream_model
 from .datasets import find_images, image_mode, open_image
-from .hub.label_names import class_name
+from .hub.label_names import class_index, class_name
 from .inference.images import check_images, normalisation
 from .inference.predictor import Predictor
 from .pictures import (
     COLOURS,
     OPACITY,
+    Box,
     Panel,
     check_style,
     draw_grid,
@@ -74,6 +78,7 @@ EARLY_STAGES = (
 
 _LABEL_LETTERS, _NAME_LETTERS = 22, 30
 _NUM_TOP = 5
+_LEAST_SEEN = 0.5  # of a side
 _MAX_STEM_BYTES = 200
 
 _logger = logging.getLogger(__name__)
@@ -87,12 +92,14 @@ class Explained(NamedTuple):
         grids: Files of all rows together, one for every `ROWS_PER_GRID` images; none for a single image.
         unreadable: Image files skipped, and why.
         maps: Folders of saved maps, one an image, where asked for.
+        classes: {image: {title of a pooling: the most probable classes, (name, probability)}}.
     """
 
     pictures: list[Path]
     grids: list[Path]
     unreadable: dict[Path, str]
     maps: list[Path]
+    classes: dict[Path, dict[str, list[tuple[str, float]]]]
 
 
 class _Result(NamedTuple):
@@ -102,11 +109,32 @@ class _Result(NamedTuple):
         panels: Its row.
         maps: {name of a file: (h, w) in [0, 1]}.
         top: {pooling: (class, probability) from the highest}.
+        explained: {pooling: indices of the classes explained}.
     """
 
     panels: list[Panel]
     maps: dict[str, Tensor]
     top: dict[str, list[tuple[int, float]]]
+    explained: dict[str, list[int]]
+
+
+class _Choice(NamedTuple):
+    """Which classes to explain: those of `target`, or the `top_k` most probable ones, or those that are predicted."""
+
+    target: Sequence[int] = ()
+    top_k: int | None = None
+
+    def __call__(self, probabilities: Mapping[str, Tensor], activation: str) -> dict[str, list[int]]:
+        """{pooling: classes}, from the (C,) probabilities under each pooling."""
+        if self.target:
+            return {pooling: list(self.target) for pooling in probabilities}
+        positive = torch.stack(list(probabilities.values())).ge(0.5).any(0).nonzero().flatten().tolist()
+        if self.top_k is None and activation == 'sigmoid' and positive:
+            return {pooling: positive for pooling in probabilities}
+        count = self.top_k or 1
+        return {
+            pooling: values.topk(min(count, len(values))).indices.tolist() for pooling, values in probabilities.items()
+        }
 
 
 def explain(
@@ -126,6 +154,9 @@ def explain(
     colours: str = COLOURS[0],
     opacity: float = OPACITY,
     save_maps: bool = False,
+    target: Sequence[str | int] | None = None,
+    top_k: int | None = None,
+    root: str | Path | None = None,
 ) -> Explained:
     """Writes a row of overlays for each image as a PNG, and a grid of all rows, with a progress bar on a terminal.
 
@@ -151,6 +182,11 @@ def explain(
         save_maps: Write a folder for each image too: every map as an array (`.npy`, (h, w) in [0, 1], of the crop that
             the network gets) and over the whole photograph (`.jpg`), and `explanation.json` with the most probable
             classes and the crop in pixels of the photograph.
+        target: Names or indices of the classes to explain. None: the class predicted under each pooling, or, under a
+            sigmoid, every class of at least 0.5.
+        top_k: Explain so many of the most probable classes under each pooling.
+        root: A folder. Pictures lie in the folders that their images lie in below it. None: the folder that all images
+            share.
 
     Raises:
         ValueError: If there are no paths, an argument does not fit or the model has no stream.
@@ -161,6 +197,9 @@ def explain(
     network = Predictor(model, poolings, layer=layer, activation=activation, batch_size=batch_size)
     rows_of_methods = resolve_methods(methods)
     check_maps(rows_of_methods, len(paths), network.poolings)
+    if top_k is not None:
+        check_count('top_k', top_k)
+    choose = _Choice([class_index(network.backbone, word) for word in target or ()], top_k)
     config = image_settings(network.backbone, input_size, img_size, crop_pct)
     transform = create_transform(**config, is_training=False)
     mode = image_mode(config['input_size'][0])
@@ -174,7 +213,8 @@ def explain(
     taken = {_path_key(path) for path in images}
     taken |= {_path_key(path.parent) for path in images}  # no folder of maps holds an image
     grid_paths = [_free_path(folder, 'grid', taken) for _ in range(0, len(images), ROWS_PER_GRID)]
-    done = Explained([], [], {}, [])
+    done = Explained([], [], {}, [], {})
+    root = os.path.commonpath([os.path.abspath(path.parent) for path in images]) if root is None else root
     strips: list[np.ndarray] = []
     caption = EARLY_STAGES if any('stream' in method.needs for method in rows_of_methods) else ''
 
@@ -191,17 +231,25 @@ def explain(
             _logger.warning('%s cannot be read and is skipped: %s', printable(path), error)
             continue
         tensor, crop = transform_image(transform, image)
+        _tell_crop(path, image, crop)
         x = tensor[None].to(parameter)
-        result = _explain_one(network, x, rows_of_methods, printable(path.name), index, colours, opacity)
+        result = _explain_one(network, x, rows_of_methods, printable(path.name), index, colours, opacity, choose)
+        top = _top_classes(network, result.top)
+        titles = pooling_names(network)
+        done.classes[path] = {
+            titles[pooling]: [(entry['name'], entry['probability']) for entry in classes]
+            for pooling, classes in top.items()
+        }
+        place = _subfolder(folder, path, root)
         strips.append(draw_row(result.panels))
-        done.pictures.append(save(stack_rows(strips[-1:], caption), _free_path(folder, path.stem, taken)))
+        done.pictures.append(save(stack_rows(strips[-1:], caption), _free_path(place, path.stem, taken)))
         if save_maps:
-            maps = _free_path(folder, f'{path.stem}_maps', taken, '')
-            facts = {'image': str(path), 'top': _top_classes(network, result.top)}
+            maps = _free_path(place, f'{path.stem}_maps', taken, '')
+            facts = {'image': str(path), 'top': top, 'explained': result.explained}
             write_maps(maps, image, crop, result.maps, facts, opacity, colours)
             done.maps.append(maps)
         if identity:
-            done.pictures.append(save(draw_identity(model, x), _free_path(folder, f'{path.stem}_identity', taken)))
+            done.pictures.append(save(draw_identity(model, x), _free_path(place, f'{path.stem}_identity', taken)))
         if len(strips) == ROWS_PER_GRID:
             save_grid()
     if strips:
@@ -240,22 +288,34 @@ def saliency_row(
 
 
 def _explain_one(
-    network: Predictor, x: Tensor, methods: Sequence[Method], name: str, index: int, colours: str, opacity: float
+    network: Predictor,
+    x: Tensor,
+    methods: Sequence[Method],
+    name: str,
+    index: int,
+    colours: str,
+    opacity: float,
+    choose: _Choice | None = None,
 ) -> _Result:
     check_images(x)
     backbone = network.backbone
     with network.evaluating():
-        saliency = saliency_maps(network, x, methods, indices=torch.tensor([index]))
         logits = network.logits(x)
+        probabilities = {pooling: network.probabilities(logits[pooling], pooling)[0] for pooling in network.poolings}
+        explained = (choose or _Choice())(probabilities, network.activation)
+        target = {pooling: torch.tensor([classes], device=x.device) for pooling, classes in explained.items()}
+        saliency = saliency_maps(network, x, methods, target, indices=torch.tensor([index]))
         stages = attention_maps(backbone, x) if any('stream' in method.needs for method in methods) else []
-    top = {pooling: _top(network.probabilities(logits[pooling], pooling)[0]) for pooling in network.poolings}
+    top = {pooling: _top(values) for pooling, values in probabilities.items()}
     names = pooling_names(network)
-    predictions = {
-        pooling: f'{names[pooling]}: {_cut(class_name(backbone, best), _LABEL_LETTERS)} {probability:.2f}'
-        for pooling, ((best, probability), *_) in top.items()
-    }
+
+    def title_of(pooling: str, label: int) -> str:
+        text = _cut(class_name(backbone, label), _LABEL_LETTERS)
+        return f'{names[pooling]}: {text} {probabilities[pooling][label]:.2f}'
+
     image = denormalised(backbone, x)[0]
-    panels = [Panel('\n'.join([_cut(name, _NAME_LETTERS), *predictions.values()]), image)]
+    predictions = [title_of(pooling, top[pooling][0][0]) for pooling in network.poolings]
+    panels = [Panel('\n'.join([_cut(name, _NAME_LETTERS), *predictions]), image)]
     maps: dict[str, Tensor] = {}
 
     def add(file_name: str, title: str, values: Tensor) -> None:
@@ -273,11 +333,39 @@ def _explain_one(
         add(f'attention_{stage}', f'{title}\n{stage}, the last stage', attention[stage])
     for method in methods:
         for pooling in network.poolings if 'stream' not in method.needs else ():
-            values = saliency[pooling, method.name][0, 0]
-            add(f'{method.name}_{pooling}', f'{method.title}\n{predictions[pooling]}', values)
+            for position, label in enumerate(explained[pooling]):
+                values = saliency[pooling, method.name][0, position]
+                file_name = f'{method.name}_{pooling}' + (f'_{label}' if len(explained[pooling]) > 1 else '')
+                add(file_name, f'{method.title}\n{title_of(pooling, label)}', values)
     for stage in reversed([stage for stage in attention if stage not in last]):
         add(f'attention_{stage}', f'{title}\n{stage}, early', attention[stage])
-    return _Result(panels, maps, top)
+    return _Result(panels, maps, top, explained)
+
+
+def _tell_crop(path: Path, image: Image.Image, crop: Box) -> None:
+    """Says where the network does not see most of a photograph."""
+    width, height = (
+        min(crop.right, image.width) - max(crop.left, 0),
+        min(crop.bottom, image.height) - max(crop.top, 0),
+    )
+    if min(width / image.width, height / image.height) < _LEAST_SEEN:
+        _logger.warning(
+            '%s: the network gets %d x %d of the %d x %d pixels, those in the middle; --crop-mode squash or border, or '
+            '--input-size, shows it more.',
+            printable(path),
+            round(width),
+            round(height),
+            image.width,
+            image.height,
+        )
+
+
+def _subfolder(folder: Path, path: Path, root: str | Path) -> Path:
+    """The folder of an image's picture: that in which the image lies below the root."""
+    below = os.path.relpath(os.path.abspath(path.parent), os.path.abspath(root))
+    place = folder if below.startswith(os.pardir) else folder / below
+    place.mkdir(parents=True, exist_ok=True)
+    return place
 
 
 def _top(probabilities: Tensor) -> list[tuple[int, float]]:
@@ -298,7 +386,8 @@ def _top_classes(network: Predictor, top: dict[str, list[tuple[int, float]]]) ->
 def denormalised(model: nn.Module, x: Tensor) -> np.ndarray:
     """Pixels, (B, H, W, 3) of 8 bits, of (B, C, H, W) images normalised as the model's `pretrained_cfg` says."""
     mean, std = normalisation(model, x)
-    pixels = (255 * (x * std + mean)).round().clamp(0, 255).expand(-1, 3, -1, -1)
+    pixels = (255 * (x * std + mean)).round().clamp(0, 255)
+    pixels = (pixels if pixels.shape[1] > 2 else pixels[:, :1].expand(-1, 3, -1, -1))[:, :3]  # without alpha
     return pixels.movedim(1, -1).byte().cpu().numpy()
 
 

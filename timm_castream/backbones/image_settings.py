@@ -11,7 +11,11 @@ _OTHER_SIZES = ('test_input_size', 'pool_size', 'test_pool_size')
 
 
 def image_settings(
-    model: Any, input_size: Sequence[int] | None = None, img_size: int | None = None, crop_pct: float | None = None
+    model: Any,
+    input_size: Sequence[int] | None = None,
+    img_size: int | None = None,
+    crop_pct: float | None = None,
+    crop_mode: str | None = None,
 ) -> dict[str, Any]:
     """What timm's `create_transform` and `create_loader` need to know of a network's images.
 
@@ -20,6 +24,7 @@ def image_settings(
         input_size: (C, H, W) in place of the model's own.
         img_size: Its H and W, if they are equal.
         crop_pct: Share of the image in the crop, in place of the model's own.
+        crop_mode: `'center'`, `'squash'` or `'border'`, in place of the model's own.
 
     Returns:
         `input_size`, `mean`, `std`, `interpolation`, `crop_pct` and `crop_mode`. The channels are those that the model
@@ -33,7 +38,12 @@ def image_settings(
     channels = getattr(model, 'in_chans', None) or own
     if input_size is not None and input_size[0] != channels:
         raise ValueError(f'The model takes images of {channels} channels, --input-size has {input_size[0]}.')
-    options = {'input_size': input_size and tuple(input_size), 'img_size': img_size, 'crop_pct': crop_pct}
+    options = {
+        'input_size': input_size and tuple(input_size),
+        'img_size': img_size,
+        'crop_pct': crop_pct,
+        'crop_mode': crop_mode,
+    }
     config = resolve_data_config(options, model=model)
     config['input_size'] = (channels, *config['input_size'][1:])
     for name in ('mean', 'std'):
@@ -44,14 +54,18 @@ def image_settings(
 
 
 def set_image_settings(
-    model: Any, input_size: Sequence[int] | None = None, img_size: int | None = None, crop_pct: float | None = None
+    model: Any,
+    input_size: Sequence[int] | None = None,
+    img_size: int | None = None,
+    crop_pct: float | None = None,
+    crop_mode: str | None = None,
 ) -> None:
     """Writes the settings into the model's `pretrained_cfg`, and makes a network of a fixed size take the new one.
 
     Args, Raises: as `image_settings`.
     """
     cfg = model.pretrained_cfg
-    settings = image_settings(model, input_size, img_size, crop_pct)
+    settings = image_settings(model, input_size, img_size, crop_pct, crop_mode)
     size = tuple(settings['input_size'])
     if input_size is None and img_size is None:
         settings['input_size'] = (size[0], *cfg.get('input_size', size)[1:])

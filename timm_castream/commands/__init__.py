@@ -13,6 +13,7 @@ COMMANDS = {
     'fit': 'fit a stream beside a frozen network from a folder of images, without labels',
     'evaluate': "the paper's interpretability protocol over a data set",
     'explain': 'write saliency maps over images',
+    'list-images': 'show the images of a data set in the order in which they are read',
     'push': 'publish a trained model on the Hugging Face Hub',
     'demo': 'explain photographs with a trained network and measure the maps, in about a minute',
     'app': 'open a page that explains images in the browser',

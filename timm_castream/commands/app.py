@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         num_classes=args.num_classes,
         **args.model_kwargs,
     )
-    set_image_settings(opened.model, args.input_size, args.img_size, args.crop_pct)
+    set_image_settings(opened.model, args.input_size, args.img_size, args.crop_pct, args.crop_mode)
     if args.space:
         folder = write_space(opened, args.space)
         print(f'{folder}: README.md describes the Space, python app.py starts it here.')

@@ -25,7 +25,9 @@ _RECORDED = (
     'class_map',
     'boxes',
     'img_size',
+    'input_size',
     'crop_pct',
+    'crop_mode',
 )
 
 
@@ -108,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     from timm.utils.distributed import init_distributed_device_so
 
     from ..backbones.image_settings import image_settings
-    from ..datasets import create_dataset, image_mode, read_boxes
+    from ..datasets import create_dataset, image_mode, image_name, read_boxes
     from ..evaluate import evaluate
     from ..metrics.table import DEFAULT_METRICS, METRICS
 
@@ -123,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
         dataset: Any = create_dataset(
             args.dataset, args.data_dir, split=args.split, class_map=args.class_map, input_img_mode=mode
         )
+        methods = methods_from(args, model, [image_name(dataset, index) for index in range(len(dataset))])
         if not args.class_map:
             _compare_classes(dataset, model, args.target)
         if args.boxes:
@@ -145,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
         report = evaluate(
             model,
             loader,
-            methods_from(args, model),
+            methods,
             args.poolings,
             args.target,
             metrics=metrics,

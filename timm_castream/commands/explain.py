@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 from . import SKIPPED
 from .options import add_method_options, add_model_options, add_size_options, device_of, methods_from, open_from
 
 EXAMPLE = 'castream explain photo.jpg'
+
+_NUM_SHOWN = 3
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +24,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser, required=False)
     add_method_options(parser, ('attention', 'grad_cam'))
     add_size_options(parser)
+    classes = parser.add_argument_group('classes').add_mutually_exclusive_group()
+    classes.add_argument(
+        '--target', nargs='+', metavar='CLASS', help='names or indices of the classes to explain (default: predicted)'
+    )
+    classes.add_argument('--top-k', type=int, metavar='K', help='explain the K most probable classes of each image')
     pictures = parser.add_argument_group('pictures')
     pictures.add_argument(
         '--save-maps',
@@ -33,24 +42,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         '--opacity', type=float, default=0.8, metavar='X', help='of the most salient pixels (default: %(default)s)'
     )
     parser.add_argument('--identity', action='store_true', help='draw both sides of eq. (5) too, and their difference')
-    parser.add_argument('--multilabel', action='store_true', help='probabilities by sigmoid')
+    parser.add_argument(
+        '--multilabel', action='store_true', help='probabilities by sigmoid; every class of at least 0.5 is explained'
+    )
     parser.add_argument('--output', default='explained', metavar='DIR', help='(default: %(default)s)')
 
 
 def run(args: argparse.Namespace) -> int:
     from ..visualize import explain, find_images, printable
 
-    paths = [*args.paths, *(find_images(args.images) if args.images else ())]
-    if not paths:
-        raise ValueError('Name images, or a folder of them with --images.')
+    output = Path(args.output).resolve()
+    # Pictures of an earlier call below the folder are no images of it.
+    found = [path for path in find_images(args.images) if output not in path.resolve().parents] if args.images else []
     for path in args.paths:
         if os.path.isdir(path):
             raise ValueError(f'{path} is a folder: name it with --images.')
+    paths = [*map(Path, args.paths), *found]
+    if not paths:
+        raise ValueError('Name images, or a folder of them with --images.')
+    root = args.images if not args.paths else _root(args.paths)
+    names = [os.path.relpath(path, args.images).replace(os.sep, '/') for path in found]
     model = open_from(args).to(device_of(args)).eval()
     done = explain(
         model,
         paths,
-        methods_from(args, model),
+        methods_from(args, model, [*args.paths, *names]),
         args.output,
         args.poolings,
         args.layer,
@@ -59,7 +75,20 @@ def run(args: argparse.Namespace) -> int:
         colours=args.colours,
         opacity=args.opacity,
         save_maps=args.save_maps,
+        target=args.target,
+        top_k=args.top_k,
+        root=root,
     )
+    for image, classes in done.classes.items():
+        for pooling, top in classes.items():
+            shown = ', '.join(f'{name} {probability:.3f}' for name, probability in top[: args.top_k or _NUM_SHOWN])
+            print(f'{printable(image)}: {pooling}: {shown}')
     for path in [*done.pictures, *done.maps, *done.grids]:
         print(printable(path))
     return SKIPPED if done.unreadable else 0
+
+
+def _root(paths: Sequence[str]) -> str | None:
+    """The folder below which the folders of the images are kept: this one, if all images are named relative to it."""
+    is_below = all(not os.path.isabs(path) and '..' not in Path(path).parts for path in paths)
+    return os.curdir if is_below else None

@@ -16,7 +16,6 @@ from .._utils.keywords import ParseKwargs
 from .names import names, rows
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import nn
 
     from ..attribution.user_methods import UserMethod
@@ -55,6 +54,11 @@ def add_size_options(parser: argparse._ActionsContainer) -> None:
         nargs=3,
         metavar=('C', 'H', 'W'),
         help="channels, height and width of the input, as timm's scripts take them",
+    )
+    parser.add_argument(
+        '--crop-mode',
+        choices=('center', 'squash', 'border'),
+        help="cut what lies beside a square, squeeze it in, or pad it (default: the model's)",
     )
     parser.add_argument(
         '--crop-pct', type=_share, metavar='X', help="share of the image in the crop (default: the model's)"
@@ -112,7 +116,7 @@ def open_from(args: argparse.Namespace) -> nn.Module:
         args.use_ema,
         **{'num_classes': args.num_classes, **args.model_kwargs},
     )
-    set_image_settings(model, args.input_size, args.img_size, args.crop_pct)
+    set_image_settings(model, args.input_size, args.img_size, args.crop_pct, args.crop_mode)
     return model
 
 
@@ -137,8 +141,9 @@ def add_method_options(parser: argparse.ArgumentParser, methods: Sequence[str]) 
         '--maps',
         nargs='+',
         default=[],
-        metavar='LABEL=FILE.npy',
-        help='saved maps of all images in their order, an array (N, h, w)',
+        metavar='LABEL=FILE',
+        help='saved maps: .npz or a folder of .npy, a map for each image by its name, or one .npy array (N, h, w) in '
+        'the order of castream list-images',
     )
     group.add_argument(
         '--poolings',
@@ -149,16 +154,22 @@ def add_method_options(parser: argparse.ArgumentParser, methods: Sequence[str]) 
     group.add_argument('--layer', help='another module than the pooled stage for the CAM methods')
 
 
-def methods_from(args: argparse.Namespace, model: nn.Module) -> dict[str, UserMethod]:
+def methods_from(args: argparse.Namespace, model: nn.Module, images: Sequence[str]) -> dict[str, UserMethod]:
     """The methods of `--methods` and `--maps`.
 
     A function gets (x, target) as in `evaluate.evaluate`, and the model too if it has a parameter `model`.
+
+    Args:
+        args: The options.
+        model: The network.
+        images: Names of all images in their order, with which the names of saved maps are compared.
 
     Raises:
         ValueError: If a label is repeated, or a function or a file is not there.
     """
     from ..attribution.methods import METHODS
     from ..attribution.peers import is_peer
+    from ..attribution.saved_maps import read_maps
     from ..inference.predictor import has_stream
 
     words = args.methods
@@ -178,7 +189,9 @@ def methods_from(args: argparse.Namespace, model: nn.Module) -> dict[str, UserMe
         if label in methods:
             raise ValueError(f'method {label!r} is given twice.')
         if word in args.maps:
-            methods[label] = _load_maps(word, source)
+            if not source:
+                raise ValueError(f'--maps takes LABEL=FILE, got {word!r}.')
+            methods[label] = read_maps(source, images)
         elif source in METHODS or is_peer(source):
             methods[label] = source
         elif equals:
@@ -201,19 +214,6 @@ def _every_method(args: argparse.Namespace, model: nn.Module) -> list[str]:
     noise = torch.randn(1, *image_settings(model)['input_size'], generator=torch.Generator().manual_seed(0))
     own = [name for name, row in METHODS.items() if predictor.has_stream or 'stream' not in row.needs]
     return [*own, *peers_that_work(predictor, noise.to(predictor.device))]
-
-
-def _load_maps(word: str, path: str) -> np.ndarray:
-    import numpy as np
-
-    if not path:
-        raise ValueError(f'--maps takes LABEL=FILE.npy, got {word!r}.')
-    try:
-        return np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise ValueError(f'There is no file {path}, which --maps names.') from None
-    except (EOFError, ValueError):
-        raise ValueError(f'{path} is no array saved by numpy.save, which --maps takes.') from None
 
 
 def _import_function(word: str, source: str, model: nn.Module) -> Callable[..., Any]:

@@ -1,0 +1,151 @@
+"""`castream explain` and `castream list-images` on folders of images, against timm's own forward."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from timm_castream import cli
+from timm_castream.datasets import create_dataset
+
+NAMES = ['cat', 'dog', 'eel', 'fox']
+
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ('a/im10.png', 'a/im9.png', 'b/im9.png'):
+        (tmp_path / 'images' / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / 'images' / name)
+    return tmp_path / 'images'
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return timm.create_model('test_resnet', num_classes=4).eval()
+
+
+@pytest.fixture
+def explain(tmp_path, model):
+    args = {'num_classes': 4, 'model_kwargs': {}, 'label_names': NAMES, 'img_size': 32}
+    torch.save({'state_dict': model.state_dict(), 'args': args}, tmp_path / 'last.pth.tar')
+
+    def run(*argv: str) -> int:
+        options = ['--model', 'test_resnet', '--checkpoint', str(tmp_path / 'last.pth.tar'), '--device', 'cpu']
+        return cli.main(['explain', *options, '--methods', 'grad_cam', '--output', str(tmp_path / 'out'), *argv])
+
+    return run
+
+
+def probabilities(model, path):
+    cfg = model.pretrained_cfg
+    transform = create_transform(32, mean=cfg['mean'], std=cfg['std'], crop_pct=cfg['crop_pct'],
+                                 interpolation=cfg['interpolation'])  # fmt: skip
+    with torch.no_grad():
+        return model(transform(Image.open(path).convert('RGB'))[None]).softmax(1)[0]
+
+
+def test_the_folders_of_images_stay_and_their_classes_are_printed(images, model, explain, tmp_path, capsys):
+    assert explain('--images', str(images)) == 0
+    written = {path.relative_to(tmp_path / 'out').as_posix() for path in (tmp_path / 'out').rglob('*.png')}
+    assert written == {'a/im9.png', 'a/im10.png', 'b/im9.png', 'grid.png'}
+    lines = capsys.readouterr().out.splitlines()
+    for line, path in zip(lines, (images / name for name in ('a/im9.png', 'a/im10.png', 'b/im9.png')), strict=False):
+        best = probabilities(model, path).topk(3)
+        expected = ', '.join(f'{NAMES[i]} {p:.3f}' for p, i in zip(*map(torch.Tensor.tolist, best), strict=True))
+        assert line.startswith(f'{path}: ') and line.endswith(f': {expected}')
+
+
+def test_pictures_of_an_earlier_call_are_no_images(images, explain, tmp_path):
+    for _ in range(2):
+        assert explain('--images', str(images), '--output', str(images / 'out')) == 0
+    assert len(list((images / 'out').rglob('*.png'))) == 4
+
+
+def test_images_named_below_this_folder_keep_their_folders(images, explain, tmp_path, monkeypatch):
+    monkeypatch.chdir(images)
+    assert explain('a/im9.png') == explain('b/im9.png') == 0
+    assert {path.relative_to(tmp_path / 'out').as_posix() for path in (tmp_path / 'out').rglob('*.png')} == {
+        'a/im9.png', 'b/im9.png'}  # fmt: skip
+
+
+@pytest.mark.parametrize(('options', 'expected'), [
+    (['--target', 'dog'], [1]), (['--target', '3', 'cat'], [3, 0]), (['--top-k', '2'], 2), ([], 1),
+])  # fmt: skip
+def test_the_classes_asked_for_are_explained(images, model, explain, tmp_path, options, expected):
+    path = images / 'b' / 'im9.png'
+    assert explain(str(path), '--save-maps', *options) == 0
+    facts = json.loads((tmp_path / 'out' / 'im9_maps' / 'explanation.json').read_text())
+    best = probabilities(model, path).argsort(descending=True).tolist()
+    chosen = best[:expected] if isinstance(expected, int) else expected
+    assert facts['explained']['gap'] == chosen
+    assert [entry['name'] for entry in facts['top']['gap']] == [NAMES[i] for i in best]
+    files = {'grad_cam_gap.npy'} if len(chosen) == 1 else {f'grad_cam_gap_{label}.npy' for label in chosen}
+    assert {path.name for path in (tmp_path / 'out' / 'im9_maps').glob('*.npy')} == files
+
+
+def test_every_positive_class_of_a_multi_label_image_is_explained(images, model, explain, tmp_path):
+    path = images / 'b' / 'im9.png'
+    assert explain(str(path), '--save-maps', '--multilabel') == 0
+    facts = json.loads((tmp_path / 'out' / 'im9_maps' / 'explanation.json').read_text())
+    logits = probabilities(model, path).log()  # up to a constant, which the sigmoid needs
+    with torch.no_grad():
+        cfg = model.pretrained_cfg
+        transform = create_transform(32, mean=cfg['mean'], std=cfg['std'], crop_pct=cfg['crop_pct'],
+                                     interpolation=cfg['interpolation'])  # fmt: skip
+        logits = model(transform(Image.open(path))[None])[0]
+    assert facts['explained']['gap'] == ((logits >= 0).nonzero().flatten().tolist() or [int(logits.argmax())])
+
+
+def test_unknown_classes_are_refused_before_the_work(images, explain, tmp_path, capsys):
+    assert explain(str(images / 'a' / 'im9.png'), '--target', 'dgo') == 2
+    assert "no class 'dgo'; there are dog" in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_photograph_of_which_most_is_cropped_away_is_told(explain, tmp_path, caplog):
+    Image.new('RGB', (900, 300)).save(tmp_path / 'wide.png')
+    Image.new('RGB', (400, 300)).save(tmp_path / 'photo.png')
+    assert explain(str(tmp_path / 'wide.png'), str(tmp_path / 'photo.png')) == 0
+    told = [record.getMessage() for record in caplog.records if 'pixels' in record.getMessage()]
+    assert len(told) == 1 and 'wide.png' in told[0] and 'of the 900 x 300 pixels' in told[0]
+    caplog.clear()
+    assert explain(str(tmp_path / 'wide.png'), '--crop-mode', 'squash') == 0
+    assert explain(str(tmp_path / 'wide.png'), '--input-size', '3', '32', '96') == 0
+    assert 'pixels' not in caplog.text
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_networks_of_other_channels_get_them(images, tmp_path, channels):
+    model = timm.create_model('test_resnet_castream', num_classes=4, in_chans=channels)
+    args = {'num_classes': 4, 'in_chans': channels, 'model_kwargs': {}, 'label_names': NAMES}
+    torch.save({'state_dict': model.state_dict(), 'args': args}, tmp_path / 'other.pth.tar')
+    argv = ['explain', str(images / 'a' / 'im9.png'), '--model', 'test_resnet_castream', '--checkpoint',
+            str(tmp_path / 'other.pth.tar'), '--device', 'cpu', '--output', str(tmp_path / 'out'), '--save-maps',
+            '--input-size', str(channels), '32', '64']  # fmt: skip
+    assert cli.main(argv) == 0
+    assert (tmp_path / 'out' / 'im9.png').is_file()
+
+
+def test_maps_are_matched_by_the_names_that_list_images_writes(images, explain, tmp_path, capsys):
+    assert cli.main(['list-images', '--images', str(images)]) == 0
+    names = capsys.readouterr().out.splitlines()
+    assert names == ['a/im9.png', 'a/im10.png', 'b/im9.png']
+    assert cli.main(['list-images', '--data-dir', str(images)]) == 0
+    assert capsys.readouterr().out.splitlines() == names == create_dataset('', images).filenames()
+    ramp = np.linspace(0, 1, 16).reshape(4, 4)
+    maps = {name: ramp.T if name.startswith('b') else ramp for name in sorted(names)}  # im10 lies in front of im9
+    np.savez(tmp_path / 'maps.npz', **maps)
+    assert explain('--images', str(images), '--maps', f'own={tmp_path / "maps.npz"}', '--save-maps') == 0
+    for name in names:
+        saved = np.load(tmp_path / 'out' / name.replace('.png', '_maps') / 'own_gap.npy')
+        np.testing.assert_allclose(saved, maps[name], atol=1e-6)
+    del maps['a/im10.png']
+    np.savez(tmp_path / 'maps.npz', **maps)
+    assert explain('--images', str(images), '--maps', f'own={tmp_path / "maps.npz"}') == 2
+    assert 'no map for 1 of the 3 images: a/im10.png' in capsys.readouterr().err
