@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 from typing import Any
 
 from . import SKIPPED
@@ -10,6 +12,8 @@ from .names import names, rows
 from .options import add_method_options, add_model_options, add_size_options, device_of, methods_from, open_from
 
 EXAMPLE = 'castream evaluate --model resnet50_castream --checkpoint last.pth.tar --data-dir /data/imagenet'
+
+_logger = logging.getLogger(__name__)
 
 # Options that say which network and which images; evaluate itself records the others that change values.
 _RECORDED = (
@@ -118,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f'--seed must be at least 0, got {args.seed}.')
     place = init_distributed_device_so(device=device_of(args))
     device = torch.device(place['device'])
+    if device.type == 'cpu' and not place['distributed']:
+        say_how_to_use_all_cores(torch.get_num_threads())
     try:
         model = open_from(args).to(device).eval()
         config = image_settings(model)
@@ -176,6 +182,19 @@ def run(args: argparse.Namespace) -> int:
         if place['distributed']:
             torch.distributed.destroy_process_group()
     return SKIPPED if report.unreadable or report.not_finite else 0
+
+
+def say_how_to_use_all_cores(num_threads: int) -> None:
+    """Logs the command that runs a process a core, where there are several cores."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    if num_cores > 1:
+        _logger.info(
+            'One process with %d of %d cores. The threads of a small network wait for one another; a process a core: '
+            'torchrun --standalone --nproc-per-node %d -m timm_castream.cli evaluate ... with the same options.',
+            min(num_threads, num_cores),
+            num_cores,
+            num_cores,
+        )
 
 
 def _compare_classes(dataset: Any, model: Any, target: str) -> None:
