@@ -9,7 +9,8 @@ import torch
 import yaml
 from states import make_file
 
-from timm_castream.timm_scripts.arguments import ParseKwargs, prepare
+from timm_castream._utils.keywords import ParseKwargs
+from timm_castream.timm_scripts.arguments import prepare
 
 pytest_plugins = ('stand_in_scripts',)
 pytestmark = pytest.mark.usefixtures('no_script_of_this_machine')
