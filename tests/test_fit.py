@@ -683,3 +683,20 @@ def test_the_command_fits_and_answers(colours: Path, tmp_path: Path, capsys: pyt
     )
     printed = capsys.readouterr().out
     assert code == 0 and 'Random' in printed and json.loads((output / 'fit.json').read_text())['sentence'] in printed
+
+
+def test_an_interrupted_command_says_how_to_resume(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, output = tmp_path / 'weights.safetensors', tmp_path / 'out'
+    save_file(network_of().state_dict(), weights)
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Candidate, 'step', interrupt)
+    command = ['fit', '--model', 'test_resnet', '--num-classes', '3', '--checkpoint', str(weights), '-j', '0']
+    assert (
+        cli.main([*command, '--images', str(colours), '--img-size', '32', '--output', str(output)]) == cli.INTERRUPTED
+    )
+    assert f'resumes the fit in {output}' in capsys.readouterr().err

@@ -54,7 +54,7 @@ def answer(report: Report, has_labels: bool) -> Answer:
         f'maps {_signed(beyond)}'
     )
     if problems:
-        return Answer(False, f'It is not shown that the stream helps here, since {" and ".join(problems)} ({figures}).')
+        return Answer(False, f'It is not shown that the stream helps here, since {", ".join(problems)} ({figures}).')
     return Answer(True, f'The stream helps here ({figures}).')
 
 
@@ -81,7 +81,7 @@ def report_text(report: Report, reached: Answer, facts: dict[str, Any]) -> str:
     tried = ''
     if facts.get('tried'):
         rows = [
-            f'| S_{entry["stream_start"]} | {entry["epochs"]} | {entry["lr"]:g} | {entry["accuracy"]:.1f} | '
+            f'| {entry["stream_start"]} | {entry["epochs"]} | {entry["lr"]:g} | {entry["accuracy"]:.1f} | '
             f'{_score(entry["AG"])} | {_score(entry["AI"])} | {"taken" if entry["taken"] else ""} |'
             for entry in facts['tried']
         ]
@@ -91,7 +91,7 @@ def report_text(report: Report, reached: Answer, facts: dict[str, Any]) -> str:
                 f'Tried on {parts["selection"]} images held out for the choice. AG and AI: of Grad-CAM under CA, less '
                 'those of random maps, for the recipes that are accurate enough.',
                 '',
-                '| start | epochs | lr | accuracy | AG | AI | |',
+                '| stream_start | epochs | lr | accuracy | AG | AI | |',
                 '| --- | --- | --- | --- | --- | --- | --- |',
                 *rows,
                 '',
@@ -101,7 +101,7 @@ def report_text(report: Report, reached: Answer, facts: dict[str, Any]) -> str:
     if facts.get('classifier'):
         best = max(facts['classifier'], key=lambda entry: entry['accuracy'])
         classifier = (
-            f'\nThe classifier was fitted under GAP first, {best["epochs"]} epochs at {best["lr"]:g}: '
+            f'\nThe classifier was fitted under GAP first, {_counted(best["epochs"])} at {best["lr"]:g}: '
             f'{best["accuracy"]:.1f} % on the images held out for the choice.\n'
         )
     labels = (
@@ -116,8 +116,8 @@ def report_text(report: Report, reached: Answer, facts: dict[str, Any]) -> str:
 
 {reached.sentence}
 
-Fitted on {parts['train']} images, `labels='{settings['labels']}'`, seed {settings['seed']}: S_{taken['stream_start']},
-{taken['epochs']} epochs, learning rate {taken['lr']:g}.
+Fitted on {parts['train']} images, `labels='{settings['labels']}'`, seed {settings['seed']}:
+stream_start {taken['stream_start']}, {_counted(taken['epochs'])}, learning rate {taken['lr']:g}.
 {classifier}{tried}
 ## Measured on {report.num_images} images that were not trained on
 
@@ -141,6 +141,10 @@ model = timm.create_model('local-dir:model', pretrained=True)  # in this folder
 or `timm_castream.load_stream(model, 'stream.safetensors')` on the network with the same weights and
 `timm_castream.attach(model, {', '.join(f'{k}={v!r}' for k, v in facts['stream_args'].items())})`.
 """
+
+
+def _counted(epochs: int) -> str:
+    return '1 epoch' if epochs == 1 else f'{epochs} epochs'
 
 
 def _score(value: float | None) -> str:
