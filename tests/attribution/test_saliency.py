@@ -493,7 +493,7 @@ def test_attention_logits_are_the_class_agnostic_cam_of_eq_5(
             r'target must be a tensor of shape \(2,\) or \(2, K\), a row an image, got \(1,\)',
         ),
         ({'target': torch.zeros(2, 1, 1).long()}, r'got \(2, 1, 1\)'),
-        ({'target': 3}, 'got int'),
+        ({'target': 'cat'}, 'got str'),
         ({'target': torch.tensor([0.5, 1.0])}, 'target must hold class indices, got torch.float32'),
         ({'target': {'gap': torch.tensor([1, 1])}}, "target has no classes for pooling 'ca', only for 'gap'"),
         ({'x': torch.zeros(3, 64, 64)}, r'got \(3, 64, 64\)'),
