@@ -5,6 +5,8 @@ Work is split into fixed batches. Results therefore do not depend on the number 
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,11 @@ from .inference.engine import TORCH, WORTH_AN_EXPORT, Engine, can_try, check_eng
 from .inference.predictor import Predictor, default_poolings
 from .metrics.table import DEFAULT_METRICS
 from .version import __version__
+
+# An evaluation of fewer forwards of 224 x 224 pixels is not announced; a longer one is, if it takes so many minutes.
+_MANY_FORWARDS = 5000
+_MANY_MINUTES = 10
+_logger = logging.getLogger(__name__)
 
 OnBatch = Callable[[int, dict[str, float]], Any]
 
@@ -159,6 +166,9 @@ def evaluate(
 
     device = predictor.device
     autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
+    if processes.rank == 0:
+        with autocast:
+            _announce(predictor, plan, source, processes.count)
     with Run(settings, source.batches, output_dir, keep_curves, processes) as run, autocast:
         fitted = processes.on_main(lambda: temperatures(temperature, predictor, source, seed, run.temperatures_path))
         predictor = predictor.calibrated(fitted)
@@ -268,6 +278,27 @@ def _accelerated(
     if name != TORCH and not made and make(must_be_faster=False) != name:
         raise RuntimeError(f'{name} runs in the first process alone: install it on all machines, or pass engine=torch.')
     return (predictor.accelerated(made[0]) if name != TORCH else predictor), name
+
+
+def _announce(predictor: Predictor, plan: Plan, source: ImageSource, num_processes: int) -> None:
+    """Says how long a long evaluation will take, and what costs it, from the time of one batch."""
+    per_image = plan.num_forwards(predictor, source.input_size)
+    if per_image * len(source.indices) < _MANY_FORWARDS:
+        return
+    blank = torch.zeros(1, *source.input_size, device=predictor.device)
+    batch = blank.repeat(predictor.batch_size(blank), 1, 1, 1)
+    with predictor.evaluating():
+        predictor.logits(batch)
+        start = time.perf_counter()
+        predictor.logits(batch)[plan.poolings[0]].sum().item()  # waits for a GPU
+    height, width = source.input_size[-2:]
+    seconds = (time.perf_counter() - start) / len(batch) * 224**2 / (height * width)
+    minutes = seconds * per_image * len(source.indices) / num_processes / 60
+    if minutes < _MANY_MINUTES:
+        return
+    of_score_cam = plan.num_score_cam_forwards(predictor) * height * width / 224**2 / per_image
+    cost = f', {of_score_cam:.0%} of it for Score-CAM' if of_score_cam else ''
+    _logger.info('The evaluation will take about %.0f minutes%s.', minutes, cost)
 
 
 def _find_boxes(source: ImageSource, indices: list[int]) -> Callable[[Tensor, Tensor], Tensor]:

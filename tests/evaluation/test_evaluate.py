@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import importlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -679,3 +680,20 @@ def test_a_function_of_the_output_takes_the_place_of_the_probability(make_model:
     assert math.isnan(report.accuracy['gap'].value) and 'nan' not in str(report)
     with pytest.raises(ValueError, match=r'target as a function gave -?\d.* \[0, 1\]'):
         evaluate(model, ages, ('centre',), target=lambda output: output.sum() * 10, metrics=metrics)
+
+
+def test_a_long_evaluation_says_first_how_long_it_takes_and_what_costs_it(model, caplog, monkeypatch):
+    module = importlib.import_module('timm_castream.evaluate')
+    caplog.set_level('INFO', logger='timm_castream')
+    loader = DataLoader(Scenes(2), 2)
+    evaluate(model, loader, METHODS)
+    assert 'minutes' not in caplog.text
+    monkeypatch.setattr(module, '_MANY_FORWARDS', 0)
+    monkeypatch.setattr(module, '_MANY_MINUTES', 0)
+    evaluate(model, loader, METHODS)
+    maps = 2 * 2 * (1 + 64 / 8 + 64 / 8)  # of two methods and poolings: a masked image and two curves
+    share = model.num_features / (model.num_features + maps)
+    assert f'{share:.0%} of it for Score-CAM' in caplog.text
+    caplog.clear()
+    evaluate(model, loader, ('grad_cam',))
+    assert 'minutes.' in caplog.text and 'Score-CAM' not in caplog.text

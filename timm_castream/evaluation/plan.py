@@ -100,10 +100,13 @@ class Plan:
         """
         height, width = input_size[-2:]
         per_map = sum(height / self.curve_setting.rows if name in self.curves else 1 for name in self.needs)
-        count = per_map * len(self.methods) * len(self.poolings)
-        if any('masked forwards' in method.needs for method in self.methods):
-            count += getattr(predictor.backbone, 'num_features', 0)
+        count = per_map * len(self.methods) * len(self.poolings) + self.num_score_cam_forwards(predictor)
         return count * height * width / 224**2
+
+    def num_score_cam_forwards(self, predictor: Predictor) -> int:
+        """Masks of Score-CAM that an image needs at most: the channels of the last feature map."""
+        masked = any('masked forwards' in method.needs for method in self.methods)
+        return getattr(predictor.backbone, 'num_features', 0) if masked else 0
 
     def settings(self) -> dict[str, Any]:
         """What a folder of an unfinished evaluation must agree on, plain data: exactly what changes values."""
