@@ -211,11 +211,13 @@ def test_targets_are_labels_predictions_or_probabilities() -> None:
     assert fixed(network, indices, pooled)[1].tolist() == [0, 1, 0, 2]
     own = Targets(torch.full((4,), -1))
     assert own(network, indices, pooled)[1].tolist() == probabilities.argmax(1).tolist()
-    labels, soft = Targets(torch.tensor([-1, 2, -1, -1]), soft=True)(network, indices, pooled)
-    expected = probabilities.clone()
-    expected[1] = torch.tensor([0.0, 0.0, 1.0])
-    torch.testing.assert_close(soft, expected, rtol=1e-4, atol=1e-6)
-    assert labels[1] == 2
+    predicted = torch.eye(3)[probabilities.argmax(1)]
+    for share in (1.0, 0.25):
+        labels, soft = Targets(torch.tensor([-1, 2, -1, -1]), soft=share)(network, indices, pooled)
+        expected = share * probabilities + (1 - share) * predicted
+        expected[1] = torch.tensor([0.0, 0.0, 1.0])
+        torch.testing.assert_close(soft, expected, rtol=1e-4, atol=1e-6)
+        assert labels[1] == 2
 
 
 def test_the_classifier_reaches_what_logistic_regression_reaches() -> None:
@@ -598,6 +600,7 @@ def test_a_model_with_a_stream_keeps_the_arguments_of_its_stream(colours: Path, 
         ({'true_share': 2.0}, r'true_share.*2\.0'),
         ({'true_share': 0.5}, r'true_share 0\.5'),
         ({'labels': 'folders', 'distill': True}, 'distill'),
+        ({'distill': 1.5}, r'distill .*1\.5'),
         ({'cache_size': -1}, 'cache_size.*-1'),
     ],
 )

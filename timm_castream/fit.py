@@ -27,7 +27,7 @@ def fit(
     seed: int = 0,
     batch_size: int = 64,
     weight_decay: float = 0.0,
-    distill: bool = False,
+    distill: float = 0.0,
     true_share: float = 0.0,
     augment: bool = False,
     img_size: int | None = None,
@@ -70,7 +70,8 @@ def fit(
         seed: Seed of every draw: the images, the parts, the first weights and the order of training.
         batch_size: Images of one step.
         weight_decay: AdamW's.
-        distill: Train on the network's probabilities of all classes, in place of the class that it predicts.
+        distill: Share of the target, in [0, 1], that is the network's probabilities of all classes, in place of the class
+            that it predicts. It keeps the stream from becoming surer than the network.
         true_share: Share of the training images, in [0, 1], whose label is the class that their folder names, where
             the model has a class of that name.
         augment: Train on random crops, flips and colours, timm's. The label of an image is what the network predicts

@@ -14,6 +14,7 @@ from timm_castream._utils.files import write_whole
 from timm_castream.attribution.methods import METHODS
 from timm_castream.metrics import METRICS
 
+from .. import pretrained
 from .plots import gap_accuracy, growth_points, plot_differences, plot_growth
 from .results import Results, Table
 from .statistics import Difference, compare
@@ -123,6 +124,7 @@ def render(template: str, results: Results, stem: str) -> str:
         changes=changes_of_recipe(results.choices.get('gap_start', {})),
         settings_text=settings_text,
         missing_rows=missing_rows(results),
+        pretrained=pretrained.table(),
         machines=sorted({m['machine'] for m in made}),
         versions=sorted({f'torch {m["torch"]}, timm {m["timm"]}, timm_castream {m["timm_castream"]}' for m in made}),
     )

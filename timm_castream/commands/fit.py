@@ -41,7 +41,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     training.add_argument('-b', '--batch-size', type=int, default=64, help='(default: %(default)s)')
     training.add_argument('--weight-decay', type=float, default=0.0, metavar='X', help='(default: %(default)g)')
     training.add_argument(
-        '--distill', action='store_true', help="train on the network's probabilities in place of its predictions"
+        '--distill',
+        type=float,
+        nargs='?',
+        const=1.0,
+        default=0.0,
+        metavar='X',
+        help="share of the target that is the network's probabilities in place of its prediction (default: %(default)g)",
     )
     training.add_argument(
         '--true-share',

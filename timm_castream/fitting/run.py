@@ -81,7 +81,7 @@ class Settings:
     seed: int
     batch_size: int
     weight_decay: float
-    distill: bool
+    distill: float
     true_share: float
     augment: bool
     img_size: int | None
@@ -89,13 +89,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_names('labels', (self.labels,), LABELS)
-        check_bool('distill', self.distill)
         check_bool('augment', self.augment)
         check_count('batch_size', self.batch_size)
         if self.num_images is not None:
             check_count('num_images', self.num_images)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise ValueError(f'seed must be an int of at least 0, got {self.seed!r}.')
+        if not 0 <= self.distill <= 1:
+            raise ValueError(f'distill must lie in [0, 1], got {self.distill!r}.')
         if not 0 <= self.true_share <= 1:
             raise ValueError(f'true_share must lie in [0, 1], got {self.true_share!r}.')
         if not 0 <= self.weight_decay < math.inf:

@@ -61,11 +61,12 @@ class Targets:
 
     Attributes:
         labels: (N,) class indices; -1 where the prediction of the network for the very image is the label.
-        soft: Where the network's prediction is the label, its probabilities of all classes are the target.
+        soft: Where the network's prediction is the label, this share of the target are its probabilities of all
+            classes. In [0, 1].
     """
 
     labels: Tensor
-    soft: bool = False
+    soft: float = 0.0
 
     def __call__(self, network: FrozenNetwork, indices: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """The labels of a batch, (B,), and its targets, (B,) or (B, C).
@@ -85,7 +86,7 @@ class Targets:
         if not self.soft:
             return labels, labels
         hard = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
-        return labels, torch.where(own[:, None], logits.softmax(1), hard)
+        return labels, torch.where(own[:, None], hard.lerp(logits.softmax(1), self.soft), hard)
 
 
 class Candidate:
