@@ -7,10 +7,10 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 .PHONY: demo app evidence test test-slow test-timm-main lint docs build clean
 
-demo: $(VENV)/demo.installed  ## Train a CA-Stream on real pixels and report, in ten minutes on 2 cores
+demo: $(VENV)/demo.installed  ## Explain photographs with a trained network, in about a minute on 2 cores
 	$(BIN)/castream demo --output demo_output
 
-app: $(VENV)/app.installed  ## A web page that explains images
+app: $(VENV)/app.installed  ## A page in the browser that explains photographs
 	$(BIN)/castream app
 
 evidence: $(VENV)/dev.installed  ## The experiments of docs/evidence.md again; without DATA=tiny-imagenet-200 a quick run on made data
@@ -42,7 +42,8 @@ build: $(VENV)/build.installed  ## The package, in dist/
 
 $(VENV)/%.installed: setup.cfg pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$*]'
+	@echo "Installing into $(VENV): minutes, and several GB where torch brings CUDA (README.md has the CPU build)"
+	$(BIN)/pip install --disable-pip-version-check -e '.[$*]'
 	touch $@
 
 clean:

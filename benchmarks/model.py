@@ -120,15 +120,15 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 def import_seconds(rounds: int) -> tuple[float, float]:
-    """Median seconds of `import timm` and of `import timm_castream`, each in a fresh process, in turn."""
+    """Median seconds of `import timm` and of `import timm, timm_castream`, each in a fresh process, in turn."""
     program = 'import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)'
-    seconds: dict[str, list[float]] = {'timm': [], 'timm_castream': []}
+    seconds: dict[str, list[float]] = {'timm': [], 'timm, timm_castream': []}
     for _ in range(rounds + 1):
         for name, values in seconds.items():
             command = [sys.executable, '-c', program.format(name)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             values.append(float(done.stdout))
-    return statistics.median(seconds['timm'][1:]), statistics.median(seconds['timm_castream'][1:])
+    return statistics.median(seconds['timm'][1:]), statistics.median(seconds['timm, timm_castream'][1:])
 
 
 def parse_args() -> argparse.Namespace:

@@ -186,7 +186,7 @@ def test_the_example_runs_cell_by_cell_on_an_image_folder(tmp_path):
         "'resnet18'": "'test_resnet'",
         'PRETRAINED = True': 'PRETRAINED = False',
         '= 224': '= 64',
-        'EPOCHS = 4': 'EPOCHS = 1',
+        'CLASSIFIER_EPOCHS = 4': 'CLASSIFIER_EPOCHS = 1',
     }
     for found, substitute in settings.items():
         assert source.count(found) == 1

@@ -206,7 +206,11 @@ def test_a_model_is_opened_for_one_session_alone(url: str, folder: Path) -> None
     ('name', 'checkpoint', 'words'),
     [
         ('test_resnet_castream', 'missing.pth.tar', 'There is no file missing.pth.tar'),
+        ('test_resnet_castream', '/nope.safetensors', 'There is no file /nope.safetensors'),
+        ('test_resnet_castream', 'folder/last.pth', 'There is no file folder/last.pth'),
         ('no_network', '', 'no_network'),
+        ('reznet50', '', 'resnet50'),
+        ('timm/resnet18.a1_in1k', '', 'hf-hub:timm/resnet18.a1_in1k'),
         ('', 'missing.pth.tar', 'need the name of the model'),
     ],
 )

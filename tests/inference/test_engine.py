@@ -59,6 +59,7 @@ def no_export(monkeypatch) -> None:
 @pytest.fixture
 def long_enough(monkeypatch) -> None:
     """Every evaluation is long enough for an export, and ONNX Runtime is twice as fast."""
+    engines._engines.clear()
     monkeypatch.setattr(protocol, 'WORTH_AN_EXPORT', 0)
     monkeypatch.setattr(engines, '_speed', lambda *args: 2.0)
 

@@ -9,7 +9,8 @@ import torch
 import yaml
 from states import make_file
 
-from timm_castream.timm_scripts.arguments import ParseKwargs, prepare
+from timm_castream._utils.keywords import ParseKwargs
+from timm_castream.timm_scripts.arguments import prepare
 
 pytest_plugins = ('stand_in_scripts',)
 pytestmark = pytest.mark.usefixtures('no_script_of_this_machine')
@@ -33,7 +34,12 @@ def test_the_statistics_of_a_frozen_backbone_are_never_distributed(script, optio
 
 @pytest.mark.parametrize(
     ('options', 'amp'),
-    [([], False), (['--amp'], True), (['--device', 'cuda'], True), (['--device', 'cuda', '--no-amp'], False)],
+    [
+        (['--device', 'cpu'], False),
+        (['--device', 'cpu', '--amp'], True),
+        (['--device', 'cuda'], True),
+        (['--device', 'cuda', '--no-amp'], False),
+    ],
 )
 def test_mixed_precision_of_a_recipe_is_left_out_on_a_cpu_unless_the_user_asks_for_it(
     script, tmp_path, monkeypatch, caplog, options, amp
@@ -42,7 +48,7 @@ def test_mixed_precision_of_a_recipe_is_left_out_on_a_cpu_unless_the_user_asks_f
     recipe = make_file(tmp_path / 'mine.yaml', 'amp: true\n')
     code, seen = script('-c', str(recipe), *options)
     assert (code, seen['amp']) == (0, amp)
-    assert ('mine.yaml asks for mixed precision, which is left out' in caplog.text) == (not options)
+    assert ('mine.yaml asks for mixed precision, which is left out' in caplog.text) == (options == ['--device', 'cpu'])
 
 
 def test_a_recipe_is_found_by_name_among_the_packaged_ones_unless_a_file_has_that_name(script, tmp_path, monkeypatch):
@@ -136,3 +142,29 @@ def test_a_validation_of_a_stream_needs_weights(tmp_path, monkeypatch, options, 
     else:
         with pytest.raises(ValueError, match=f'^There are no weights to validate.*{message}'):
             prepare({'parser': parser}, options)
+
+
+def test_without_a_graphics_card_the_script_runs_on_the_cpu(script, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+    code, seen = script()
+    assert code == 0 and seen['device'] == 'cpu'
+    code, seen = script('--device', 'cuda')
+    assert code == 2 and 'There is no CUDA device here' in capsys.readouterr().err
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    assert script()[1]['device'] == 'mps'
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert script()[1]['device'] == 'cuda'
+
+
+def test_mixed_precision_on_a_cpu_is_told_and_its_type_implies_it(script, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert not script()[1]['amp'] and 'Mixed precision' not in caplog.text
+    code, seen = script('--amp-dtype', 'bfloat16')
+    assert code == 0 and seen['amp'] and seen['amp_dtype'] == 'bfloat16'
+    assert '--amp-dtype asks for mixed precision' in caplog.text and 'Mixed precision on a CPU' in caplog.text
+    caplog.clear()
+    assert script('--amp')[1]['amp'] and 'Mixed precision on a CPU' in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert script('--amp', '--amp-dtype', 'bfloat16')[1]['amp'] and 'Mixed precision' not in caplog.text

@@ -10,6 +10,7 @@ import timm.task
 import timm.utils
 import torch
 from references import devkit_mean_average_precision
+from timm.data.distributed_sampler import OrderedDistributedSampler
 from timm.loss import BinaryCrossEntropy
 from torch import nn
 
@@ -92,3 +93,56 @@ def test_the_share_of_hits_among_the_best_is_counted_for_dense_targets_and_is_ti
 def test_a_validation_of_class_indices_keeps_its_results():
     score = multilabel.MultiLabelScore()
     assert score.scored(lambda: {'top1': 3.0})() == {'top1': 3.0}
+
+
+class Labelled(torch.utils.data.Dataset):
+    """Images whose logits and targets are known by their position."""
+
+    def __init__(self, count: int) -> None:
+        rng = np.random.default_rng(3)
+        self.logits = torch.from_numpy(rng.normal(size=(count, 4)).astype(np.float32))
+        self.targets = torch.from_numpy((rng.random((count, 4)) < 0.4).astype(np.float32))
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.logits[index], self.targets[index]
+
+
+def score_of_a_process(rank: int, count: int, num_images: int, folder: str) -> None:
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/init', rank=rank, world_size=count)
+    dataset = Labelled(num_images)
+    sampler = OrderedDistributedSampler(dataset, num_replicas=count, rank=rank)
+    score = multilabel.MultiLabelScore()
+
+    def validate(model, loader):
+        for logits, targets in loader:
+            score.accuracy(logits, targets, (1,))
+        return {}
+
+    loader = torch.utils.data.DataLoader(dataset, 2, sampler=sampler)
+    results = score.scored(validate)(None, loader)
+    with open(f'{folder}/{rank}.txt', 'w') as file:
+        file.write(repr(results['map']))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('count', 'num_images'), [(2, 5), (3, 5), (3, 7)])
+def test_map_over_several_processes_counts_every_image_once(count, num_images, tmp_path):
+    torch.multiprocessing.spawn(score_of_a_process, (count, num_images, str(tmp_path)), nprocs=count)
+    dataset = Labelled(num_images)
+    expected = devkit_mean_average_precision(dataset.targets.numpy(), dataset.logits.double().numpy())
+    for rank in range(count):
+        assert float((tmp_path / f'{rank}.txt').read_text()) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(('count', 'num_images'), [(1, 5), (2, 5), (3, 5), (4, 8)])
+def test_shares_are_put_in_order_without_their_repeats(count, num_images, monkeypatch):
+    dataset = Labelled(num_images)
+    shares = [list(OrderedDistributedSampler(dataset, num_replicas=count, rank=rank)) for rank in range(count)]
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.distributed, 'get_world_size', lambda: count)
+    rows = np.concatenate([dataset.logits.numpy()[share] for share in shares])
+    assert np.array_equal(multilabel._in_order(rows, num_images), dataset.logits.numpy())

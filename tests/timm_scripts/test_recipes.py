@@ -15,8 +15,9 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 import timm_castream  # noqa: F401
+from timm_castream._utils.keywords import ParseKwargs
 from timm_castream.timm_scripts import finder
-from timm_castream.timm_scripts.arguments import RECIPES, ParseKwargs, find_recipe, read_recipe
+from timm_castream.timm_scripts.arguments import RECIPES, find_recipe, read_recipe
 
 THIRDS = [0.1] * 30 + [0.01] * 30 + [0.001] * 30
 TENTHS = [rate / 10 for rate in THIRDS]

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import timm.data
 import timm.task
 import timm.utils
+import torch
 import yaml
 from states import make_file
 from torch import nn
@@ -25,7 +32,7 @@ def test_the_downloaded_script_runs_in_this_process_with_every_option_unchanged(
 ):
     monkeypatch.setattr(timm, '__version__', '1.0.31')
     monkeypatch.setenv('SEEN', str(tmp_path / 'seen.json'))
-    options = ['--dataset', 'digits', '--model-kwargs', 'a=1', 'b=x/y', '--lr', '0.5']
+    options = ['--dataset', 'digits', '--model-kwargs', 'a=1', 'b=x/y', '--lr', '0.5', '--device', 'cpu']
     assert train.main(options) == 0
     seen = json.loads((tmp_path / 'seen.json').read_text())
     assert seen['argv'][1:] == options
@@ -107,3 +114,55 @@ def test_a_download_that_fails_names_the_option_of_the_recipe(script, tmp_path, 
     (line,) = capsys.readouterr().err.splitlines()
     assert 'on purpose' in line and sentence in line
     assert sentence or 'asks for' not in line
+
+
+def run_in_a_process(*options: str, **kwargs: Any) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, '-m', 'train_wrappers.train', *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        **kwargs,
+    )
+
+
+def test_help_ends_quietly_when_its_reader_stops(script):
+    read, write = os.pipe()
+    os.close(read)
+    process = run_in_a_process('--timm-script', str(script.path), '--help', stdout=write)
+    os.close(write)
+    assert process.communicate(timeout=100)[1] == ''
+    assert process.returncode in (0, 141)  # argparse itself may hide the error
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_script_that_hides_an_interruption_ends_with_130(number, script, tmp_path):
+    waiting = """
+    open(os.environ['SEEN'], 'w').close()
+    try:
+        import time
+        time.sleep(100)
+    except KeyboardInterrupt:
+        pass
+"""
+    script.path.write_text(script.path.read_text().replace('def main():\n', f'def main():{waiting}    return\n'))
+    process = run_in_a_process('--timm-script', str(script.path), '--dataset', 'digits', stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / 'seen.json').exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert 'castream train: interrupted' in process.communicate(timeout=100)[1]
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize('content', ['', 'not a checkpoint', 'cut off'])
+def test_a_damaged_checkpoint_to_resume_is_one_line(content, script, tmp_path, capsys):
+    path = tmp_path / 'last.pth.tar'
+    torch.save({'state_dict': {'a': torch.ones(1000)}}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:2000] if content == 'cut off' else content.encode())
+    assert script('--resume', str(path)) == (2, None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert 'last.pth.tar, which --resume names, is damaged' in line
+    path.write_bytes(whole)
+    assert script('--resume', str(path))[0] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -64,3 +65,9 @@ def test_the_file_has_the_permissions_that_open_gives(tmp_path):
     with write_whole(tmp_path / 'whole'):
         pass
     assert os.stat(tmp_path / 'whole').st_mode == os.stat(tmp_path / 'plain').st_mode
+
+
+def test_a_full_disk_is_named_by_the_file_that_does_not_fit(tmp_path):
+    with pytest.raises(OSError, match=r'a\.bin') as error, write_whole(tmp_path / 'a.bin', 'wb'):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    assert error.value.filename == str(tmp_path / 'a.bin')

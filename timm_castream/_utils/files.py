@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # Python names no file when a write fails
 
 
 @contextmanager
@@ -37,6 +40,10 @@ def write_whole(path: str | os.PathLike[str], mode: str = 'w') -> Iterator[Any]:
         with open(temporary, mode, **text) as file:
             yield file
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None and error.errno in _FULL:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -6,6 +6,7 @@ a change here. Nothing is built.
 
 from __future__ import annotations
 
+import difflib
 import re
 from fnmatch import fnmatchcase, translate
 
@@ -175,10 +176,15 @@ def why_unsupported(architecture: str) -> str:
 
 
 def unknown_name_message(name: str) -> str:
-    """A sentence for a name that timm does not register: the reason of an exclusion, or where the names are listed."""
+    """A sentence for a name that timm does not register: the reason of an exclusion, or the names that come near."""
     backbone = name.partition('.')[0].removesuffix('_castream')
     if timm.is_model(backbone) and why_unsupported(backbone):
         return f'{backbone} takes no CA-Stream: {why_unsupported(backbone)}.'
+    if '/' in name:
+        return f'There is no model {name}: write hf-hub:{name} for a repository, or local-dir: and a folder.'
+    near = difflib.get_close_matches(name, timm.list_models(), 3, 0.7)
+    if near:
+        return f'There is no model {name}; did you mean {" or ".join(near)}?'
     return f'There is no model {name}; castream list shows the models with a stream.'
 
 

@@ -35,6 +35,7 @@ from .wheels import read_wheel, wheel_of
 NOT_SAVED = ('freeze_backbone', 'backbone_pretrained', 'backbone_checkpoint')
 BACKBONE_WEIGHTS = ('backbone_pretrained', 'backbone_checkpoint')
 # Options of timm's train.py that change the images which the network sees.
+_WEIGHTS_ENDINGS = ('.safetensors', '.pth', '.pt', '.tar', '.bin', '.ckpt')
 _DATA_OPTIONS = ('img_size', 'input_size', 'crop_pct', 'crop_mode', 'mean', 'std', 'interpolation')
 
 DEFAULT_MODEL = 'tf_efficientnet_lite0_castream'
@@ -173,7 +174,8 @@ def _open_file(name: str, path: Path, use_ema: bool, kwargs: dict[str, Any]) -> 
 
 def _open_repository(name: str, checkpoint: str, kwargs: dict[str, Any]) -> nn.Module:
     repo_id = checkpoint.removeprefix('hf-hub:')
-    if repo_id.count('/') != 1:
+    is_path = repo_id.startswith(('/', '.', '~')) or Path(repo_id).suffix in _WEIGHTS_ENDINGS
+    if repo_id.count('/') != 1 or is_path:
         raise FileNotFoundError(f'There is no file {checkpoint}, and a Hub repository is named org/name.')
     architecture = read_architecture(repo_id)
     if architecture != name:

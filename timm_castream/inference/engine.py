@@ -134,8 +134,8 @@ def _obstacle(predictor: Predictor, amp_dtype: torch.dtype | None) -> str:
     return f'and the network has weights in {str(other).removeprefix("torch.")}' if other else ''
 
 
-# {model: (fingerprint, engine)}: evaluating a network again exports nothing.
-_engines: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Engine]] = WeakKeyDictionary()
+# {model: (key, engine, how many times as fast as torch)}: an engine that was tried serves the next evaluation too.
+_engines: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Engine, float]] = WeakKeyDictionary()
 
 
 def make_engine(predictor: Predictor, images: Tensor, fingerprint: str, must_be_faster: bool = False) -> Engine | None:
@@ -154,28 +154,36 @@ def make_engine(predictor: Predictor, images: Tensor, fingerprint: str, must_be_
     pixels = images.shape[2] * images.shape[3]
     size = max(1, min(_PIXELS_AT_ONCE // pixels, predictor.batch_size(images)))
     key = (fingerprint, predictor.poolings, size, tuple(images.shape[1:]), torch.get_num_threads())
-    known, engine = _engines.get(predictor.model, ((), None))
+    known, engine, speed = _engines.get(predictor.model, ((), None, 0.0))
+    if engine is None or known != key:
+        tried = _try(predictor, images, size)
+        if tried is None:
+            return None
+        engine, speed = tried
+        _engines[predictor.model] = key, engine, speed
+    if must_be_faster and speed < 1:
+        _logger.info('The forwards run in torch: %s takes %.2f times as long.', engine.name, 1 / speed)
+        return None
+    _logger.info('The forwards of masked images run in %s, %.1f times as fast as torch.', engine.name, speed)
+    return engine
+
+
+def _try(predictor: Predictor, images: Tensor, size: int) -> tuple[Engine, float] | None:
+    """An engine that agrees with torch and how many times as fast it is, or None with the reason in the log."""
     with predictor.evaluating():
-        if known != key or engine is None:
-            try:
-                engine = _export(predictor, (size, *images.shape[1:]))
-            except Exception as error:  # the exporter raises errors of many libraries
-                text = _first_line(error)
-                _logger.warning('The forwards run in torch: the network does not export to ONNX (%s).', text)
-                return None
+        try:
+            engine = _export(predictor, (size, *images.shape[1:]))
+        except Exception as error:  # the exporter raises errors of many libraries
+            text = _first_line(error)
+            _logger.warning('The forwards run in torch: the network does not export to ONNX (%s).', text)
+            return None
         difference = _difference(predictor, engine, images)
         if not difference <= TOLERANCE:  # NaN is no agreement
             _logger.warning(
                 'The forwards run in torch: the probabilities of %s differ by %.1e.', engine.name, difference
             )
             return None
-        _engines[predictor.model] = key, engine
-        speed = _speed(predictor, engine, images)
-    if must_be_faster and speed < 1:
-        _logger.info('The forwards run in torch: %s takes %.2f times as long.', engine.name, 1 / speed)
-        return None
-    _logger.info('The forwards of masked images run in %s, %.1f times as fast as torch.', engine.name, speed)
-    return engine
+        return engine, _speed(predictor, engine, images)
 
 
 def _export(predictor: Predictor, shape: Sequence[int]) -> Engine:

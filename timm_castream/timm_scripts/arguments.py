@@ -9,6 +9,8 @@ recipe's mixed precision is left out on a CPU.
 from __future__ import annotations
 
 import logging
+import pickle
+import zipfile
 from argparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -65,7 +67,8 @@ def prepare(script: Mapping[str, Any], argv: Sequence[str]) -> CommandLine:
 
     Returns:
         `argv`, followed by the path of a recipe given by name, by the merged `--model-kwargs`, by `--dist-bn ''` for a
-        frozen backbone and by `--no-amp` for a recipe's `amp` on a CPU. argparse takes the last one.
+        frozen backbone, by `--device` where the script's own is not there, by `--amp` where `--amp-dtype` is given alone
+        and by `--no-amp` for a recipe's `amp` on a CPU. argparse takes the last one.
 
     Raises:
         ValueError: A file, folder or name in an option does not exist, or the option does not work with a stream.
@@ -87,13 +90,34 @@ def prepare(script: Mapping[str, Any], argv: Sequence[str]) -> CommandLine:
         added += ['--model-kwargs', *(f'{key}={value!r}' for key, value in merged.items())]
     # Values that a namespace already holds take the place of the parser's defaults, as timm's set_defaults does.
     args = script['parser'].parse_args(options, Namespace(**{**recipe, 'model_kwargs': {}}))
+
+    def is_typed(option: str) -> bool:
+        return getattr(script['parser'].parse_args(options, Namespace(**{option: None})), option, None) is not None
+
+    device = str(getattr(args, 'device', ''))
+    if (
+        device.startswith('cuda')
+        and not torch.cuda.is_available()
+        and not is_typed('device')
+        and 'device' not in recipe
+    ):
+        args.device = device = 'mps' if torch.backends.mps.is_available() else 'cpu'
+        added += ['--device', device]
+        _logger.warning('There is no CUDA device here: --device %s.', device)
+    amp = getattr(typed, 'amp', False)
+    if not amp and 'amp' not in recipe and is_typed('amp_dtype'):
+        amp = True
+        added.append('--amp')
+        _logger.warning('--amp-dtype asks for mixed precision: --amp.')
+    if amp and device == 'cpu':
+        _logger.warning('Mixed precision on a CPU was 6 times as slow as float32 where it was tried.')
     _check_there(args)
     if 'castream' in args.model:
         _check_stream(args, merged)
     if merged.get('freeze_backbone') and getattr(args, 'dist_bn', ''):
         # Averaging frozen statistics over processes, timm's default, changes their last bits.
         added += ['--dist-bn', '']
-    if recipe.get('amp') and not getattr(typed, 'amp', False) and str(getattr(args, 'device', '')) == 'cpu':
+    if recipe.get('amp') and not amp and device == 'cpu':
         _logger.warning(
             '%s asks for mixed precision, which is left out: a CPU computes it slowly. --amp asks for it.', name
         )
@@ -148,8 +172,22 @@ def _check_there(args: Namespace) -> None:
         path = getattr(args, option, None)
         if path and not Path(path).exists():
             raise ValueError(f'There is no {path}, which --{option.replace("_", "-")} names.')
+        if path and option == 'resume' and Path(path).is_file():
+            _check_whole(Path(path))
     if str(getattr(args, 'device', '')).startswith('cuda') and not torch.cuda.is_available():
         raise ValueError('There is no CUDA device here; --device cpu works everywhere.')
+
+
+def _check_whole(path: Path) -> None:
+    """Raises ValueError for a checkpoint that was cut off. timm ends in an EOFError without its name."""
+    # torch.save writes zip files, whose list of contents is at the end; older files are read to the end.
+    if path.suffix == '.safetensors' or zipfile.is_zipfile(path):
+        return
+    try:
+        with torch.serialization.safe_globals([Namespace]):
+            torch.load(path, map_location='cpu', weights_only=True)
+    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError):
+        raise ValueError(f'{path}, which --resume names, is damaged or no checkpoint.') from None
 
 
 def _check_stream(args: Namespace, model_kwargs: Mapping[str, Any]) -> None:

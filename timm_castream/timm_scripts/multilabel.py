@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch.distributed as dist
 from timm.utils import accuracy
 from torch import Tensor, nn
 from torch.nn import functional
@@ -83,11 +84,31 @@ class MultiLabelScore:
             self._predictions = None
             results = validate(*args, **kwargs)
             if self._predictions is not None:
-                labels, scores = self._predictions.compute()
+                labels, scores = (_in_order(rows, _num_images(args)) for rows in self._predictions.compute())
                 results['map'] = round(float(mean_average_precision(labels, scores)[0]), 4)
             return results
 
         return scored_validate
+
+
+def _num_images(args: Sequence[Any]) -> int | None:
+    """Number of images of a validation, by the loader among the arguments of the script's `validate`."""
+    return next((len(arg.dataset) for arg in args if hasattr(arg, 'dataset')), None)
+
+
+def _in_order(rows: np.ndarray, num_images: int | None) -> np.ndarray:
+    """The rows of all processes, without the images that fill up the shares of the last ones.
+
+    timm's sampler gives process r the images r, r + P, r + 2 P, ... of P processes, and the first ones again at the
+    end, so that all have equally many.
+
+    Args:
+        rows: (P * n, C), those of the first process first.
+        num_images: Images of the data set, or None where they are unknown.
+    """
+    count = dist.get_world_size() if dist.is_initialized() else 1
+    rows = rows.reshape(count, -1, rows.shape[1]).swapaxes(0, 1).reshape(len(rows), -1)
+    return rows[:num_images]
 
 
 def _collector() -> Metric:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import runpy
 import sys
 import traceback
@@ -19,6 +21,7 @@ import timm.utils
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from .._utils.interrupts import interruptible
 from .._utils.keywords import ParseKwargs
 from ..datasets import create_dataset
 from . import multilabel
@@ -26,6 +29,9 @@ from .arguments import prepare
 from .data import DataChecks
 from .finder import ScriptNotFoundError, find_script, script_release
 from .task import CAStreamTask
+
+_BROKEN_PIPE = 141  # as shells report it
+_LONGEST = 600  # letters of a message
 
 _EXAMPLES = {
     'train.py': 'castream train -c imagenet_sgd90.yaml --data-dir /data/imagenet',
@@ -42,23 +48,33 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 for a mistake, explained in one line on the standard error; 1 after the traceback of a crash
-        of the script; 130 when interrupted.
+        of the script; 130 when interrupted; 141 where the reader of its output stopped reading.
     """
     parser = _parser(name)
     own, options = parser.parse_known_args(argv)
-    if own.help:
-        parser.print_help()
-        options.append('--help')
     script = ''
     try:
+        if own.help:
+            parser.print_help()
+            options.append('--help')
         path = find_script(name, own.timm_script)
         script = f' ({path} of {script_release(path)}, timm {timm.__version__})'
-        _run(path, options, parser)
+        with interruptible() as signals:
+            _run(path, options, parser)
+            if signals:  # timm's scripts end without an error then
+                raise KeyboardInterrupt
+        sys.stdout.flush()
     except SystemExit as stop:  # argparse's way out
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        with _open_pipe() as closed:
+            sys.stdout.flush()
+        return _BROKEN_PIPE if closed else stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except KeyboardInterrupt:
         print(f'{parser.prog}: interrupted', file=sys.stderr)
         return 130
+    except BrokenPipeError:  # castream train --help | head
+        with _open_pipe():
+            raise
+        return _BROKEN_PIPE
     except Exception as error:
         if own.help and isinstance(error, ScriptNotFoundError):
             print(error)
@@ -67,9 +83,31 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
         if own.debug or not mistake:
             traceback.print_exc()
         message = ' '.join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            message += f': the disk of {_output_folder(options)} is full'
+        if len(message) > _LONGEST:  # torch lists every key of a state dict that does not fit
+            message = f'{message[:_LONGEST]} ...'
         print(f'{parser.prog}: {message}{script}', file=sys.stderr)
         return 2 if mistake else 1
     return 0
+
+
+@contextmanager
+def _open_pipe() -> Iterator[list[BrokenPipeError]]:
+    """Catches a pipe that its reader has closed, and writes what is left to nowhere: Python flushes when it exits."""
+    errors: list[BrokenPipeError] = []
+    try:
+        yield errors
+    except BrokenPipeError as error:
+        errors.append(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _output_folder(options: Sequence[str]) -> str:
+    """The folder in which timm's script writes."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('--output', default='output')
+    return parser.parse_known_args(options)[0].output
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
