@@ -256,7 +256,7 @@ def save(picture: Any, path: str | Path) -> Path:
     path = Path(path)
     with write_whole(path, 'wb') as file, warnings.catch_warnings():
         if isinstance(picture, Image.Image):
-            picture.save(file, 'PNG', compress_level=1)  # a seventh of the time of the default for a tenth more bytes
+            picture.save(file, 'PNG', compress_level=1)  # less than half of the default's time, a tenth more bytes
         else:
             warnings.filterwarnings('ignore', 'Glyph')  # matplotlib draws a box for a letter that its fonts lack
             picture.savefig(file, format='png')

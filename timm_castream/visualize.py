@@ -23,8 +23,9 @@ from tqdm import tqdm
 from ._utils.checks import check_count
 from .attach import attention_maps
 from .attribution.cam import scale_maps
-from .attribution.methods import METHODS, PAPER_METHODS, Method
-from .attribution.saliency import attention_identity, saliency_maps
+from .attribution.methods import METHODS, PAPER_METHODS, Batch, Method
+from .attribution.saliency import attention_identity
+from .attribution.saliency import explain as explain_batch
 from .attribution.user_methods import UserMethod, check_maps, resolve_methods
 from .backbones.image_settings import image_settings
 from .backbones.mixin import castream_model
@@ -300,11 +301,13 @@ def _explain_one(
     check_images(x)
     backbone = network.backbone
     with network.evaluating():
-        logits = network.logits(x)
-        probabilities = {pooling: network.probabilities(logits[pooling], pooling)[0] for pooling in network.poolings}
+        batch = Batch(network, x, methods, torch.tensor([index]))  # its forward gives classes and maps
+        probabilities = {
+            pooling: network.probabilities(batch.logits[pooling].detach(), pooling)[0] for pooling in network.poolings
+        }
         explained = (choose or _Choice())(probabilities, network.activation)
         target = {pooling: torch.tensor([classes], device=x.device) for pooling, classes in explained.items()}
-        saliency = saliency_maps(network, x, methods, target, indices=torch.tensor([index]))
+        saliency = explain_batch(batch, target)
         stages = attention_maps(backbone, x) if any('stream' in method.needs for method in methods) else []
     top = {pooling: _top(values) for pooling, values in probabilities.items()}
     names = pooling_names(network)
