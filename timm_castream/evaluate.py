@@ -158,6 +158,8 @@ def evaluate(
     _check(plan, source, predictor, num_classes)
     processes = Processes.current()
     settings = {**(arguments or {}), **_settings(predictor, source), **source.settings(), **plan.settings()}
+    if any(callable(method.source) for method in plan.methods):  # a function may depend on the images of its batch
+        settings['images_at_a_time'] = max(map(len, source.batches))
     processes.check_same_weights(settings['weights'])
     warn_of_another_normalisation(loader, settings['mean'], settings['std'])
     if engine == 'auto':

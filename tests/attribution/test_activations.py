@@ -337,3 +337,28 @@ def test_maps_of_a_model_in_train_mode_leave_its_statistics_alone(model: nn.Modu
     torch.testing.assert_close((forward_both(model, pixels), attention_maps(model, pixels)), expected)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'deit_tiny_distilled_patch16_224'])
+def test_hires_cam_of_a_class_token_reads_the_layer_behind_the_norm(name: str, pixels: Tensor) -> None:
+    torch.manual_seed(0)
+    sizes = {} if name == 'test_vit' else {'embed_dim': 32, 'depth': 6, 'num_heads': 2}
+    model = timm.create_model(name, img_size=64, num_classes=10, **sizes).eval().double()
+    for classifier in (module for module in model.modules() if isinstance(module, nn.Linear)):
+        nn.init.normal_(classifier.weight, std=0.3)
+    outputs: list[Tensor] = []
+    handle = model.get_submodule('blocks.5.norm1').register_forward_hook(lambda m, args, output: outputs.append(output))
+    logits = model(pixels.double())
+    handle.remove()
+    prefix = model.num_prefix_tokens
+    target = torch.arange(10).expand(2, 10)
+    maps = attribute(model, pixels.double(), 'hires_cam', target)
+    assert maps.any()
+    for k in range(10):
+        (gradient,) = torch.autograd.grad(logits[:, k].sum(), outputs[0], retain_graph=True)
+        cam = (gradient * outputs[0])[:, prefix:].sum(2).clamp(min=0).detach().view(2, 4, 4)
+        low, high = cam.amin((1, 2), keepdim=True), cam.amax((1, 2), keepdim=True)
+        torch.testing.assert_close(maps[:, k], torch.where(high > low, (cam - low) / (high - low), 0))
+    # In float32 the input of the last block gives rounding noise, which is constant.
+    noise = attribute(model.float(), pixels, 'hires_cam', target, layer='blocks.4')
+    assert not noise.any()

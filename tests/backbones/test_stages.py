@@ -9,6 +9,7 @@ from conftest import make_backbone
 from networks import token_network
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, LayerNorm2d
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from timm_castream import attach
 from timm_castream.backbones.freezing import is_norm
@@ -265,3 +266,9 @@ def test_blocks_of_hiera_are_the_only_modules_whose_order_is_known():
 )
 def test_normalisation_layers_are_known(layer, expected):
     assert is_norm(layer) is expected
+
+
+@pytest.mark.parametrize('wrap', [lambda m: torch.compile(m, backend='eager'), AveragedModel, torch.nn.Sequential])
+def test_a_wrapped_model_is_told_to_take_its_stream_first(wrap):
+    with pytest.raises(ValueError, match=r'This \w+ holds a ResNet: call timm_castream\.attach on the ResNet first'):
+        attach(wrap(timm.create_model('test_resnet')))

@@ -697,3 +697,33 @@ def test_a_long_evaluation_says_first_how_long_it_takes_and_what_costs_it(model,
     caplog.clear()
     evaluate(model, loader, ('grad_cam',))
     assert 'minutes.' in caplog.text and 'Score-CAM' not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ('item', 'given'),
+    [
+        ({'image': torch.zeros(3, 64, 64), 'label': 1}, 'a dict of image, label'),
+        ((torch.zeros(3, 64, 64),), 'a tuple of 1'),
+        (torch.zeros(3, 64, 64), 'a Tensor'),
+    ],
+    ids=['mapping', 'tuple of one', 'image alone'],
+)
+def test_items_that_are_no_pairs_are_described(item, given, model) -> None:
+    class Items(Dataset):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> Any:
+            return item
+
+    with pytest.raises(ValueError, match=f"The data set gives {given} for an image.*target='predicted'"):
+        evaluate(model, DataLoader(Items(), 2), ('centre',), metrics=('average_drop',))
+
+
+def test_a_function_of_the_user_resumes_with_batches_of_the_same_size_alone(model, tmp_path) -> None:
+    arguments = {'metrics': ('average_drop',), 'output_dir': tmp_path}
+    methods = {'mine': lambda x, target: x.sum(1) / x.std()}
+    evaluate(model, DataLoader(Six(), 2), methods, **arguments)
+    evaluate(model, DataLoader(Six(), 2), methods, **arguments)
+    with pytest.raises(ValueError, match='images_at_a_time'):
+        evaluate(model, DataLoader(Six(), 3), methods, **arguments)

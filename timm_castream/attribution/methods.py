@@ -81,9 +81,16 @@ class Batch:
         """The forward that gives feature maps, logits and attention."""
         return Activations(self.network, self.x, attention='stream' in self._needs)
 
+    @cached_property
+    def product_activations(self) -> Activations:
+        """The activations behind the normalisation of a class-token network: its products with gradients are not zero."""
+        layer = self.network.norm_layer
+        return self.activations if layer is None else Activations(self.network.at_layer(layer), self.x)
+
     def forget_graph(self) -> None:
         """Computes the activations anew when they are next asked for."""
-        vars(self).pop('activations', None)
+        for name in ('activations', 'product_activations'):
+            vars(self).pop(name, None)
         self._gradients.clear()
 
     @cached_property
@@ -154,7 +161,10 @@ def _xgrad_cam(batch: Batch, pooling: str) -> Tensor:
 
 
 def _hires_cam(batch: Batch, pooling: str) -> Tensor:
-    return cam.class_activation_map(batch.activations.feature_maps, batch.gradients(pooling))
+    activations = batch.product_activations
+    if activations is batch.activations:
+        return cam.class_activation_map(activations.feature_maps, batch.gradients(pooling))
+    return cam.class_activation_map(activations.feature_maps, activations.gradients(pooling, batch.targets[pooling]))
 
 
 def _layer_cam(batch: Batch, pooling: str) -> Tensor:

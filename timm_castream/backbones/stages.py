@@ -75,7 +75,13 @@ def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> tuple[t
     """
     kind = type(model).__name__
     # Of the class: torch.compile's wrapper shows the attributes of the model inside.
-    if not all(hasattr(type(model), m) for m in ('forward_features', 'forward_head', 'reset_classifier')):
+    if not _has_timm_methods(model):
+        inside = next((m for m in model.modules() if m is not model and _has_timm_methods(m)), None)
+        if inside is not None:
+            raise ValueError(
+                f'This {kind} holds a {type(inside).__name__}: call timm_castream.attach on the {type(inside).__name__} '
+                'first, and wrap or compile it afterwards.'
+            )
         raise ValueError(
             f'{kind} is no timm classification model: it lacks forward_features, forward_head or reset_classifier.'
         )
@@ -117,6 +123,10 @@ def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> tuple[t
             'takes token networks of timm alone.'
         )
     return tuple(stages), pooling
+
+
+def _has_timm_methods(model: nn.Module) -> bool:
+    return all(hasattr(type(model), name) for name in ('forward_features', 'forward_head', 'reset_classifier'))
 
 
 def find_stage(model: nn.Module, name: str) -> Stage:

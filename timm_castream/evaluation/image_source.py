@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -109,7 +109,7 @@ class ImageSource:
         for index in self.indices:
             item = items[index]
             if not isinstance(item, Unreadable):
-                return item
+                return _pair(item)
             first = first or item
         assert first is not None
         raise ValueError(f'None of the images can be read. The first is {first.name}: {first.reason}')
@@ -231,3 +231,22 @@ class ImageSource:
                     np.ascontiguousarray(boxes[innermost(self.dataset, index)[1]], dtype=np.float64).tobytes()
                 )
         return digest.hexdigest()
+
+
+def _pair(item: Any) -> Any:
+    """An item of a data set, if it is an image and a label.
+
+    Raises:
+        ValueError: If it is something else, such as a mapping or an image alone.
+    """
+    if isinstance(item, (tuple, list)) and len(item) >= 2:
+        return item
+    given = f'a {type(item).__name__}'
+    if isinstance(item, Mapping):
+        given += f' of {", ".join(map(str, item))}'
+    elif isinstance(item, (tuple, list)):
+        given += f' of {len(item)}'
+    raise ValueError(
+        f'The data set gives {given} for an image, an evaluation needs (image, label): wrap it in a data set that gives '
+        "pairs. With target='predicted' any label serves, such as 0."
+    )

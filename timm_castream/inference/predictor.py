@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from .._utils.checks import check_count, check_names
 from ..attach import POOLINGS, both_logits, pooling
+from ..backbones.freezing import is_norm
 from ..backbones.layout import Stage
 from ..backbones.mixin import CAStreamMixin, castream_model, outermost_streams
 from ..backbones.probe import eval_mode, first_convolution, input_channels
@@ -182,6 +183,29 @@ class Predictor:
     def cam_layer(self) -> str | None:
         """Name of the module whose output the CAM methods read, or None for the tensor that the model pools."""
         return cam_layer(self.backbone) if self.layer is None and self.is_timm else self.layer
+
+    @cached_property
+    def norm_layer(self) -> str | None:
+        """Name of the normalisation layer behind `cam_layer` where the model reads a class token, or None.
+
+        The output of a normalisation does not depend on the length of a token. The product of a token with its gradient
+        is therefore zero before it.
+        """
+        if self.layer is not None or self.cam_layer is None or not self.is_timm:
+            return None
+        norms = [name for name, module in self.backbone.named_modules() if is_norm(module)]
+        found = layers_with_gradient(self.backbone, [self.cam_layer, *norms], whole=False)
+        if self.cam_layer not in found:
+            return None
+        return next((name for name in found[found.index(self.cam_layer) :] if name in norms), None)
+
+    def at_layer(self, layer: str) -> Predictor:
+        """The same network whose CAM methods read another layer."""
+        other = copy.copy(self)
+        for name in ('cam_layer', 'stage', 'norm_layer'):
+            vars(other).pop(name, None)
+        other.layer = layer
+        return other
 
     def owner_of(self, layer: str) -> nn.Module:
         """The module that a layer's name belongs to: the model, or the model with a stream inside it."""
