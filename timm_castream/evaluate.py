@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .attribution.method_hash import architecture
-from .attribution.methods import TABLE_METHODS
+from .attribution.methods import DEFAULT_METHODS
 from .attribution.user_methods import UserMethod, check_maps, resolve_methods
 from .backbones.stream_config import inference_args
 from .evaluation.calibration import temperatures
@@ -48,7 +48,7 @@ OnBatch = Callable[[int, dict[str, float]], Any]
 def evaluate(
     model: nn.Module,
     loader: Any,
-    methods: Sequence[str] | Mapping[str, UserMethod] = TABLE_METHODS,
+    methods: Sequence[str] | Mapping[str, UserMethod] = DEFAULT_METHODS,
     poolings: Sequence[str] | None = None,
     target: str = 'truth',
     *,

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from timm_castream.attach import POOLINGS
-from timm_castream.attribution.methods import METHODS, TABLE_METHODS
+from timm_castream.attribution.methods import DEFAULT_METHODS, METHODS
 from timm_castream.commands import COMMANDS
 from timm_castream.commands.names import names, rows
 from timm_castream.evaluation.plan import TARGETS
@@ -28,14 +28,14 @@ def test_the_names_are_those_of_the_tables():
     assert names('metrics/curves', 'CURVE_SETTINGS') == tuple(CURVE_SETTINGS)
 
 
-def test_the_default_methods_of_evaluate_are_those_of_the_papers_tables():
+def test_the_default_methods_of_the_command_are_those_of_evaluate():
     import argparse
 
     from timm_castream.commands import evaluate
 
     parser = argparse.ArgumentParser()
     evaluate.add_options(parser)
-    assert parser.parse_args(['--model', 'resnet18']).default_methods == TABLE_METHODS
+    assert parser.parse_args(['--model', 'resnet18']).default_methods == DEFAULT_METHODS
 
 
 def test_a_variable_that_is_not_there_is_an_error():

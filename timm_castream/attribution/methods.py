@@ -213,6 +213,9 @@ PAPER_METHODS = tuple(method.name for method in METHODS.values() if method.in_pa
 # The methods of the paper's tables: those that explain a class.
 TABLE_METHODS = tuple(name for name in PAPER_METHODS if 'stream' not in METHODS[name].needs)
 
+# Those that an evaluation runs unless told otherwise: with the baselines, which a method must beat.
+DEFAULT_METHODS = (*TABLE_METHODS, 'random', 'centre')
+
 
 def method_title(name: str) -> str:
     """The title of a method of the table, or the label of a method of the user."""

@@ -12,6 +12,7 @@ COMMANDS = {
     'validate': "timm's validate.py with the plugin loaded",
     'fit': 'fit a stream beside a frozen network from a folder of images, without labels',
     'evaluate': "the paper's interpretability protocol over a data set",
+    'report': 'print and draw what the folder of an evaluation holds, without its model',
     'explain': 'write saliency maps over images',
     'list-images': 'show the images of a data set in the order in which they are read',
     'push': 'publish a trained model on the Hugging Face Hub',

@@ -9,7 +9,15 @@ from typing import Any
 
 from . import SKIPPED
 from .names import names, rows
-from .options import add_method_options, add_model_options, add_size_options, device_of, methods_from, open_from
+from .options import (
+    add_format,
+    add_method_options,
+    add_model_options,
+    add_size_options,
+    device_of,
+    methods_from,
+    open_from,
+)
 
 EXAMPLE = 'castream evaluate --model resnet50_castream --checkpoint last.pth.tar --data-dir /data/imagenet'
 
@@ -38,7 +46,8 @@ _RECORDED = (
 def add_options(parser: argparse.ArgumentParser) -> None:
     metrics, engines = rows('metrics/table', 'MetricRow'), names('inference/engine', 'ENGINES')
     add_model_options(parser)
-    add_method_options(parser, ('grad_cam', 'grad_cam_pp', 'score_cam'))  # those of the paper's tables
+    # Those of the paper's tables, and the baselines that a method must beat.
+    add_method_options(parser, ('grad_cam', 'grad_cam_pp', 'score_cam', 'random', 'centre'))
     data = parser.add_argument_group('data')
     data.add_argument('--data-dir', metavar='DIR', help='an image folder, or the folder of the data set')
     data.add_argument(
@@ -99,6 +108,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     speed.add_argument('--channels-last', action='store_true', help='use this memory format')
     speed.add_argument('--torchcompile', action='store_true', help='compile the network')
+    add_format(parser)
     parser.add_argument('--plot', action='store_true', help='draw the mean curves and the differences too')
     parser.add_argument(
         '--output',
@@ -174,10 +184,9 @@ def run(args: argparse.Namespace) -> int:
             progress=True,
         )
         if place['global_rank'] == 0:
-            written = ['table.csv', 'evaluation.json', 'images.csv']
-            written += ['hits.npz'] if report.values.hits() else []
-            written += _plot(report, args.output) if args.plot else []
-            print(f'\n{report}\n\nWritten to {args.output}: {", ".join(written)}')
+            written = ['table.csv', 'evaluation.json', 'images.csv', 'values.npz']
+            written += plot(report, args.output) if args.plot else []
+            print(f'\n{formatted(report, args.format)}\n\nWritten to {args.output}: {", ".join(written)}')
     finally:
         if place['distributed']:
             torch.distributed.destroy_process_group()
@@ -232,16 +241,22 @@ def _amp_dtype(args: argparse.Namespace, device: Any) -> Any:
     return getattr(torch, args.amp_dtype or 'bfloat16')
 
 
-def _plot(report: Any, folder: str) -> list[str]:
-    """Draws what the report has, and gives the names of the files."""
+def formatted(report: Any, kind: str) -> str:
+    """The table as `--format` asks for it."""
+    return {'text': str, 'markdown': type(report).to_markdown, 'latex': type(report).to_latex}[kind](report)
+
+
+def plot(report: Any, folder: str) -> list[str]:
+    """Draws what the report has, as PNG, PDF and SVG, and gives the names of the files."""
     from ..evaluation.plots import draw_curves, draw_differences
     from ..visualize import save
 
     figures = {}
     if report.curves:
-        figures['curves.png'] = draw_curves(report)
+        figures['curves'] = draw_curves(report)
     if report.differences:
-        figures['differences.png'] = draw_differences(report)
-    for name, figure in figures.items():
-        save(figure, f'{folder}/{name}')
-    return list(figures)
+        figures['differences'] = draw_differences(report)
+    names = [f'{name}.{ending}' for name in figures for ending in ('png', 'pdf', 'svg')]
+    for name in names:
+        save(figures[name.partition('.')[0]], f'{folder}/{name}')
+    return names

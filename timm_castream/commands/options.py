@@ -232,3 +232,13 @@ def _import_function(word: str, source: str, model: nn.Module) -> Callable[..., 
         return function
     bound = functools.partial(function, model=model)
     return functools.update_wrapper(bound, function)
+
+
+def add_format(parser: argparse.ArgumentParser) -> None:
+    """`--format` of the table that is printed."""
+    parser.add_argument(
+        '--format',
+        choices=('text', 'markdown', 'latex'),
+        default='text',
+        help='of the table that is printed; latex needs the package booktabs (default: %(default)s)',
+    )

@@ -81,6 +81,10 @@ class Bootstrap:
         """Every value with its interval."""
         return {name: _estimate(self._point[name], self._draws[name]) for name in self._names}
 
+    def paired(self, cell: Cell, other: Cell) -> Estimate:
+        """A value minus another one, with the interval of the difference over the same resamples."""
+        return _estimate(self._point[cell] - self._point[other], self._draws[cell] - self._draws[other])
+
     def differences(self) -> dict[Cell, Estimate]:
         """CA - GAP of every value, by (method, metric), ('accuracy',) or ('confidence',). Empty without both."""
         first, second = _PAIR

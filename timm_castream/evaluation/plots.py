@@ -12,9 +12,11 @@ from ..metrics.table import METRICS
 from .bootstrap import mean_curve
 from .report import Report
 
-_COLOURS = {'gap': 'tab:gray', 'ca': 'tab:red'}
-_VERDICT_COLOURS = {'better': 'tab:green', 'worse': 'tab:red', 'no difference seen': 'tab:gray'}
-_DPI = 160
+_COLOURS = {'gap': 'tab:gray', 'ca': 'tab:blue'}
+# Colours that colour-blind readers tell apart, and a shape of its own.
+_VERDICTS = {'better': ('tab:blue', '^'), 'worse': ('tab:orange', 'v'), 'no difference seen': ('tab:gray', 'o')}
+_DPI = 200
+_WIDTH = 3.4  # inches: the column of a paper
 
 
 def draw_curves(report: Report) -> Figure:
@@ -31,7 +33,7 @@ def draw_curves(report: Report) -> Figure:
         raise ValueError(
             "The report has no curves: evaluate with keep_curves=True and the metrics 'insertion' or 'deletion'."
         )
-    figure = Figure(figsize=(3.2 * len(report.methods) + 0.6, 2.4 * len(kinds) + 0.6), dpi=_DPI, layout='constrained')
+    figure = Figure(figsize=(2.2 * len(report.methods) + 0.4, 1.8 * len(kinds) + 0.4), dpi=_DPI, layout='constrained')
     panels = figure.subplots(len(kinds), len(report.methods), squeeze=False, sharex=True, sharey='row')
     image_of_pair = report.values.pairs['image']
     for row, kind in zip(panels, kinds, strict=True):
@@ -43,8 +45,9 @@ def draw_curves(report: Report) -> Figure:
                 label = f'{report.pooling_name(pooling)} {report[pooling, method, kind].value:.1f} %'
                 axes.plot(share, mean, color=_COLOURS[pooling], label=label)
                 axes.fill_between(share, low, high, color=_COLOURS[pooling], alpha=0.25, linewidth=0)
-            axes.set_title(f'{_title(report, method)}: {METRICS[kind].heading}', fontsize=9)
+            axes.set_title(f'{_title(report, method)}: {METRICS[kind].title}', fontsize=8)
             axes.legend(fontsize=7, frameon=False)
+            axes.tick_params(labelsize=7)
             axes.spines[['top', 'right']].set_visible(False)
         row[0].set_ylabel('probability', fontsize=8)
     for axes in panels[-1]:
@@ -60,25 +63,24 @@ def draw_differences(report: Report) -> Figure:
     """
     if not report.differences:
         raise ValueError('The report has one pooling alone, so it has no differences.')
-    columns = len(report.metrics)
-    figure = Figure(figsize=(2 * columns + 1.2, 0.34 * len(report.methods) + 1.2), dpi=_DPI, layout='constrained')
-    panels = figure.subplots(1, columns, squeeze=False, sharey=True)[0]
-    positions = range(len(report.methods))
+    rows, methods = len(report.metrics), len(report.methods)
+    figure = Figure(figsize=(_WIDTH, rows * (0.2 * methods + 0.45) + 0.45), dpi=_DPI, layout='constrained')
+    panels = figure.subplots(rows, 1, squeeze=False)[:, 0]
+    positions = range(methods)
     for axes, metric in zip(panels, report.metrics, strict=True):
         axes.axvline(0, color='black', linewidth=0.8)
         for position, method in zip(positions, report.methods, strict=True):
             value, low, high = report.difference(method, metric)
-            colour = _VERDICT_COLOURS[report.verdict(method, metric)]
-            axes.plot([low, high], [position, position], color=colour, linewidth=2)
-            axes.plot([value], [position], marker='o', color=colour, markersize=5)
-        axes.set_title(METRICS[metric].heading, fontsize=9)
+            colour, marker = _VERDICTS[report.verdict(method, metric)]
+            axes.plot([low, high], [position, position], color=colour, linewidth=1.5)
+            axes.plot([value], [position], marker=marker, color=colour, markersize=4)
+        row = METRICS[metric]
+        axes.set_title(f'{row.title} ({row.heading})', fontsize=8, loc='left')
+        axes.set_yticks(list(positions), [_title(report, method) for method in report.methods])
         axes.tick_params(labelsize=7)
+        axes.set_ylim(methods - 0.4, -0.6)
         axes.spines[['top', 'right', 'left']].set_visible(False)
-    panels[0].set_yticks(list(positions), [_title(report, method) for method in report.methods])
-    panels[0].invert_yaxis()
-    figure.supxlabel(
-        f'{report.difference_name} in points; green: better, red: worse, grey: the interval includes 0', fontsize=8
-    )
+    figure.supxlabel(f'{report.difference_name} in points; ▲ better, ▼ worse, ● includes 0', fontsize=7)
     return figure
 
 

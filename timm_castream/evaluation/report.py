@@ -6,8 +6,9 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import numpy as np
 from .._utils.files import write_whole
 from ..attribution.methods import method_title
 from ..metrics.table import METRICS
-from .bootstrap import RESAMPLES, Bootstrap, Estimate
+from . import tables
+from .bootstrap import Bootstrap, Estimate
 from .values import ImageValues
 
 __all__ = ['Estimate', 'ImageValues', 'Report']
@@ -175,10 +177,7 @@ class Report:
 
     def verdict(self, method: str, metric: str) -> str:
         """`'better'`, `'worse'` or `'no difference seen'`: CA against GAP. The interval of a difference excludes 0."""
-        value, low, high = self.difference(method, metric)
-        if not (low > 0 or high < 0):
-            return 'no difference seen'
-        return 'better' if (value > 0) == METRICS[metric].higher_is_better else 'worse'
+        return tables.verdict(self.difference(method, metric), METRICS[metric].higher_is_better)
 
     def summary(self) -> str:
         """One line a method with the verdict of every metric, or nothing for a report of one pooling."""
@@ -190,56 +189,65 @@ class Report:
             for m in self.methods
         )
 
+    def compare(self, method: str, other: str) -> dict[tuple[str, str], Estimate]:
+        """A method minus another one, paired by image, with its own interval: by (pooling, metric).
+
+        Raises:
+            KeyError: If the evaluation did not have one of the methods.
+        """
+        for name in (method, other):
+            if name not in self.methods:
+                raise KeyError(f'there is no method {name!r}; {self._contents}')
+        return {
+            (p, k): self._bootstrap.paired((p, method, k), (p, other, k)) for p in self.poolings for k in self.metrics
+        }
+
+    def best(self, pooling: str, metric: str) -> str | None:
+        """The method with the best value, or None where its paired difference from the second includes 0."""
+        sign = 1 if METRICS[metric].higher_is_better else -1
+        ranked = sorted(
+            self.methods, key=lambda m: -sign * np.nan_to_num(self[pooling, m, metric].value, nan=-np.inf * sign)
+        )
+        if len(ranked) < 2:
+            return None
+        first, second = ranked[:2]
+        difference = self._bootstrap.paired((pooling, first, metric), (pooling, second, metric))
+        return first if tables.verdict(difference, METRICS[metric].higher_is_better) == 'better' else None
+
+    def has_same_values(self, pooling: str, method: str, other: str) -> bool:
+        """Whether two methods have the same values on every image, up to rounding, and their maps say something."""
+        pairs = [
+            [self.values.pairs[f'{pooling}/{name}/{k}'].astype(float) for name in (method, other)] for k in self.metrics
+        ]
+        spread = any(len(np.unique(one)) > 1 for one, _ in pairs)
+        return spread and all(np.allclose(one, two, rtol=1e-3, atol=2e-3, equal_nan=True) for one, two in pairs)
+
+    @cached_property
+    def _bootstrap(self) -> Bootstrap:
+        return Bootstrap(self.values, self.poolings, self.methods, self.metrics, self.settings.get('seed') or 0)
+
     def __str__(self) -> str:
-        accuracy: list[tuple[str, ...]] = [('NETWORK', 'POOLING', f'{self.accuracy_name} ↑', 'probability')]
-        accuracy += [
-            (self.network, self.pooling_name(p), str(self.accuracy[p]), str(self.confidence[p])) for p in self.poolings
-        ]
-        table: list[tuple[str, ...]] = [('NETWORK', 'METHOD', 'POOLING', *(METRICS[k].heading for k in self.metrics))]
-        for m in self.methods:
-            title = method_title(m)
-            table += [
-                (self.network, title, self.pooling_name(p), *(str(self[p, m, k]) for k in self.metrics))
-                for p in self.poolings
-            ]
-            if self.differences:
-                differences = (_signed(self.difference(m, k)) for k in self.metrics)
-                table.append((self.network, title, self.difference_name, *differences))
-        if self.differences:
-            accuracy.append(
-                (
-                    self.network,
-                    self.difference_name,
-                    *(_signed(self.differences[k,]) for k in ('accuracy', 'confidence')),
-                )
-            )
-        notes = [
-            f'{_images(self.num_images)}, class: {self.settings.get("target")}; in percent, with 95 % intervals '
-            f'from {RESAMPLES} bootstrap resamples; probability: mean of the class explained'
-        ]
-        if self.differences:
-            notes.append(f'{self.difference_name}: paired by image')
-        temperatures = self.settings.get('temperatures')
-        if temperatures:
-            notes.append(
-                'Temperatures: ' + ', '.join(f'{self.pooling_name(p)} {t:.3f}' for p, t in temperatures.items())
-            )
-        if self.num_boxed is not None:
-            both = ' under both poolings' if len(self.poolings) > 1 else ''
-            notes.append(f'Localisation: {self.num_boxed} of {len(self.values.pairs["image"])} maps have a box{both}')
-        maps = len(self.values.pairs['image'])
-        for counts, text in (
-            (self.constant_maps, f'are constant and say nothing, of {maps}'),
-            (self.not_finite_maps, 'have NaN'),
-        ):
-            if counts:
-                each = ', '.join(f'{method_title(m)} {self.pooling_name(p)} {n}' for (p, m), n in counts.items())
-                notes.append(f'Maps that {text}: {each}')
-        for lost, text in ((self.unreadable, 'could not be read'), (self.not_finite, 'have NaN in a map or in scores')):
-            if lost:
-                names = ', '.join(list(lost)[:3]) + (', ...' if len(lost) > 3 else '')
-                notes.append(f'{_images(len(lost))} {text} and are in no figure: {names}')
-        return '\n'.join([*_aligned(accuracy), '', *_aligned(table), '', *notes])
+        return tables.to_text(self)
+
+    def to_markdown(self) -> str:
+        """The table of methods in Markdown, the best of a column bold."""
+        return tables.to_markdown(self)
+
+    def to_latex(self, intervals: bool = True) -> str:
+        """The table of methods in LaTeX with booktabs, the best of a column bold.
+
+        Args:
+            intervals: Print the intervals, small, behind the values.
+        """
+        return tables.to_latex(self, intervals)
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame: a row a method and pooling, columns (metric, `value`, `low` or `high`), in percent.
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+        """
+        return tables.to_dataframe(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: everything but the values of single images."""
@@ -263,15 +271,14 @@ class Report:
     def save(self, folder: str | os.PathLike) -> None:
         """Writes `table.csv`, `evaluation.json` and `images.csv`, each whole or not at all.
 
-        `hits.npz` has the hits of max_box_acc_v2, (R, 768) bool a method and pooling, if it was measured.
+        `values.npz` has every value in full; `load` reads it.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with write_whole(folder / 'images.csv') as file:
             self.values.write_csv(file, self.files, self.label_names)
-        if self.values.hits():
-            with write_whole(folder / 'hits.npz', 'wb') as file:
-                np.savez_compressed(file, **self.values.hits())  # type: ignore[arg-type]
+        with write_whole(folder / 'values.npz', 'wb') as file:
+            np.savez_compressed(file, **self._arrays())  # type: ignore[arg-type]
         with write_whole(folder / 'table.csv') as file:
             rows = self._table_rows()
             writer = csv.DictWriter(file, rows[0], lineterminator='\n')
@@ -280,6 +287,58 @@ class Report:
         with write_whole(folder / 'evaluation.json') as file:
             json.dump(self.to_dict(), file, indent=2)
             file.write('\n')
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """The values of every image by name, and the names of files and classes."""
+        arrays = {f'images/{name}': array for name, array in self.values.images.items()}
+        arrays |= {f'pairs/{name}': array for name, array in self.values.pairs.items()}
+        if self.files is not None:
+            arrays['files'] = np.array([self.files.get(i, '') for i in self.values.images['image'].tolist()], dtype=str)
+        if self.label_names is not None:
+            arrays['label_names'] = np.array(self.label_names, dtype=str)
+        return arrays
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> Report:
+        """The report of a folder of a finished evaluation, without its model.
+
+        Raises:
+            ValueError: If the folder holds none.
+        """
+        folder = Path(folder)
+        try:
+            facts = json.loads((folder / 'evaluation.json').read_text(encoding='utf-8'))
+            with np.load(folder / 'values.npz', allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            titles = facts['titles']
+            parts = [
+                {name.removeprefix(kind): array for name, array in arrays.items() if name.startswith(kind)}
+                for kind in ('images/', 'pairs/')
+            ]
+            values = ImageValues(*parts)
+            files = arrays.get('files')
+            report = cls.from_values(
+                facts['network'],
+                list(titles['poolings']),
+                list(titles['methods']),
+                list(titles['metrics']),
+                values,
+                facts['settings']['seed'],
+                facts['settings'],
+                facts['unreadable'],
+                None if files is None else dict(zip(values.images['image'].tolist(), files.tolist(), strict=True)),
+                arrays['label_names'].tolist() if 'label_names' in arrays else None,
+                titles['poolings'],
+            )
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f'{folder} holds no finished evaluation: evaluation.json and values.npz, which castream evaluate writes '
+                f'({type(error).__name__}: {error}).'
+            ) from None
+        counts = {(row['pooling'], row['method']): row.get('nan_maps', 0) for row in facts['rows']}
+        object.__setattr__(report, 'not_finite', facts['not_finite'])
+        object.__setattr__(report, 'not_finite_maps', {key: count for key, count in counts.items() if count})
+        return report
 
     def _table_rows(self) -> list[dict[str, Any]]:
         rows = [
@@ -320,22 +379,6 @@ class Report:
         return row
 
 
-def _images(count: int) -> str:
-    return f'{count} image' if count == 1 else f'{count} images'
-
-
 def _plain(value: float) -> float | None:
     """The value for files: JSON has no NaN."""
     return None if math.isnan(value) else value
-
-
-def _signed(estimate: Estimate) -> str:
-    if math.isnan(estimate.value):
-        return '-'
-    return '{:+.2f} [{:+.2f}, {:+.2f}]'.format(*estimate)
-
-
-def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ['  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

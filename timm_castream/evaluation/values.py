@@ -116,15 +116,6 @@ class ImageValues:
             for more in pair_cells[start:end] or [()]:
                 writer.writerow([*cells, *more])
 
-    def hits(self) -> Table:
-        """The arrays of yes and no that images.csv has not, with the image of each pair; empty without any."""
-        hits = {
-            name: array
-            for name, array in self.pairs.items()
-            if array.dtype == bool and (array.ndim > 1 or name.endswith('/has_box'))
-        }
-        return {'image': self.pairs['image'], **hits} if any(array.ndim > 1 for array in hits.values()) else {}
-
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Plain data for JSON. `from_json` reads it."""
         return {
@@ -162,7 +153,7 @@ def _concatenate(tables: list[Table]) -> Table:
 
 
 def _columns(table: Table) -> Table:
-    """The columns of images.csv. An array of numbers a class has a column a class; yes and no are in `hits`."""
+    """The columns of images.csv. An array of numbers a class has a column a class; yes and no are in values.npz."""
     columns: Table = {}
     for name, array in table.items():
         if array.ndim == 1 and array.dtype != bool:

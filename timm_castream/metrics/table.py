@@ -165,39 +165,81 @@ METRICS: dict[str, MetricRow] = {
             lambda m: box_accuracy_hits(m.saliency, m.boxes).flatten(1),
             lambda means: best_levels(torch.from_numpy(means)).numpy(),
         ),
-        *(
-            MetricRow(
-                f'{name}_top50',
-                f'{title}, top 50 % of the pixels',
-                f'{symbol}50',
-                higher_is_better,
-                frozenset({'top_half_prob'}),
-                _of_top_half(value),
-            )
-            for name, title, symbol, higher_is_better, value in (
-                ('average_drop', 'Average Drop', 'AD', False, average_drop),
-                ('average_gain', 'Average Gain', 'AG', True, average_gain),
-                ('average_increase', 'Average Increase', 'AI', True, average_increase),
-            )
+        MetricRow(
+            'average_drop_top50',
+            'Average Drop, top 50 % of the pixels',
+            'AD50',
+            False,
+            frozenset({'top_half_prob'}),
+            _of_top_half(average_drop),
         ),
-        *(
-            MetricRow(
-                name,
-                title,
-                symbol,
-                higher_is_better,
-                frozenset({curve, 'pixel_shares'}),
-                _over_shares(curve),
-                curve='' if curve in ('insertion_curve', 'deletion_curve') else curve,
-            )
-            for name, title, symbol, higher_is_better, curve in (
-                ('insertion_share', 'Insertion over the true share', 'I share', True, 'insertion_curve'),
-                ('deletion_share', 'Deletion over the true share', 'D share', False, 'deletion_curve'),
-                ('insertion_black', 'Insertion into black', 'I black', True, 'insertion_black_curve'),
-                ('insertion_mean', 'Insertion into the mean colour', 'I mean', True, 'insertion_mean_curve'),
-                ('deletion_black', 'Deletion to black', 'D black', False, 'deletion_black_curve'),
-                ('deletion_blur', 'Deletion to the blurred image', 'D blur', False, 'deletion_blur_curve'),
-            )
+        MetricRow(
+            'average_gain_top50',
+            'Average Gain, top 50 % of the pixels',
+            'AG50',
+            True,
+            frozenset({'top_half_prob'}),
+            _of_top_half(average_gain),
+        ),
+        MetricRow(
+            'average_increase_top50',
+            'Average Increase, top 50 % of the pixels',
+            'AI50',
+            True,
+            frozenset({'top_half_prob'}),
+            _of_top_half(average_increase),
+        ),
+        MetricRow(
+            'insertion_share',
+            'Insertion over the true share',
+            'I share',
+            True,
+            frozenset({'insertion_curve', 'pixel_shares'}),
+            _over_shares('insertion_curve'),
+        ),
+        MetricRow(
+            'deletion_share',
+            'Deletion over the true share',
+            'D share',
+            False,
+            frozenset({'deletion_curve', 'pixel_shares'}),
+            _over_shares('deletion_curve'),
+        ),
+        MetricRow(
+            'insertion_black',
+            'Insertion into black',
+            'I black',
+            True,
+            frozenset({'insertion_black_curve', 'pixel_shares'}),
+            _over_shares('insertion_black_curve'),
+            curve='insertion_black_curve',
+        ),
+        MetricRow(
+            'insertion_mean',
+            'Insertion into the mean colour',
+            'I mean',
+            True,
+            frozenset({'insertion_mean_curve', 'pixel_shares'}),
+            _over_shares('insertion_mean_curve'),
+            curve='insertion_mean_curve',
+        ),
+        MetricRow(
+            'deletion_black',
+            'Deletion to black',
+            'D black',
+            False,
+            frozenset({'deletion_black_curve', 'pixel_shares'}),
+            _over_shares('deletion_black_curve'),
+            curve='deletion_black_curve',
+        ),
+        MetricRow(
+            'deletion_blur',
+            'Deletion to the blurred image',
+            'D blur',
+            False,
+            frozenset({'deletion_blur_curve', 'pixel_shares'}),
+            _over_shares('deletion_blur_curve'),
+            curve='deletion_blur_curve',
         ),
         MetricRow(
             'road_morf',
@@ -234,14 +276,21 @@ METRICS: dict[str, MetricRow] = {
                 coherency(m.saliency, m.map_of_masked), complexity(m.saliency), average_drop(m.prob, m.masked_prob)
             ),
         ),
-        *(
-            MetricRow(
-                name, title, symbol, False, frozenset({'saliency', 'maps_of_randomised'}), _with_randomised(compare)
-            )
-            for name, title, symbol, compare in (
-                ('randomisation', 'Rank correlation under randomised weights', 'Rand', rank_correlation),
-                ('randomisation_ssim', 'SSIM under randomised weights', 'Rand SSIM', structural_similarity),
-            )
+        MetricRow(
+            'randomisation',
+            'Rank correlation under randomised weights',
+            'Rand',
+            False,
+            frozenset({'saliency', 'maps_of_randomised'}),
+            _with_randomised(rank_correlation),
+        ),
+        MetricRow(
+            'randomisation_ssim',
+            'SSIM under randomised weights',
+            'Rand SSIM',
+            False,
+            frozenset({'saliency', 'maps_of_randomised'}),
+            _with_randomised(structural_similarity),
         ),
         MetricRow(
             'stability',

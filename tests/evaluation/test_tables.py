@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import csv
+import io
+import re
+
+import numpy as np
+import pytest
+
+from timm_castream import cli
+from timm_castream.evaluation.report import ImageValues, Report
+from timm_castream.evaluation.tables import cell, figures, to_text
+
+METRICS = ('average_drop', 'average_gain')
+COUNT = 200
+
+
+@pytest.fixture
+def report():
+    """Four methods: `a` beats the baseline `random` in AD and loses to it in AG, `b` is `a` again, `c` is like `a`."""
+    rng = np.random.default_rng(0)
+    number = np.arange(COUNT)
+    base = {k: rng.uniform(20, 60, COUNT) for k in METRICS}
+    drops = {'a': -9, 'b': -9, 'c': -9, 'random': 0}
+    pairs = {'image': number}
+    for pooling in ('gap', 'ca'):
+        pairs |= {f'{pooling}/class': number % 5, f'{pooling}/prob': rng.uniform(size=COUNT)}
+        noise = {name: rng.normal(0, 2, (2, COUNT)) for name in drops}
+        noise['b'] = noise['a']
+        for name, drop in drops.items():
+            gain = 6 if name == 'random' else 0
+            pairs[f'{pooling}/{name}/average_drop'] = base['average_drop'] + drop + noise[name][0]
+            pairs[f'{pooling}/{name}/average_gain'] = base['average_gain'] + gain + noise[name][1]
+    images = {'image': number, 'gap/accuracy': np.full(COUNT, 100.0), 'ca/accuracy': np.zeros(COUNT)}
+    return Report.from_values(
+        'tiny',
+        ('gap', 'ca'),
+        tuple(drops),
+        METRICS,
+        ImageValues(images, pairs),
+        3,
+        {'target': 'truth', 'seed': 3},
+        files={i: f'{i}.png' for i in range(COUNT)},
+        label_names=list('vwxyz'),
+        pooling_names={'gap': 'GAP', 'ca': 'CA'},
+    )
+
+
+def test_methods_are_compared_by_image_with_the_interval_of_the_mean_difference(report):
+    compared = report.compare('a', 'random')
+    assert set(compared) == {(p, k) for p in ('gap', 'ca') for k in METRICS}
+    values = report.values.pairs
+    for (pooling, metric), (value, low, high) in compared.items():
+        difference = values[f'{pooling}/a/{metric}'] - values[f'{pooling}/random/{metric}']
+        reach = 1.96 * difference.std(ddof=1) / COUNT**0.5
+        assert value == pytest.approx(difference.mean())
+        assert (value - low, high - value) == pytest.approx((reach, reach), rel=0.2)
+    with pytest.raises(KeyError, match="'nope'"):
+        report.compare('a', 'nope')
+
+
+def test_the_best_of_a_column_is_marked_where_the_second_is_beyond_its_interval(report):
+    assert report.best('gap', 'average_gain') == 'random'
+    assert report.best('gap', 'average_drop') is None  # a, b and c cannot be told apart
+    marked = [line for line in str(report).splitlines() if line.endswith(' *')]
+    assert [line.split()[:2] for line in marked] == [['Random', 'GAP'], ['Random', 'CA']]
+    assert re.search(r'\| Random \| GAP \| [^*]+ \| \*\*[^*]+\*\* \|', report.to_markdown())
+    assert report.to_latex().count(r'\mathbf') == 2
+
+
+def test_a_method_that_is_worse_than_a_baseline_and_equal_methods_are_named(report):
+    text = ' '.join(str(report).split())
+    for name in 'abc':
+        assert f'{name}, GAP, is worse than the baseline Random in AG' in text
+    assert 'in AD' not in text
+    assert 'a and b are the same here under GAP' in text and 'a and b and c' not in text
+    assert '24 pairs of methods' in text  # 6 pairs, 2 metrics, 2 poolings
+
+
+def test_no_line_is_wider_than_100_columns_whatever_the_names(report):
+    wide = {name: f'a_method_of_a_long_name_{i}' for i, name in enumerate(report.methods)}
+    pairs = {
+        re.sub('/(a|b|c|random)/', lambda found: f'/{wide[found[1]]}/', name): value
+        for name, value in report.values.pairs.items()
+    }
+    other = Report.from_values(
+        'tiny', report.poolings, tuple(wide.values()), METRICS, ImageValues(report.values.images, pairs), 0, {}
+    )
+    assert max(map(len, to_text(other).splitlines())) <= 100
+    assert max(map(len, str(report).splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ('value', 'text'),
+    [(35.44, '35.4'), (5.544, '5.54'), (99.96, '100'), (9.996, '10.0'), (-0.001, '0.00'), (1027.2, '1027')],
+)
+def test_values_have_three_figures(value, text):
+    assert figures(value) == text
+
+
+def test_a_cell_without_a_value_is_a_dash(report):
+    nan = float('nan')
+    assert cell(report['gap', 'a', 'average_drop']._replace(value=nan, low=nan, high=nan)) == '-'
+
+
+def test_latex_has_a_row_a_method_and_pooling_with_the_printed_values(report):
+    rows = [line for line in report.to_latex(intervals=False).splitlines() if line.endswith(r'\\')]
+    assert len(rows) == 1 + 4 * 3
+    value = report['gap', 'a', 'average_drop'].value
+    assert rows[1] == rf'a & GAP & ${value:.1f}$ & ${report["gap", "a", "average_gain"].value:.1f}$ \\'
+    assert 'scriptsize' in report.to_latex() and 'scriptsize' not in report.to_latex(intervals=False)
+
+
+def test_the_data_frame_has_the_values_of_the_report(report):
+    frame = report.to_dataframe()
+    assert frame.loc[('a', 'ca'), ('average_gain', 'low')] == report['ca', 'a', 'average_gain'].low
+    assert frame.loc[('a', 'ca-gap'), ('average_gain', 'value')] == report.difference('a', 'average_gain').value
+
+
+def test_a_saved_report_is_loaded_whole_and_printed_by_the_command(report, tmp_path, capsys):
+    report.save(tmp_path)
+    loaded = Report.load(tmp_path)
+    assert str(loaded) == str(report) and loaded.to_dict() == report.to_dict()
+    one, two = io.StringIO(), io.StringIO()
+    report.values.write_csv(one, report.files, report.label_names)
+    loaded.values.write_csv(two, loaded.files, loaded.label_names)
+    assert one.getvalue() == two.getvalue() and next(csv.reader(io.StringIO(one.getvalue())))[1] == 'file'
+    assert cli.main(['report', str(tmp_path), '--format', 'markdown']) == 0
+    assert capsys.readouterr().out.strip() == report.to_markdown()
+    assert cli.main(['report', str(tmp_path), '--compare', 'a', 'random', '--plot']) == 0
+    assert 'better' in capsys.readouterr().out
+    assert {path.suffix for path in tmp_path.glob('differences.*')} == {'.png', '.pdf', '.svg'}
+
+
+def test_a_folder_without_an_evaluation_is_refused(tmp_path, capsys):
+    assert cli.main(['report', str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err

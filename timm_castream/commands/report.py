@@ -1,0 +1,30 @@
+"""`castream report`: print and draw what the folder of an evaluation holds, without its model."""
+
+from __future__ import annotations
+
+import argparse
+
+from .options import add_format
+
+EXAMPLE = 'castream report evaluation --format latex'
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('folder', metavar='DIR', help='the --output of castream evaluate')
+    add_format(parser)
+    parser.add_argument(
+        '--compare', nargs=2, metavar=('METHOD', 'OTHER'), help='print METHOD minus OTHER, paired by image'
+    )
+    parser.add_argument('--plot', action='store_true', help='draw the mean curves and the differences into the folder')
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..evaluation.report import Report
+    from ..evaluation.tables import compared
+    from .evaluate import formatted, plot
+
+    report = Report.load(args.folder)
+    print(compared(report, *args.compare) if args.compare else formatted(report, args.format))
+    if args.plot:
+        print(f'Written to {args.folder}: {", ".join(plot(report, args.folder))}')
+    return 0

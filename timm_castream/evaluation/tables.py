@@ -1,0 +1,260 @@
+"""The tables of a report as text for the terminal, Markdown, LaTeX and a pandas DataFrame.
+
+Values have three significant figures. The best method of a column is marked if its paired difference from the second
+best has an interval that excludes 0.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..attribution.methods import method_title
+from ..metrics.table import METRICS
+from .bootstrap import RESAMPLES, Estimate
+
+if TYPE_CHECKING:
+    from .report import Report
+
+WIDTH = 100
+BASELINES = ('random', 'centre')
+FORMATS = ('text', 'markdown', 'latex')
+
+Row = tuple[str, str, dict[str, str]]
+
+
+def figures(value: float) -> str:
+    """Three significant figures, but at most two decimals: `35.4`, `5.54`, `0.05`, `100`."""
+    if math.isnan(value):
+        return '-'
+    decimals = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f'{value:.{decimals}f}'.replace('-0.00', '0.00')
+
+
+def cell(estimate: Estimate, signed: bool = False) -> str:
+    """`35.4 [34.2, 36.6]`, or `+4.90 [3.80, 6.10]`."""
+    if math.isnan(estimate.value):
+        return '-'
+    value, low, high = map(figures, estimate)
+    return f'{"+" if signed and estimate.value > 0 else ""}{value} [{low}, {high}]'
+
+
+def rows(report: Report, text: Callable[[Estimate, bool], str], mark: Callable[[str], str]) -> Iterator[Row]:
+    """A row a method and pooling, and one for the differences: title of the method, name of the pooling, cells.
+
+    Args:
+        report: The report.
+        text: A cell of an estimate, signed or not.
+        mark: What becomes of the cell of the best method of a column.
+    """
+    best = {(p, k): report.best(p, k) for p in report.poolings for k in report.metrics}
+    for method in report.methods:
+        for pooling in report.poolings:
+            cells = {k: text(report[pooling, method, k], False) for k in report.metrics}
+            cells |= {k: mark(cells[k]) for k in report.metrics if best[pooling, k] == method}
+            yield method_title(method), report.pooling_name(pooling), cells
+        if report.differences:
+            cells = {k: text(report.difference(method, k), True) for k in report.metrics}
+            yield method_title(method), report.difference_name, cells
+
+
+def to_text(report: Report) -> str:
+    """The tables, at most 100 columns wide, and the notes."""
+    accuracy: list[Sequence[str]] = [('POOLING', f'{report.accuracy_name} ↑', 'probability')]
+    accuracy += [
+        (report.pooling_name(p), cell(report.accuracy[p]), cell(report.confidence[p])) for p in report.poolings
+    ]
+    if report.differences:
+        pair = (cell(report.differences[k,], signed=True) for k in ('accuracy', 'confidence'))
+        accuracy.append((report.difference_name, *pair))
+    blocks = [report.network, *_aligned(accuracy)]
+    body = list(rows(report, cell, lambda text: f'{text} *'))
+    metrics = list(report.metrics)
+    while metrics:
+        taken = len(metrics)
+        lines = _block(body, metrics)
+        while taken > 1 and max(map(len, lines)) > WIDTH:
+            taken -= 1
+            lines = _block(body, metrics[:taken])
+        blocks += ['', *lines]
+        metrics = metrics[taken:]
+    wrapped = (line for note in notes(report) for line in textwrap.wrap(note, WIDTH, subsequent_indent='  '))
+    return '\n'.join([*blocks, '', *wrapped])
+
+
+def _block(body: Iterable[Row], metrics: Sequence[str]) -> list[str]:
+    head = ('METHOD', 'POOLING', *(METRICS[k].heading for k in metrics))
+    return _aligned([head, *((title, pooling, *(cells[k] for k in metrics)) for title, pooling, cells in body)])
+
+
+def notes(report: Report) -> Iterator[str]:
+    """What a reader of the table must know: images, intervals, baselines, equal methods, maps that say nothing."""
+    yield (
+        f'{_images(report.num_images)}, class: {report.settings.get("target")}; in percent, with 95 % intervals '
+        f'from {RESAMPLES} bootstrap resamples; probability: mean of the class explained'
+    )
+    if report.differences:
+        yield f'{report.difference_name}: paired by image'
+    if any(report.best(p, k) for p in report.poolings for k in report.metrics):
+        yield '*: the best of its column; its paired difference from the second excludes 0'
+    comparisons = len(report.poolings) * len(report.metrics) * (len(report.methods) * (len(report.methods) - 1) // 2)
+    if comparisons >= 20:
+        yield f'{comparisons} pairs of methods can be compared here: of 95 % intervals one in 20 excludes 0 by chance'
+    yield from baseline_notes(report)
+    yield from equal_notes(report)
+    temperatures = report.settings.get('temperatures')
+    if temperatures:
+        yield 'Temperatures: ' + ', '.join(f'{report.pooling_name(p)} {t:.3f}' for p, t in temperatures.items())
+    maps = len(report.values.pairs['image'])
+    if report.num_boxed is not None:
+        both = ' under both poolings' if len(report.poolings) > 1 else ''
+        yield f'Localisation: {report.num_boxed} of {maps} maps have a box{both}'
+    for counts, text in (
+        (report.constant_maps, f'are constant and say nothing, of {maps}'),
+        (report.not_finite_maps, 'have NaN'),
+    ):
+        if counts:
+            each = ', '.join(f'{method_title(m)} {report.pooling_name(p)} {n}' for (p, m), n in counts.items())
+            yield f'Maps that {text}: {each}'
+    for lost, text in ((report.unreadable, 'could not be read'), (report.not_finite, 'have NaN in a map or in scores')):
+        if lost:
+            names = ', '.join(list(lost)[:3]) + (', ...' if len(lost) > 3 else '')
+            yield f'{_images(len(lost))} {text} and are in no figure: {names}'
+
+
+def baseline_notes(report: Report) -> Iterator[str]:
+    """A sentence for each method that is worse than a baseline map, beyond its paired interval."""
+    for baseline in (name for name in report.methods if name in BASELINES):
+        for method in (name for name in report.methods if name not in BASELINES):
+            compared = report.compare(method, baseline)
+            for pooling in report.poolings:
+                worse = [
+                    METRICS[k].symbol
+                    for k in report.metrics
+                    if verdict(compared[pooling, k], METRICS[k].higher_is_better) == 'worse'
+                ]
+                if worse:
+                    yield (
+                        f'{method_title(method)}, {report.pooling_name(pooling)}, is worse than the baseline '
+                        f'{method_title(baseline)} in {", ".join(worse)}'
+                    )
+
+
+def equal_notes(report: Report) -> Iterator[str]:
+    """A sentence for methods whose values are the same on every image, as those of equal maps are."""
+    for pooling in report.poolings:
+        left = list(report.methods)
+        while left:
+            first, *others = left
+            same = [name for name in others if report.has_same_values(pooling, first, name)]
+            left = [name for name in others if name not in same]
+            if same:
+                titles = ' and '.join(method_title(name) for name in (first, *same))
+                yield f'{titles} are the same here under {report.pooling_name(pooling)}: count them as one method'
+
+
+def compared(report: Report, method: str, other: str) -> str:
+    """A method minus another one, paired by image: a line a pooling and metric, with the verdict."""
+    differences = report.compare(method, other)
+    lines = [
+        (
+            report.pooling_name(p),
+            METRICS[k].heading,
+            cell(value, signed=True),
+            verdict(value, METRICS[k].higher_is_better),
+        )
+        for (p, k), value in differences.items()
+    ]
+    title = f'{method_title(method)} - {method_title(other)}'
+    return '\n'.join([*_aligned([('POOLING', 'METRIC', title, ''), *lines]), '', 'paired by image, 95 % intervals'])
+
+
+def to_markdown(report: Report) -> str:
+    """The table of methods in Markdown, the best of a column bold."""
+    head = ['method', 'pooling', *(METRICS[k].heading for k in report.metrics)]
+    body = [
+        [title, pooling, *(cells[k] for k in report.metrics)]
+        for title, pooling, cells in rows(report, cell, lambda text: f'**{text}**')
+    ]
+    lines = [head, ['---'] * len(head), *body]
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+def to_latex(report: Report, intervals: bool = True) -> str:
+    """The table of methods in LaTeX with booktabs, the best of a column bold.
+
+    Args:
+        report: The report.
+        intervals: Print the intervals, small, behind the values.
+    """
+
+    def text(estimate: Estimate, signed: bool) -> str:
+        sign = '+' if signed and estimate.value > 0 else ''
+        low, high = figures(estimate.low), figures(estimate.high)
+        return f'${sign}{figures(estimate.value)}$' + (rf' {{\scriptsize $[{low}, {high}]$}}' if intervals else '')
+
+    def bold(text: str) -> str:
+        return re.sub(r'^\$([^$]*)\$', r'$\\mathbf{\1}$', text)
+
+    arrows = {True: r'$\uparrow$', False: r'$\downarrow$'}
+    head = [f'{escaped(METRICS[k].symbol)} {arrows[METRICS[k].higher_is_better]}' for k in report.metrics]
+    lines = [
+        rf'\begin{{tabular}}{{ll{"r" * len(head)}}}',
+        r'\toprule',
+        ' & '.join(['Method', 'Pooling', *head]) + r' \\',
+        r'\midrule',
+    ]
+    last = ''
+    for title, pooling, cells in rows(report, text, bold):
+        name = '' if title == last else escaped(title)
+        last = title
+        lines.append(' & '.join([name, escaped(pooling), *(cells[k] for k in report.metrics)]) + r' \\')
+    return '\n'.join([*lines, r'\bottomrule', r'\end{tabular}'])
+
+
+def to_dataframe(report: Report) -> Any:
+    """A pandas DataFrame: a row a method and pooling, columns (metric, `value`, `low` or `high`), in percent.
+
+    Raises:
+        ModuleNotFoundError: If pandas is not installed.
+    """
+    import pandas as pd
+
+    index, data = [], []
+    for method in report.methods:
+        index += [(method, pooling) for pooling in report.poolings]
+        data += [[v for k in report.metrics for v in report[pooling, method, k]] for pooling in report.poolings]
+        if report.differences:
+            index.append((method, 'ca-gap'))
+            data.append([v for k in report.metrics for v in report.difference(method, k)])
+    return pd.DataFrame(
+        data,
+        pd.MultiIndex.from_tuples(index, names=['method', 'pooling']),
+        pd.MultiIndex.from_product([report.metrics, ['value', 'low', 'high']], names=['metric', None]),
+    )
+
+
+def verdict(difference: Estimate, higher_is_better: bool) -> str:
+    """`'better'`, `'worse'` or `'no difference seen'`: whether the interval of a difference excludes 0, and where."""
+    value, low, high = difference
+    if not (low > 0 or high < 0):
+        return 'no difference seen'
+    return 'better' if (value > 0) == higher_is_better else 'worse'
+
+
+def escaped(text: str) -> str:
+    """Text with LaTeX's special characters escaped."""
+    return re.sub(r'([&%$#_{}])', r'\\\1', text)
+
+
+def _images(count: int) -> str:
+    return f'{count} image' if count == 1 else f'{count} images'
+
+
+def _aligned(lines: Iterable[Sequence[str]]) -> list[str]:
+    lines = list(lines)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ['  '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
