@@ -262,15 +262,15 @@ def _opened(source: BinaryIO) -> Image.Image:
     try:
         return Image.open(source, formats=_formats())
     except UnidentifiedImageError as error:
+        name = getattr(source, 'name', None)
+        message = f'cannot identify image file {name!r}' if isinstance(name, str) else str(error)
         plugin = _plugin_for(source)
         if plugin is None:
-            if not isinstance(getattr(source, 'name', None), str):
-                raise
-            raise UnidentifiedImageError(f'cannot identify image file {source.name!r}') from None
+            raise UnidentifiedImageError(message) from None
         try:
             module = importlib.import_module(plugin.module)
         except ImportError:
-            raise PluginNeededError(str(error), plugin) from None
+            raise PluginNeededError(message, plugin) from None
         if plugin.register:
             getattr(module, plugin.register)()
         return Image.open(source, formats=_formats())
