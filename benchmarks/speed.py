@@ -89,10 +89,10 @@ ROWS = (
     protocol("the paper's protocol", 'at least 1.8', 'convnext_atto', 1, 3, PAPER, EVERY),
     protocol("the paper's protocol", 'at least 1.3', 'resnet18', 1, 2, PAPER, EVERY),
     protocol('the same without Score-CAM', 'at least 1.3', 'resnet50', 1, 3, GRADIENT, EVERY),
-    protocol('AD, AG, AI of Grad-CAM', 'at least 1.6', LITE0, 16, 9, GRADIENT[:1], MASKED),
+    protocol('AD, AG, AI of Grad-CAM', 'at least 1.6', LITE0, 32, 9, GRADIENT[:1], MASKED),
     Row('scorecam', "Score-CAM, both poolings, beside pytorch-grad-cam's", 'at least 6', LITE0, 'score_cam', 1, 2,
         other='peer_score_cam'),
-    Row('curves', "Insertion and Deletion beside torch-cam's", 'at least 3', LITE0, 'curves', 2, 5, other='peer_curves'),
+    Row('curves', "Insertion and Deletion beside torch-cam's", 'at least 3', LITE0, 'curves', 8, 5, other='peer_curves'),
     Row('model', 'ten forwards with a stream', 'at least 0.98', 'resnet18', 'forward', 8, 9),
     Row('model', 'five training steps of a stream', 'at least 0.98', 'resnet18', 'step', 8, 9),
 )  # fmt: skip
@@ -104,23 +104,31 @@ class Worker:
 
     def __init__(self, tree: Path) -> None:
         environment = {**os.environ, 'PYTHONPATH': str(tree)}
+        self._errors = tempfile.TemporaryFile('w+')  # noqa: SIM115 closed in close; a pipe that nobody reads would fill
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / 'speed_worker.py')],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tree,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment,
+            cwd=tree,
+        )
 
     def __call__(self, **task: Any) -> dict[str, Any]:
-        assert self._process.stdin and self._process.stdout and self._process.stderr
+        assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps(task) + '\n')
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(self._process.stderr.read()[-2000:])
+            self._errors.seek(0)
+            raise RuntimeError(self._errors.read()[-2000:])
         return json.loads(line)
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
+        self._errors.close()
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def make_peer_score_cam(architecture: str, weights: str, images: str, count: int
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
             for pooling in POOLINGS:
                 with timm_castream.pooling(model, pooling):
-                    cam(x)
+                    cam(x, None)
 
     return run
 
