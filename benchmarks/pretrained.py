@@ -143,6 +143,8 @@ def card(name: str, settings: dict[str, Any]) -> str:
         model: Any = timm.create_model(f'{name}_castream', **json.loads(header['stream_args']))
     cfg, options = model.pretrained_cfg, settings['networks'][name]
     total = sum(source['count'] for source in settings['images'])
+    share = options.get('distill', 0)
+    target = f' {share:.0%} of the target are its probabilities of all classes.' if share else ''
     used = f'{options["num_images"]} of the ' if 'num_images' in options else ''
     parameters = sum(parameter.numel() for parameter in model.castream.parameters())
     sources = '\n'.join(
@@ -163,7 +165,7 @@ Fingerprint of the backbone's weights: `{header['fingerprint']}`
 ## How it was made
 
 `castream fit` on {used}{total:,} images without labels: the label of an image is the class that the network predicts for
-it. {options['epochs']} epoch of AdamW, learning rate {options['lr']:g}, seed {settings['seed']}. The settings are in
+it. {options['epochs']} epoch of AdamW, learning rate {options['lr']:g}, seed {settings['seed']}.{target} The settings are in
 `fit.yaml`, and `python -m benchmarks.pretrained fit` repeats it. Of the images a tenth and at most 500 more are held out.
 
 {sources}

@@ -39,7 +39,7 @@ BACKBONES = (
 )
 SMALL = ('test_resnet', 'test_convnext')
 # Variants whose trained stream is in the package.
-SHIPPED = ('tf_efficientnet_lite0_castream',)
+SHIPPED = tuple(f'tf_efficientnet_lite{i}_castream' for i in range(3))
 # What the images of a network look like, and where its first and last layers are.
 CFG_FIELDS = (
     'input_size',
