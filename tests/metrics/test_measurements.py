@@ -74,8 +74,19 @@ def probability(model: nn.Module, images: Tensor, pooling: str) -> Tensor:
 def test_a_metric_reads_what_it_names_and_no_more(name: str) -> None:
     row = METRICS[name]
     assert row.needs <= MEASUREMENTS.keys()
-    maps = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0))
+    shapes = {
+        'road_morf_prob': (2, 5),
+        'road_lerf_prob': (2, 5),
+        'pixel_shares': (2, 5),
+        'map_of_masked': (2, 8, 8),
+        'maps_of_randomised': (2, 4, 8, 8),
+    }
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(2, 8, 8, generator=generator)
     measured = {
+        name: torch.rand(shapes.get(name, (2, 5) if name.endswith('_curve') else (2,)), generator=generator)
+        for name in row.needs
+    } | {
         'masked_prob': torch.tensor([0.5, 0.25]),
         'insertion_curve': torch.rand(2, 5),
         'deletion_curve': torch.rand(2, 5),
@@ -172,8 +183,12 @@ def test_a_metric_of_stability_explains_other_images(model, images) -> None:
     @measurement_of_one_pooling
     def distance(maps: MapGroup) -> Tensor:
         assert maps.explain is not None
-        torch.testing.assert_close(maps.explain(maps.references.x), maps.saliency)
-        return (maps.explain(maps.references.x + 0.1) - maps.saliency).abs().mean((1, 2))
+        same, noisy = (
+            maps.explain_each(lambda index, shift=shift: maps.references.x[maps.image[index]] + shift)
+            for shift in (0, 0.1)
+        )
+        torch.testing.assert_close(same, maps.saliency)
+        return (noisy - maps.saliency).abs().mean((1, 2))
 
     add('instability', 'distance', lambda m: 100 * m.distance)
     report = run(model, images, ('grad_cam', 'centre'), ('instability',))
