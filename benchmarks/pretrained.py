@@ -184,6 +184,9 @@ intervals; AD, AG and AI are of Grad-CAM. *AG less random*: the difference of AG
 ## Limits
 
 - Part of the gain in AG is confidence: CA is surer of the class than GAP.
+- The settings were chosen among tries that were measured on *samples* too. No image of it was trained on, but its values
+  are not free of that choice.
+- The classes of *val* are among those trained on, so its accuracy is partly adaptation to them.
 - Nothing was measured on images unlike ImageNet's photographs.
 - One seed. The attention of the early stages was not looked at.
 """
