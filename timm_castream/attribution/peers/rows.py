@@ -80,7 +80,7 @@ def peers_that_work(predictor: Predictor, x: Tensor) -> list[str]:
             continue
         for row in library.methods.values():
             name = f'{library.prefix}:{row.name}'
-            problem = row.refused or (row.costly and f'{row.costly}: name it to run it') or _problem(name, predictor, x)
+            problem = row.refused or (row.costly and f'{row.costly}: name it to run it') or why_not(name, predictor, x)
             if problem:
                 _logger.info('all: %s is left out: %s', name, problem)
                 left_out.append(name)
@@ -91,8 +91,8 @@ def peers_that_work(predictor: Predictor, x: Tensor) -> list[str]:
     return names
 
 
-def _problem(name: str, predictor: Predictor, x: Tensor) -> str:
-    """Why a method does not run on a network, or ''."""
+def why_not(name: str, predictor: Predictor, x: Tensor) -> str:
+    """Why a method does not run on a network, or ''. It is tried on one image, unless it takes a forward a channel."""
     try:
         method = peer_method(name)
         peer = method.saliency
