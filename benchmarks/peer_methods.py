@@ -1,0 +1,113 @@
+"""Writes docs/methods.md: every method of captum, pytorch-grad-cam and torch-cam, where it runs, and what it costs.
+
+    python benchmarks/peer_methods.py
+
+Networks with random weights tell where a method runs. The cost is CPU time of one map on resnet18 at 224 pixels, in
+forwards of one image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from timm_castream.attribution import attribute
+from timm_castream.attribution.peers import LIBRARIES, why_not
+from timm_castream.inference.predictor import Predictor
+
+PAGE = Path(__file__).parent.parent / 'docs' / 'methods.md'
+SWIN = {'embed_dim': 16, 'depths': (1, 1, 1, 1), 'num_heads': (1, 1, 2, 2), 'img_size': 64, 'window_size': 2}
+NETWORKS = {
+    'ResNet': ('test_resnet', {}, 64),
+    'ConvNeXt': ('test_convnext', {}, 64),
+    'ViT': ('test_vit', {'img_size': 64}, 64),
+    'Swin': ('swin_tiny_patch4_window7_224', SWIN, 64),
+}
+ADDRESSES = {
+    'captum': 'https://captum.ai',
+    'grad-cam': 'https://github.com/jacobgil/pytorch-grad-cam',
+    'torchcam': 'https://github.com/frgfm/torch-cam',
+}
+SEED = 0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default='resnet18', help='network of the costs')
+    parser.add_argument('--side', type=int, default=224, help='pixels of its images')
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--output', type=Path, default=PAGE)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(SEED)
+    networks = {
+        title: (Predictor(timm.create_model(name, num_classes=10, **kwargs).eval()), torch.randn(1, 3, side, side))
+        for title, (name, kwargs, side) in NETWORKS.items()
+    }
+    model = timm.create_model(args.model).eval()
+    x = torch.randn(1, 3, args.side, args.side)
+    forward = cpu_seconds(lambda: model(x), 5)
+    lines = [
+        '# Methods by name',
+        '',
+        '<!-- Written by benchmarks/peer_methods.py. Do not edit. -->',
+        '',
+        'Every method of three libraries, as of the versions below. `prefix:NAME,key=value` is the name in `--methods`, in '
+        '`evaluate` and in `attribute`; see [Measure your own maps](your-maps.md). A method marked "yes" has run on a small '
+        'network of that kind. "Forwards" is the CPU time of one map, divided by that of a forward of one image.',
+        '',
+        f'`python benchmarks/peer_methods.py`: {args.model} at {args.side} pixels, {1000 * forward:.0f} ms a forward, '
+        f'{args.threads} thread of 2 CPU cores, {platform.machine()}, torch {torch.__version__}, timm {timm.__version__}, '
+        f'seed {SEED}.',
+    ]
+    for library in LIBRARIES.values():
+        lines += ['', f'## {library.package} {library.version}', '', ADDRESSES[library.package], '']
+        lines += [
+            f'| `{library.prefix}:` | {" | ".join(networks)} | forwards |',
+            '| --- |' + ' --- |' * len(networks) + ' ---: |',
+        ]
+        reasons: dict[str, list[str]] = {}
+        for row in library.methods.values():
+            name = f'{library.prefix}:{row.name}'
+            if row.refused:
+                reasons.setdefault(row.refused, []).append(row.name)
+                continue
+            problems = {title: why_not(name, *network) for title, network in networks.items()}
+            for title, problem in problems.items():
+                if problem:
+                    reasons.setdefault(f'{title}: {problem.rstrip(".")}', []).append(row.name)
+            cells = ['no' if problem else 'yes' for problem in problems.values()]
+            cost = '' if all(problems.values()) else f'{seconds(model, x, name, forward):.1f}'
+            lines.append(f'| {row.name} | {" | ".join(cells)} | {cost} |')
+            print(lines[-1], flush=True)
+        lines += ['', 'Refused:', '']
+        lines += [f'- {", ".join(f"`{name}`" for name in names)}: {reason}.' for reason, names in reasons.items()]
+    args.output.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+
+
+def seconds(model: nn.Module, x: torch.Tensor, name: str, forward: float) -> float:
+    """CPU time of one map in forwards."""
+    return cpu_seconds(lambda: attribute(model, x, name, 1), 1) / forward
+
+
+def cpu_seconds(call: object, repeats: int) -> float:
+    """CPU seconds of a call, after one call that is not counted where it is short."""
+    assert callable(call)
+    with torch.no_grad():
+        if repeats > 1:
+            call()
+        started = time.process_time()
+        for _ in range(repeats):
+            call()
+    return (time.process_time() - started) / repeats
+
+
+if __name__ == '__main__':
+    main()
