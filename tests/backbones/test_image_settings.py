@@ -48,3 +48,25 @@ def test_a_network_of_a_fixed_size_takes_the_new_one(name):
     set_image_settings(model, (3, 96, 128))
     with torch.no_grad():
         assert model(torch.rand(1, 3, 96, 128)).shape == (1, model.num_classes)
+
+
+def test_another_mean_and_std_are_those_of_the_transform():
+    model = timm.create_model('test_resnet')
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    expected = {**resolve_model_data_config(model), 'mean': mean, 'std': std}
+    set_image_settings(model, mean=mean, std=std)
+    assert resolve_model_data_config(model) == image_settings(model) == expected
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        ({'mean': [0.5]}, '3 channels, --mean has 1'),
+        ({'mean': [0.5, 0.5, 123.7]}, '--mean 123.7 .* from 0 to 1'),
+        ({'std': [0.5, 0.5, 0.0]}, '--std 0 .* above 0'),
+        ({'std': [0.5, 0.5, float('nan')]}, '--std nan'),
+    ],
+)
+def test_a_mean_or_std_that_is_none_of_the_pixels_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        set_image_settings(timm.create_model('test_resnet'), **options)

@@ -1,5 +1,6 @@
 """`castream explain` and `castream list-images` on folders of images, against timm's own forward."""
 
+import csv
 import json
 
 import numpy as np
@@ -100,6 +101,26 @@ def test_every_positive_class_of_a_multi_label_image_is_explained(images, model,
                                      interpolation=cfg['interpolation'])  # fmt: skip
         logits = model(transform(Image.open(path))[None])[0]
     assert facts['explained']['gap'] == ((logits >= 0).nonzero().flatten().tolist() or [int(logits.argmax())])
+
+
+def test_mean_and_std_normalise_in_place_of_the_networks_own(images, model, explain, tmp_path, capsys):
+    root, options = images / 'b', ['--mean', '0.9', '0.8', '0.7', '--std', '0.1', '0.2', '0.3']
+    cfg = model.pretrained_cfg
+    transform = create_transform(32, mean=(0.9, 0.8, 0.7), std=(0.1, 0.2, 0.3), crop_pct=cfg['crop_pct'],
+                                 interpolation=cfg['interpolation'])  # fmt: skip
+    with torch.no_grad():
+        expected = model(transform(Image.open(root / 'im9.png'))[None]).softmax(1)[0]
+    best = expected.max().item()
+    assert abs(best - probabilities(model, root / 'im9.png').max().item()) > 1e-3  # of another normalisation
+    assert explain('--images', str(root), *options) == 0
+    assert f' {best:.3f}' in capsys.readouterr().out
+    network = ['--model', 'test_resnet', '--checkpoint', str(tmp_path / 'last.pth.tar'), '--device', 'cpu', '-j', '0']
+    argv = ['evaluate', *network, '--data-dir', str(root), '--target', 'predicted', '--metrics', 'average_drop',
+            '--methods', 'grad_cam', '--output', str(tmp_path / 'evaluation'), '--img-size', '32']  # fmt: skip
+    assert cli.main([*argv, *options]) == 0
+    with open(tmp_path / 'evaluation' / 'images.csv', encoding='utf-8') as file:
+        (row,) = csv.DictReader(file)
+    assert float(row['gap/prob']) == pytest.approx(best, abs=1e-5)
 
 
 def test_unknown_classes_are_refused_before_the_work(images, explain, tmp_path, capsys):

@@ -16,6 +16,8 @@ def image_settings(
     img_size: int | None = None,
     crop_pct: float | None = None,
     crop_mode: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """What timm's `create_transform` and `create_loader` need to know of a network's images.
 
@@ -25,24 +27,28 @@ def image_settings(
         img_size: Its H and W, if they are equal.
         crop_pct: Share of the image in the crop, in place of the model's own.
         crop_mode: `'center'`, `'squash'` or `'border'`, in place of the model's own.
+        mean, std: Of pixels in [0, 1], one number a channel, in place of the model's own.
 
     Returns:
         `input_size`, `mean`, `std`, `interpolation`, `crop_pct` and `crop_mode`. The channels are those that the model
         was created with. As in timm's loader, another number of channels than mean and std have gets their average.
 
     Raises:
-        ValueError: The model takes images of another number of channels.
+        ValueError: The model takes images of another number of channels, or `mean` or `std` is none of theirs.
     """
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     own = (cfg.get('input_size') or (3,))[0]
     channels = getattr(model, 'in_chans', None) or own
     if input_size is not None and input_size[0] != channels:
         raise ValueError(f'The model takes images of {channels} channels, --input-size has {input_size[0]}.')
+    _check_normalisation(channels, mean, std)
     options = {
         'input_size': input_size and tuple(input_size),
         'img_size': img_size,
         'crop_pct': crop_pct,
         'crop_mode': crop_mode,
+        'mean': mean and tuple(mean),
+        'std': std and tuple(std),
     }
     config = resolve_data_config(options, model=model)
     config['input_size'] = (channels, *config['input_size'][1:])
@@ -59,13 +65,15 @@ def set_image_settings(
     img_size: int | None = None,
     crop_pct: float | None = None,
     crop_mode: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> None:
     """Writes the settings into the model's `pretrained_cfg`, and makes a network of a fixed size take the new one.
 
     Args, Raises: as `image_settings`.
     """
     cfg = model.pretrained_cfg
-    settings = image_settings(model, input_size, img_size, crop_pct, crop_mode)
+    settings = image_settings(model, input_size, img_size, crop_pct, crop_mode, mean, std)
     size = tuple(settings['input_size'])
     if input_size is None and img_size is None:
         settings['input_size'] = (size[0], *cfg.get('input_size', size)[1:])
@@ -76,3 +84,16 @@ def set_image_settings(
     if crop_pct is not None:
         settings['test_crop_pct'] = None
     model.pretrained_cfg = model.default_cfg = {**cfg, **settings}
+
+
+def _check_normalisation(channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Raises ValueError unless those that are given have a number a channel in [0, 1]; a std is above 0."""
+    for name, values in (('mean', mean), ('std', std)):
+        if values is None:
+            continue
+        if len(values) != channels:
+            raise ValueError(f'The model takes images of {channels} channels, --{name} has {len(values)} numbers.')
+        for value in values:
+            if not 0 <= value <= 1 or (name == 'std' and value == 0):
+                valid = 'above 0 and up to 1' if name == 'std' else 'from 0 to 1'
+                raise ValueError(f'--{name} {value:g} is out of range, valid ones lie {valid}: pixels do too.')

@@ -13,6 +13,7 @@ from .options import (
     add_format,
     add_method_options,
     add_model_options,
+    add_normalisation_options,
     add_size_options,
     device_of,
     methods_from,
@@ -63,6 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="boxes for the localisation metrics: localization.txt, or a folder of ImageNet's XML files",
     )
     add_size_options(data)
+    add_normalisation_options(data)
     data.add_argument('--num-samples', type=int, metavar='N', help='evaluate a subset, drawn by --seed')
     data.add_argument('-b', '--batch-size', type=int, default=16, help='images at a time (default: %(default)s)')
     data.add_argument('-j', '--workers', type=int, default=2, help='processes that read images (default: %(default)s)')

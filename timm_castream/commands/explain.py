@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import SKIPPED
-from .options import add_method_options, add_model_options, add_size_options, device_of, methods_from, open_from
+from .options import (
+    add_method_options,
+    add_model_options,
+    add_normalisation_options,
+    add_size_options,
+    device_of,
+    methods_from,
+    open_from,
+)
 
 EXAMPLE = 'castream explain photo.jpg'
 
@@ -24,6 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser, required=False)
     add_method_options(parser, ('attention', 'grad_cam'))
     add_size_options(parser)
+    add_normalisation_options(parser)
     classes = parser.add_argument_group('classes').add_mutually_exclusive_group()
     classes.add_argument(
         '--target', nargs='+', metavar='CLASS', help='names or indices of the classes to explain (default: predicted)'

@@ -65,6 +65,18 @@ def add_size_options(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_normalisation_options(parser: argparse._ActionsContainer) -> None:
+    """`--mean` and `--std`, as timm's scripts have them."""
+    for name in ('mean', 'std'):
+        parser.add_argument(
+            f'--{name}',
+            type=float,
+            nargs='+',
+            metavar='X',
+            help="of pixels in [0, 1], one number a channel, for weights trained with others than the model's",
+        )
+
+
 def _device(text: str) -> str:
     if not _DEVICE.fullmatch(text):
         raise argparse.ArgumentTypeError(f'{text!r} is no device, valid ones are cpu, cuda, cuda:1, ...')
@@ -116,7 +128,8 @@ def open_from(args: argparse.Namespace) -> nn.Module:
         args.use_ema,
         **{'num_classes': args.num_classes, **args.model_kwargs},
     )
-    set_image_settings(model, args.input_size, args.img_size, args.crop_pct, args.crop_mode)
+    normalisation = getattr(args, 'mean', None), getattr(args, 'std', None)
+    set_image_settings(model, args.input_size, args.img_size, args.crop_pct, args.crop_mode, *normalisation)
     return model
 
 
