@@ -1,6 +1,7 @@
 """Writes docs/methods.md: every method of captum, pytorch-grad-cam and torch-cam, where it runs, and what it costs.
 
     python benchmarks/peer_methods.py
+    python benchmarks/peer_methods.py --no-costs  # half a minute: the page without what a method costs
 
 Networks with random weights tell where a method runs. The cost is CPU time of one map on resnet18 at 224 pixels, in
 forwards of one image.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--model', default='resnet18', help='network of the costs')
     parser.add_argument('--side', type=int, default=224, help='pixels of its images')
     parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--no-costs', dest='costs', action='store_false', help='leave the column of costs out')
     parser.add_argument('--output', type=Path, default=PAGE)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -51,27 +54,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         title: (Predictor(timm.create_model(name, num_classes=10, **kwargs).eval()), torch.randn(1, 3, side, side))
         for title, (name, kwargs, side) in NETWORKS.items()
     }
-    model = timm.create_model(args.model).eval()
-    x = torch.randn(1, 3, args.side, args.side)
-    forward = cpu_seconds(lambda: model(x), 5)
+    command = 'python benchmarks/peer_methods.py' + ('' if args.costs else ' --no-costs')
+    versions = f'{platform.machine()}, torch {torch.__version__}, timm {timm.__version__}, seed {SEED}.'
+    what = 'A method marked "yes" has run on a small network of that kind, unless it takes a forward a channel.'
+    where = f'`{command}`: {args.threads} thread of 2 CPU cores, {versions}'
+    cost = None
+    if args.costs:
+        cost = Cost(timm.create_model(args.model).eval(), torch.randn(1, 3, args.side, args.side))
+        what += ' "Forwards" is the CPU time of one map, divided by that of a forward of one image.'
+        where = (
+            f'`{command}`: {args.model} at {args.side} pixels, {1000 * cost.forward:.0f} ms a forward, '
+            f'{args.threads} thread of 2 CPU cores, {versions}'
+        )
     lines = [
         '# Methods by name',
         '',
         '<!-- Written by benchmarks/peer_methods.py. Do not edit. -->',
         '',
         'Every method of three libraries, as of the versions below. `prefix:NAME,key=value` is the name in `--methods`, in '
-        '`evaluate` and in `attribute`; see [Measure your own maps](your-maps.md). A method marked "yes" has run on a small '
-        'network of that kind. "Forwards" is the CPU time of one map, divided by that of a forward of one image.',
+        f'`evaluate` and in `attribute`; see [Measure your own maps](your-maps.md). {what}',
         '',
-        f'`python benchmarks/peer_methods.py`: {args.model} at {args.side} pixels, {1000 * forward:.0f} ms a forward, '
-        f'{args.threads} thread of 2 CPU cores, {platform.machine()}, torch {torch.__version__}, timm {timm.__version__}, '
-        f'seed {SEED}.',
+        where,
     ]
     for library in LIBRARIES.values():
         lines += ['', f'## {library.package} {library.version}', '', ADDRESSES[library.package], '']
         lines += [
-            f'| `{library.prefix}:` | {" | ".join(networks)} | forwards |',
-            '| --- |' + ' --- |' * len(networks) + ' ---: |',
+            f'| `{library.prefix}:` | {" | ".join(networks)} |' + (' forwards |' if cost else ''),
+            '| --- |' + ' --- |' * len(networks) + (' ---: |' if cost else ''),
         ]
         reasons: dict[str, list[str]] = {}
         for row in library.methods.values():
@@ -80,21 +89,34 @@ def main(argv: Sequence[str] | None = None) -> None:
                 reasons.setdefault(row.refused, []).append(row.name)
                 continue
             problems = {title: why_not(name, *network) for title, network in networks.items()}
-            for title, problem in problems.items():
-                if problem:
-                    reasons.setdefault(f'{title}: {problem.rstrip(".")}', []).append(row.name)
+            for problem in filter(None, dict.fromkeys(reason(problem) for problem in problems.values())):
+                kinds = ', '.join(title for title in problems if reason(problems[title]) == problem)
+                reasons.setdefault(f'{kinds}: {problem}', []).append(row.name)
             cells = ['no' if problem else 'yes' for problem in problems.values()]
-            cost = '' if all(problems.values()) else f'{seconds(model, x, name, forward):.1f}'
-            lines.append(f'| {row.name} | {" | ".join(cells)} | {cost} |')
+            lines.append(f'| {row.name} | {" | ".join(cells)} |')
+            if cost:
+                lines[-1] += ' |' if all(problems.values()) else f' {cost(name):.1f} |'
             print(lines[-1], flush=True)
         lines += ['', 'Refused:', '']
-        lines += [f'- {", ".join(f"`{name}`" for name in names)}: {reason}.' for reason, names in reasons.items()]
+        lines += [f'- {", ".join(f"`{name}`" for name in names)}: {why}.' for why, names in reasons.items()]
     args.output.write_text('\n'.join(lines) + '\n', encoding='utf-8')
 
 
-def seconds(model: nn.Module, x: torch.Tensor, name: str, forward: float) -> float:
-    """CPU time of one map in forwards."""
-    return cpu_seconds(lambda: attribute(model, x, name, 1), 1) / forward
+def reason(problem: str) -> str:
+    """Why a method does not run, without its name and that of the network, as text of Markdown."""
+    problem = re.sub(r'^\S+ does not fit \w+: |^method \S+ raised ', '', problem).replace('\n', ' ').strip(' .')
+    return problem.replace("<class '", '`').replace("'>", '`').replace('<', '&lt;')
+
+
+class Cost:
+    """CPU time of one map in forwards of one image."""
+
+    def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
+        self.model, self.x = model, x
+        self.forward = cpu_seconds(lambda: model(x), 5)
+
+    def __call__(self, name: str) -> float:
+        return cpu_seconds(lambda: attribute(self.model, self.x, name, 1), 1) / self.forward
 
 
 def cpu_seconds(call: object, repeats: int) -> float:

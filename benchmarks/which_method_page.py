@@ -213,7 +213,7 @@ def _reading() -> Iterable[str]:
         'this network.\n'
         '- Random weights of the channels (`grad-cam:RandomCAM`) still follow the feature maps. Beating `random` is no '
         'achievement; beating `grad-cam:RandomCAM` means that the weights count.\n'
-        '- Your network and images may order the methods otherwise: `castream evaluate --methods all` measures them.'
+        '- Your network and images may order the methods otherwise: `castream evaluate --methods all` measures them. [Methods by name](methods.md) lists them.'
     )
 
 
