@@ -309,7 +309,7 @@ def test_a_module_that_is_no_timm_model_is_refused():
     with pytest.raises(ValueError, match='Sequential is no timm classification model'):
         attach(nn.Sequential(nn.Conv2d(3, 3, 3)))
     compiled = torch.compile(make_backbone('test_resnet'))  # shows the methods of the model inside
-    with pytest.raises(ValueError, match='OptimizedModule is no timm classification model'):
+    with pytest.raises(ValueError, match='OptimizedModule holds a ResNet'):
         attach(compiled)
 
 

@@ -191,7 +191,7 @@ def test_a_multilabel_model_has_sigmoid_probabilities(opened: PageModel) -> None
     network = Predictor(opened.model, activation='sigmoid')
     explained = explain_image(PageModel(network, opened.name, ''), photograph(64, 64))
     with torch.no_grad():
-        expected = forward_both(opened.model, explained.x)['ca'].sigmoid()[0]
+        expected = forward_both(opened.model, explained.x)['ca'].double().sigmoid()[0]
     torch.testing.assert_close(explained.probabilities['ca'], expected)
 
 
