@@ -83,7 +83,8 @@ def evaluate(
         model: A model with a stream, any timm model, or any module that gives (B, C) logits, on the device to run on.
         loader: A `DataLoader` or one of timm's `create_loader`, of images normalised as the model's `pretrained_cfg`
             says; another normalisation is warned about where the loader shows it. Its data set is read by index and in
-            order; its sampler plays no part.
+            order; its sampler plays no part. An item is (image, label), a mapping with `pixel_values` or `image` and
+            `labels` or `label`, or, where no label is needed, an image alone.
         methods: Names of `methods.METHODS`, or a mapping from a label to a name, a callable or an array. A callable
             gets (x, target), (B, 3, H, W) images and (B,) class indices, and returns (B, h, w), (B, 1, h, w) or
             (B, C, H, W), whose channels are summed. It runs with gradients, once under each pooling, with the model
@@ -140,7 +141,7 @@ def evaluate(
         amp_dtype=amp_dtype,
         temperature=temperature,
     )
-    source = ImageSource(loader, num_samples, seed)
+    source = ImageSource(loader, num_samples, seed, needs_labels=target == 'truth' or temperature == 'fit')
     predictor = Predictor(
         model,
         plan.poolings,

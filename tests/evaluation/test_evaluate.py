@@ -702,22 +702,44 @@ def test_a_long_evaluation_says_first_how_long_it_takes_and_what_costs_it(model,
 @pytest.mark.parametrize(
     ('item', 'given'),
     [
-        ({'image': torch.zeros(3, 64, 64), 'label': 1}, 'a dict of image, label'),
-        ((torch.zeros(3, 64, 64),), 'a tuple of 1'),
-        (torch.zeros(3, 64, 64), 'a Tensor'),
+        ({'photo': torch.zeros(3, 64, 64), 'label': 1}, 'a dict of photo, label .* pixel_values, image'),
+        ({'image': torch.zeros(3, 64, 64)}, 'a dict without a label'),
+        ((torch.zeros(3, 64, 64),), 'a tuple without a label'),
+        (torch.zeros(3, 64, 64), "a Tensor without a label .*target='predicted'"),
     ],
-    ids=['mapping', 'tuple of one', 'image alone'],
+    ids=['no image', 'mapping', 'tuple of one', 'image alone'],
 )
-def test_items_that_are_no_pairs_are_described(item, given, model) -> None:
-    class Items(Dataset):
-        def __len__(self) -> int:
-            return 2
+def test_items_without_a_label_that_is_needed_are_described(item, given, model) -> None:
+    with pytest.raises(ValueError, match=f'The data set gives {given}'):
+        evaluate(model, DataLoader([item] * 2, 2), ('centre',), metrics=('average_drop',))
 
-        def __getitem__(self, index: int) -> Any:
-            return item
 
-    with pytest.raises(ValueError, match=f"The data set gives {given} for an image.*target='predicted'"):
-        evaluate(model, DataLoader(Items(), 2), ('centre',), metrics=('average_drop',))
+@pytest.mark.parametrize(
+    'item_of',
+    [
+        lambda image, label: image,
+        lambda image, label: (image,),
+        lambda image, label: {'image': image, 'file': 'a.png'},
+        lambda image, label: {'pixel_values': image, 'labels': label},
+        lambda image, label: (image, label, 'a.png'),
+    ],
+    ids=['image alone', 'tuple of one', 'mapping', 'mapping with labels', 'triple'],
+)
+def test_items_of_other_forms_are_explained_as_pairs_are(item_of, model) -> None:
+    scenes = Scenes(3)
+    has_labels = 'the label' in str(item_of('the image', 'the label'))
+    arguments = {'methods': ('centre', 'grad_cam'), 'metrics': ('average_drop',)}
+    for target in ('predicted', 'truth')[: 1 + has_labels]:
+        expected = evaluate(model, DataLoader(scenes, 2), target=target, **arguments)
+        report = evaluate(
+            model,
+            DataLoader([item_of(*pair) for pair in map(scenes.__getitem__, range(3))], 2),
+            target=target,
+            **arguments,
+        )
+        assert report.figures == expected.figures
+        accuracy = report.accuracy['ca'].value
+        assert accuracy == expected.accuracy['ca'].value if has_labels else math.isnan(accuracy)
 
 
 def test_a_function_of_the_user_resumes_with_batches_of_the_same_size_alone(model, tmp_path) -> None:

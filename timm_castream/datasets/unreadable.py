@@ -5,15 +5,20 @@ from __future__ import annotations
 import copy
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from timm.data import ImageDataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from .folders import ImageFiles, read_item
+from .folders import NO_TARGET, ImageFiles, read_item
+
+# Keys of items that are mappings, the first that is there.
+_IMAGE_KEYS = ('pixel_values', 'image', 'img')
+_LABEL_KEYS = ('labels', 'label', 'target')
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,29 @@ class Unreadable:
     index: int
     name: str
     reason: str
+
+
+def image_and_label(item: Any) -> tuple[Any, Any]:
+    """The image and the label, or None for no label, of an item of a data set or of a batch.
+
+    Args:
+        item: (image, label, ...), (image,), an image alone, or a mapping: `pixel_values`, `image` or `img`, and
+            `labels`, `label` or `target`.
+
+    Raises:
+        ValueError: A mapping without an image.
+    """
+    if isinstance(item, Mapping):
+        keys = [key for key in _IMAGE_KEYS if key in item]
+        if not keys:
+            raise ValueError(
+                f'The data set gives a {type(item).__name__} of {", ".join(map(str, item))} for an image, and the key '
+                f'of an image is one of {", ".join(_IMAGE_KEYS)}.'
+            )
+        return item[keys[0]], next((item[key] for key in _LABEL_KEYS if key in item), None)
+    if isinstance(item, (tuple, list)):
+        return item[0], item[1] if len(item) > 1 else None
+    return item, None
 
 
 def without_substitutes(dataset: Dataset) -> Dataset:
@@ -81,7 +109,8 @@ def read_batches(
 
     Returns:
         An iterator with an element a batch: the indices of its readable items, their inputs, their targets (both None
-        if no item is readable), and the unreadable items.
+        if no item is readable), and the unreadable items. Items without a label, see `image_and_label`, have the target
+        `folders.NO_TARGET`.
     """
     inner = getattr(loader, 'loader', loader)  # timm's PrefetchLoader is around a DataLoader
     reader = DataLoader(
@@ -100,7 +129,8 @@ def read_batches(
         for batch, unreadable in reader:
             done.append((batch is not None, unreadable))
             if batch is not None:
-                yield batch
+                inputs, targets = image_and_label(batch)
+                yield inputs, torch.full((len(inputs),), NO_TARGET) if targets is None else targets
 
     source = readable()
     # timm's PrefetchLoader before 1.0.29 fails without a batch.

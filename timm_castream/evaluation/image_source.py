@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from ..datasets import (
 from ..datasets.classes import same_name
 from ..datasets.folders import NO_TARGET, FolderReader
 from ..datasets.read_ahead import read_ahead
-from ..datasets.unreadable import innermost
+from ..datasets.unreadable import image_and_label, innermost
 from ..hub.label_names import known_names
 from .loaders import normalisation_of, transform_text
 
@@ -58,6 +58,7 @@ class ImageSource:
         loader: A `DataLoader` or one of timm's `create_loader`. Images are read in order; its sampler is ignored.
         num_samples: Size of the sample, or None for all images.
         seed: Seed of the sample.
+        needs_labels: Whether each image needs a label.
 
     Attributes:
         dataset: The data set.
@@ -68,7 +69,7 @@ class ImageSource:
         ValueError: If the loader has no batches that can be read by index, or `num_samples` is out of range.
     """
 
-    def __init__(self, loader: Any, num_samples: int | None = None, seed: int = 0) -> None:
+    def __init__(self, loader: Any, num_samples: int | None = None, seed: int = 0, needs_labels: bool = False) -> None:
         try:
             # timm's PrefetchLoader wraps a DataLoader.
             num_images, size = len(loader.dataset), getattr(loader, 'loader', loader).batch_size
@@ -90,6 +91,7 @@ class ImageSource:
         self.dataset = loader.dataset
         self.batches: list[list[int]] = [batch.tolist() for batch in chosen.split(size)]
         self.outside: list[int] = outside.tolist()
+        self._needs_labels = needs_labels
         self._ignores_labels = False
 
     @property
@@ -102,14 +104,20 @@ class ImageSource:
         """The first image that can be read, and its label.
 
         Raises:
-            ValueError: If none can be read.
+            ValueError: If none can be read, or a label is needed and missing.
         """
         items = without_substitutes(self.dataset)
         first = None
         for index in self.indices:
             item = items[index]
             if not isinstance(item, Unreadable):
-                return _pair(item)
+                image, label = image_and_label(item)
+                if label is None and self._needs_labels:
+                    raise ValueError(
+                        f'The data set gives a {type(item).__name__} without a label for an image: give pairs (image, '
+                        "label), or explain the predicted classes with target='predicted'."
+                    )
+                return image, NO_TARGET if label is None else label
             first = first or item
         assert first is not None
         raise ValueError(f'None of the images can be read. The first is {first.name}: {first.reason}')
@@ -231,22 +239,3 @@ class ImageSource:
                     np.ascontiguousarray(boxes[innermost(self.dataset, index)[1]], dtype=np.float64).tobytes()
                 )
         return digest.hexdigest()
-
-
-def _pair(item: Any) -> Any:
-    """An item of a data set, if it is an image and a label.
-
-    Raises:
-        ValueError: If it is something else, such as a mapping or an image alone.
-    """
-    if isinstance(item, (tuple, list)) and len(item) >= 2:
-        return item
-    given = f'a {type(item).__name__}'
-    if isinstance(item, Mapping):
-        given += f' of {", ".join(map(str, item))}'
-    elif isinstance(item, (tuple, list)):
-        given += f' of {len(item)}'
-    raise ValueError(
-        f'The data set gives {given} for an image, an evaluation needs (image, label): wrap it in a data set that gives '
-        "pairs. With target='predicted' any label serves, such as 0."
-    )
