@@ -120,7 +120,7 @@ def _limits(results: Sequence[Any]) -> Iterable[str]:
     yield ''
     yield (
         'The package index holds no ImageNet weights of a ResNet or of a token network in a small wheel. The second '
-        'network is therefore the small ResNet that this package ships, and no token network is measured. The images are '
+        'network is therefore a small ResNet trained on digits, and no token network is measured. The images are '
         'few: an interval that includes 0 says that this many images do not decide, not that two methods are equal.'
     )
 
