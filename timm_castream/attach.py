@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._utils.checks import check_bool
+from ._utils.checks import check_bool, check_names
 from .backbones.freezing import freeze
 from .backbones.mixin import (
     KEY_PREFIX,
@@ -181,8 +181,7 @@ def pooling(model: nn.Module, mode: str) -> Iterator[None]:
     Raises:
         ValueError: If the mode is unknown or the model has no stream.
     """
-    if mode not in POOLINGS:
-        raise ValueError(f'pooling {mode!r} is unknown, valid ones: {", ".join(map(repr, POOLINGS))}.')
+    check_names('pooling', (mode,), POOLINGS)
     castream_model(model)  # raises where there is none
     states = [stream._castream for stream in outermost_streams(model)]
     outer = [state.pooling for state in states]

@@ -12,13 +12,12 @@ import logging
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import NoReturn
 
+from ._utils.interrupts import interruptible
 from .commands import COMMANDS
 from .version import __version__
 
@@ -56,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format='%(message)s')
     logging.getLogger('timm_castream').setLevel(logging.INFO)  # not the HTTP client's requests
     try:
-        with _sigterm_as_ctrl_c():
+        with interruptible(signal.SIGTERM):
             code = command.run(args)
         sys.stdout.flush()
         return code
@@ -78,25 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f'castream {name}: {" ".join(str(error).split()) or type(error).__name__}', file=sys.stderr)
         return USER_ERROR
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """SIGTERM inside raises KeyboardInterrupt, so that a command removes its temporary files and a server closes."""
-
-    def interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
-        # `timeout` and process managers may send SIGTERM twice. The second one would stop the removal of the files.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread alone
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,8 +11,11 @@ from typing import NoReturn
 
 
 @contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM inside raise KeyboardInterrupt, so that a command removes its temporary files.
+def interruptible(*signals: signal.Signals) -> Iterator[list[int]]:
+    """Signals inside raise KeyboardInterrupt, so that a command removes its temporary files and a server closes.
+
+    Args:
+        signals: `signal.SIGTERM`, `signal.SIGINT` (Ctrl-C), or both.
 
     Returns:
         A context manager that gives a list of the signals that came: code that catches KeyboardInterrupt may hide them.
@@ -28,7 +31,7 @@ def interruptible() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread alone
         yield came
         return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, interrupt) for number in signals}
     try:
         yield came
     finally:

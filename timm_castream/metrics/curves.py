@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._utils.checks import check_class_indices, check_count
+from .._utils.checks import check_class_indices, check_count, check_names
 from ..inference.images import check_images, check_saliency, default_batch_size, resize_saliency
 from ..inference.predictor import Predictor
 
@@ -163,8 +163,7 @@ def curve_setting(name: str) -> CurveSetting:
     Raises:
         ValueError: If there is no setting of that name.
     """
-    if name not in CURVE_SETTINGS:
-        raise ValueError(f'setting {name!r} is unknown, valid ones: {", ".join(map(repr, CURVE_SETTINGS))}.')
+    check_names('setting', (name,), tuple(CURVE_SETTINGS))
     return CURVE_SETTINGS[name]
 
 

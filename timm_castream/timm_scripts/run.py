@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import runpy
+import signal
 import sys
 import traceback
 import types
@@ -59,7 +60,7 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
             options.append('--help')
         path = find_script(name, own.timm_script)
         script = f' ({path} of {script_release(path)}, timm {timm.__version__})'
-        with interruptible() as signals:
+        with interruptible(signal.SIGINT, signal.SIGTERM) as signals:
             _run(path, options, parser)
             if signals:  # timm's scripts end without an error then
                 raise KeyboardInterrupt
