@@ -28,8 +28,9 @@ from ..attribution.saliency import Identity, attention_identity, attribute_all
 from ..backbones.image_settings import image_settings
 from ..datasets import image_mode, open_image
 from ..datasets.image_files import PluginNeededError, stored_orientation
-from ..inference.images import mask_image
-from ..metrics.curves import deletion_curve, insertion_curve
+from ..inference.images import resize_saliency
+from ..metrics.curves import curve_setting
+from ..metrics.measurements import MapGroup, References, measure
 from ..metrics.table import DEFAULT_METRICS, METRICS, Measurements
 from ..pictures import Box, transform_image
 from ..visualize import denormalised
@@ -37,6 +38,8 @@ from .page_model import PageModel
 
 MAX_PIXELS = 50_000_000
 NUM_TOP = 5
+
+_SHOWN = frozenset({'masked_prob', 'insertion_curve', 'deletion_curve'})  # whatever the metrics need
 
 Progress = Callable[[float, str], Any]  # (share done in [0, 1], text)
 
@@ -186,26 +189,21 @@ class Explanation:
             return {name: network.probabilities(logits, name) for name, logits in network.logits(x).items()}
 
     def _measure(self, saliency: Tensor, target: int, pooling: str) -> MapScores:
-        network, indices = self.opened.network, self._indices(target)
-        masked = mask_image(self.opened.model, self.x, saliency)
-        with network.pooled_by(pooling):
-            curves = [
-                curve(network.model, self.x, saliency, indices, activation=network.activation)
-                for curve in (insertion_curve, deletion_curve)
-            ]
-        measured = Measurements(
-            prob=self.probabilities[pooling][indices],
-            masked_prob=self._probabilities(masked)[pooling][:, target],
-            insertion_curve=curves[0],
-            deletion_curve=curves[1],
-        )
+        network, images = self.opened.network, torch.zeros(1, dtype=torch.int64, device=self.x.device)
+        prob = {name: values[None] for name, values in self.probabilities.items()}
+        references = References(network, self.x, prob, curve_setting('paper'), {})
+        resized = resize_saliency(saliency, self.x.shape[2:])
+        maps = MapGroup(references, (pooling,), images, self._indices(target)[:, None], resized)
+        needs = _SHOWN.union(*(METRICS[name].needs for name in DEFAULT_METRICS))
+        with network.evaluating():
+            measured = Measurements(prob=prob[pooling][:, target], **measure(needs, {pooling: maps})[pooling])
         return MapScores(
             prob=measured.prob.item(),
             masked_prob=measured.masked_prob.item(),
             metrics={name: METRICS[name].values(measured).item() for name in DEFAULT_METRICS},
-            insertion_curve=curves[0][0].cpu(),
-            deletion_curve=curves[1][0].cpu(),
-            masked_pixels=denormalised(self.opened.model, masked)[0],
+            insertion_curve=measured.insertion_curve[0].float().cpu(),
+            deletion_curve=measured.deletion_curve[0].float().cpu(),
+            masked_pixels=denormalised(self.opened.model, maps.mask(images, resized))[0],
         )
 
     def _indices(self, target: int) -> Tensor:
