@@ -62,10 +62,16 @@ def test_the_folders_of_images_stay_and_their_classes_are_printed(images, model,
         assert line.startswith(f'{path}: ') and line.endswith(f': {expected}')
 
 
-def test_pictures_of_an_earlier_call_are_no_images(images, explain, tmp_path):
+@pytest.mark.parametrize('output', ['images/out', 'images', '.'])
+def test_pictures_of_an_earlier_call_are_no_images(images, explain, tmp_path, capsys, output):
+    told = []
     for _ in range(2):
-        assert explain('--images', str(images), '--output', str(images / 'out')) == 0
-    assert len(list((images / 'out').rglob('*.png'))) == 4
+        assert explain('--images', str(images), '--output', str(tmp_path / output), '--save-maps') == 0
+        told.append([line.partition(': ')[0] for line in capsys.readouterr().out.splitlines() if ': ' in line])
+    assert told[0] == told[1] == [str(images / name) for name in ('a/im9.png', 'a/im10.png', 'b/im9.png')]
+    if output == 'images/out':
+        assert explain('--images', str(tmp_path / output)) == 2
+        assert 'no images but pictures' in capsys.readouterr().err
 
 
 def test_images_named_below_this_folder_keep_their_folders(images, explain, tmp_path, monkeypatch):

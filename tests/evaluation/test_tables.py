@@ -129,7 +129,8 @@ def test_a_saved_report_is_loaded_whole_and_printed_by_the_command(report, tmp_p
     assert capsys.readouterr().out.strip() == report.to_markdown()
     assert cli.main(['report', str(tmp_path), '--compare', 'a', 'random', '--plot']) == 0
     assert 'better' in capsys.readouterr().out
-    assert {path.suffix for path in tmp_path.glob('differences.*')} == {'.png', '.pdf', '.svg'}
+    begins = {path.suffix: path.read_bytes()[:5] for path in tmp_path.glob('differences.*')}
+    assert begins == {'.png': b'\x89PNG\r', '.pdf': b'%PDF-', '.svg': b'<?xml'}
 
 
 def test_a_folder_without_an_evaluation_is_refused(tmp_path, capsys):

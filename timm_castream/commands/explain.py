@@ -58,11 +58,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..visualize import explain, find_images, printable
+    from ..visualize import explain, printable
 
-    output = Path(args.output).resolve()
-    # Pictures of an earlier call below the folder are no images of it.
-    found = [path for path in find_images(args.images) if output not in path.resolve().parents] if args.images else []
+    found = _images_below(args.images, args.output) if args.images else []
     for path in args.paths:
         if os.path.isdir(path):
             raise ValueError(f'{path} is a folder: name it with --images.')
@@ -95,6 +93,27 @@ def run(args: argparse.Namespace) -> int:
     for path in [*done.pictures, *done.maps, *done.grids]:
         print(printable(path))
     return SKIPPED if done.unreadable else 0
+
+
+def _images_below(folder: str, output: str) -> list[Path]:
+    """The images below a folder, without the pictures of an earlier call.
+
+    Raises:
+        ValueError: There are none.
+    """
+    from ..pictures import is_picture
+    from ..visualize import find_images
+
+    root, pictures = Path(folder).resolve(), Path(output).resolve()
+    is_below = root in pictures.parents  # all that lies in the output folder are pictures, and files of the user's
+    found = [
+        path
+        for path in find_images(folder)
+        if not (is_below and pictures in path.resolve().parents) and not is_picture(path)
+    ]
+    if not found:
+        raise ValueError(f'{folder!r} has no images but pictures that castream explain wrote.')
+    return found
 
 
 def _root(paths: Sequence[str]) -> str | None:
