@@ -131,7 +131,7 @@ def test_a_measurement_is_computed_once_for_each_method_and_class(
     explained: Explanation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = explained.scores('grad_cam', 1)
-    monkeypatch.setattr(explanation, 'insertion_curve', None)
+    monkeypatch.setattr(explanation, 'measure', None)
     assert explained.scores('grad_cam', 1) is first
     with pytest.raises(TypeError):
         explained.scores('grad_cam', 2)
