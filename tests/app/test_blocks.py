@@ -144,6 +144,34 @@ def test_another_class_changes_the_maps_and_not_the_attention(user: User, folder
     assert heat_maps(user.call('choose', predicted, METHODS, COLOURS)['Maps']) == heat_maps(first['Maps'])
 
 
+def test_a_method_of_another_library_is_added_to_the_choices_of_the_session(
+    user: User, opened: PageModel, folder: Path
+) -> None:
+    pytest.importorskip('captum')
+    path = photograph(folder)
+    target = user.explain(path)['Class to explain']['value']
+    result = user.call('add', target, 'captum:Saliency', METHODS, COLOURS)
+    assert result['Methods']['value'] == [*METHODS, 'captum:Saliency']
+    assert ['captum:Saliency', 'captum:Saliency'] in [list(choice) for choice in result['Method']['choices']]
+    x = explain_image(opened, path).x.requires_grad_()
+    with opened.network.pooled_by('gap'):
+        (gradient,) = torch.autograd.grad(opened.model(x)[0, target], x)
+    expected = gradient[0].abs().sum(0)
+    expected -= expected.amin()
+    values = user.figures(target, [*METHODS, 'captum:Saliency'])['maps']['captum:Saliency']['gap']
+    torch.testing.assert_close(torch.tensor(values), expected / expected.amax(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_method_that_fails_on_the_network_is_not_added(user: User, opened: PageModel, folder: Path) -> None:
+    pytest.importorskip('captum')
+    target = user.explain(photograph(folder))['Class to explain']['value']
+    failed = user.call('add', target, 'captum:LRP', METHODS, COLOURS)  # the network has modules without a rule
+    assert is_error(failed) and 'captum:LRP' in sentence(failed['Message'])
+    assert not is_error(user.call('choose', target, METHODS, COLOURS))
+    with pytest.raises(gradio_client.exceptions.AppError):
+        user.call('choose', target, ['captum:LRP'], COLOURS)
+
+
 def test_the_numbers_on_the_page_are_those_of_the_functions(user: User, opened: PageModel, folder: Path) -> None:
     path = photograph(folder)
     user.explain(path)

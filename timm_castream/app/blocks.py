@@ -16,12 +16,11 @@ from typing import Any
 import gradio as gr
 
 from .._utils.keywords import read_keywords
-from ..attribution.methods import METHODS
 from ..visualize import COLOURS, OPACITY
 from . import page
 from .explanation import Explanation, explain_image
 from .export import write_explanation, write_maps
-from .page_model import PageModel, open_for_page
+from .page_model import PageModel, method_title, open_for_page
 
 __all__ = ['Page', 'create_app', 'serve']
 
@@ -59,6 +58,7 @@ class Page:
     def layout(self) -> None:
         """Makes the components, from top to bottom."""
         self.session_model = gr.State(None, time_to_live=SESSION_SECONDS)  # None: `opened`
+        self.added = gr.State([])  # methods of other libraries among the choices
         self.session = gr.State(None, time_to_live=SESSION_SECONDS)  # the explanation on the page
         self.heading = gr.HTML(page.header(self.opened), label='Heading')
         if self.choose_model:
@@ -93,6 +93,13 @@ class Page:
         self.class_choice = gr.Dropdown([], label='Class to explain', elem_id='cs-class')
         self.method_choice = gr.CheckboxGroup(
             _titles(self.opened.map_methods), value=list(DEFAULT_METHODS), label='Methods', elem_id='cs-methods'
+        )
+        self.peer_choice = gr.Dropdown(
+            self.opened.peer_methods,
+            value=None,
+            label='Add a method of another library',
+            visible=bool(self.opened.peer_methods),
+            elem_id='cs-peers',
         )
         with gr.Row():
             self.opacity = gr.Slider(0, 1, OPACITY, step=0.05, label='Opacity of the maps', elem_id='cs-opacity')
@@ -134,6 +141,17 @@ class Page:
             show_progress_on=[self.message],
             **common,
         )
+        self.peer_choice.input(
+            self.add,
+            [self.class_choice, self.peer_choice, *settings, self.added, self.session_model, self.session],
+            [
+                *(self.peer_choice, self.added, self.method_choice, self.measured_choice),
+                *(self.session, self.message, self.classes, self.maps, self.scores, self.files),
+            ],
+            api_name='add',
+            show_progress_on=[self.message],
+            **common,
+        )
         self.colours.input(
             self.recolour,
             [self.class_choice, *settings, self.session],
@@ -171,7 +189,10 @@ class Page:
             self.open_button.click(
                 self.open,
                 [self.name_box, self.checkpoint_box, self.kwargs_box, self.published, self.upload, *settings],
-                [self.session_model, self.heading, self.method_choice, self.measured_choice, *shown],
+                [
+                    *(self.session_model, self.heading, self.added, self.peer_choice),
+                    *(self.method_choice, self.measured_choice, *shown),
+                ],
                 api_name='open',
                 show_progress_on=[self.message],
                 **common,
@@ -216,6 +237,30 @@ class Page:
         return self._answer(
             explanation, target, lambda shown, index: self._show(shown, index, methods, colours, progress)
         )
+
+    def add(
+        self,
+        target: int | None,
+        name: str | None,
+        methods: list[str],
+        colours: str,
+        added: list[str],
+        model: PageModel | None,
+        explanation: Explanation | None,
+        progress: Any = gr.Progress(),  # noqa: B008
+    ) -> Updates:
+        """Puts a method of another library among the choices and shows its maps. One that fails is not added."""
+
+        def shown(explanation: Explanation, index: int) -> Updates:
+            chosen, every = ([*dict.fromkeys([*names, name])] if name else names for names in (methods, added))
+            opened = model or self.opened
+            return self._show(explanation, index, chosen, colours, progress) | {
+                self.added: every,
+                self.method_choice: gr.update(choices=_titles([*opened.map_methods, *every]), value=chosen),
+                self.measured_choice: gr.update(choices=_titles([*opened.methods, *every])),
+            }
+
+        return self._answer(explanation, target, shown) | {self.peer_choice: gr.update(value=None)}
 
     def recolour(
         self, target: int | None, methods: list[str], colours: str, explanation: Explanation | None
@@ -304,6 +349,8 @@ class Page:
         return self.explain(image, methods, colours, model, progress) | {
             self.session_model: model,
             self.heading: page.header(model),
+            self.added: [],
+            self.peer_choice: gr.update(choices=model.peer_methods, value=None, visible=bool(model.peer_methods)),
             self.method_choice: gr.update(choices=_titles(model.map_methods), value=methods),
             self.measured_choice: gr.update(choices=_titles(model.methods), value=DEFAULT_METHODS[0]),
         }
@@ -400,7 +447,7 @@ def serve(app: gr.Blocks, host: str | None = '127.0.0.1', port: int | None = Non
 
 
 def _titles(names: Sequence[str]) -> list[tuple[str, str]]:
-    return [(METHODS[name].title, name) for name in names]
+    return [(method_title(name), name) for name in names]
 
 
 def _class_choices(explanation: Explanation) -> list[tuple[str, int]]:

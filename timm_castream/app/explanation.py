@@ -20,11 +20,10 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
-from .._utils.checks import check_names
 from ..attach import attention_maps
 from ..attribution.cam import scale_maps
-from ..attribution.methods import METHODS
 from ..attribution.saliency import Identity, attention_identity, attribute_all
+from ..attribution.user_methods import resolve_methods
 from ..backbones.image_settings import image_settings
 from ..datasets import image_mode, open_image
 from ..datasets.image_files import PluginNeededError, stored_orientation
@@ -34,7 +33,7 @@ from ..metrics.measurements import MapGroup, References, measure
 from ..metrics.table import DEFAULT_METRICS, METRICS, Measurements
 from ..pictures import Box, transform_image
 from ..visualize import denormalised
-from .page_model import PageModel
+from .page_model import PageModel, method_title
 
 MAX_PIXELS = 50_000_000
 NUM_TOP = 5
@@ -146,12 +145,12 @@ class Explanation:
             ValueError: If a name or the class is unknown, a name is repeated, or `methods` is a string.
         """
         if methods:
-            check_names('method', methods, tuple(METHODS))
+            resolve_methods(methods)
         network = self.opened.network
         missing = [name for name in methods if (network.poolings[0], name, target) not in self._maps]
         for position, method in enumerate(missing):
             if progress is not None:
-                progress(position / len(missing), METHODS[method].title)
+                progress(position / len(missing), method_title(method))
             maps = attribute_all(
                 network.model, self.x, (method,), self._indices(target), network.poolings, activation=network.activation
             )
@@ -168,7 +167,7 @@ class Explanation:
             worth = {}
             for position, (name, _) in enumerate(maps):
                 if progress is not None:
-                    progress(position / len(maps), f'{METHODS[method].title} under {self.opened.pooling_names[name]}')
+                    progress(position / len(maps), f'{method_title(method)} under {self.opened.pooling_names[name]}')
                 worth[name] = self._measure(maps[name, method][None], target, name)
             self._worth[method, target] = worth
         return self._worth[method, target]

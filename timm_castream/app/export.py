@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from .. import pictures
-from ..attribution.methods import METHODS
 from ..version import __version__
 from ..visualize import COLOURS, EARLY_STAGES, OPACITY, Panel, draw_grid, overlay, save
 from .explanation import Explanation, MapScores
+from .page_model import method_title
 
 
 def draw_explanation(
@@ -44,10 +44,10 @@ def draw_explanation(
     rows = []
     for name in opened.network.poolings if methods else ():
         title = f'{opened.pooling_names[name]}: {label[:22]} {explanation.probabilities[name][target]:.2f}'
-        row = [panel(f'{METHODS[method].title}\n{title}', maps[name, method]) for method in methods]
+        row = [panel(f'{method_title(method)}\n{title}', maps[name, method]) for method in methods]
         rows.append([original, *row])
     attention = [
-        panel(f'{METHODS["attention"].title}\n{stage}', values)
+        panel(f'{method_title("attention")}\n{stage}', values)
         for stage, values in reversed(explanation.attention.items())
     ]
     if attention or not rows:
@@ -159,7 +159,11 @@ def write_maps(
     Raises:
         FileNotFoundError: If the image was deleted.
     """
-    maps = {f'{method}_{name}': values for (name, method), values in explanation.maps(methods, target).items()}
+    # A colon, as in captum:Saliency, is no character of a file's name everywhere.
+    maps = {
+        f'{method.replace(":", "_")}_{name}': values
+        for (name, method), values in explanation.maps(methods, target).items()
+    }
     maps |= {f'attention_{stage}': values for stage, values in explanation.attention.items()}
     facts = {
         'class': {'index': target, 'name': explanation.opened.class_name(target)},

@@ -13,12 +13,12 @@ from matplotlib import rc_context
 from PIL import Image
 from torch import Tensor
 
-from ..attribution.methods import METHODS
+from ..attribution.user_methods import resolve_methods
 from ..metrics.table import METRICS
 from ..visualize import EARLY_STAGES, heat_map
 from .explanation import NUM_TOP, Explanation, MapScores
 from .export import draw_scores
-from .page_model import PageModel
+from .page_model import PageModel, method_title
 
 MODEL_PLACEHOLDER = 'resnet18_castream, hf-hub:ORG/NAME or local-dir:DIR'
 _OWN = {
@@ -103,10 +103,8 @@ def maps(
     label, names = explanation.opened.class_name(target), explanation.opened.pooling_names
     cards = []
     for position, method in enumerate(methods):
-        title = METHODS[method].title
-        shown = {
-            name: saliency[name, method] for name in names if name == 'ca' or 'stream' not in METHODS[method].needs
-        }
+        title, needs = method_title(method), resolve_methods((method,))[0].needs
+        shown = {name: saliency[name, method] for name in names if name == 'ca' or 'stream' not in needs}
         drawn = ''.join(
             _overlay(explanation, values, names[name], f'{title} of {label} under {names[name]}', colours)
             for name, values in shown.items()
@@ -116,7 +114,7 @@ def maps(
             for other in methods[:position]
             if all(_equal(saliency[name, other], saliency[name, method]) for name in names)
         ]
-        note = f'<p class="cs-hint">The same map as {METHODS[earlier[0]].title}.</p>' if earlier else ''
+        note = f'<p class="cs-hint">The same map as {escape(method_title(earlier[0]))}.</p>' if earlier else ''
         cards.append(_card(title, _pictures(drawn, len(shown)) + note))
     body = ''.join(cards) or '<p class="cs-hint">Choose a method to see its maps.</p>'
     hint = 'The pixels under the right end of the scale matter most for the class.'
@@ -146,7 +144,7 @@ def attention(explanation: Explanation, colours: str) -> str:
 
 def scores(explanation: Explanation, method: str, target: int, measured: dict[str, MapScores]) -> str:
     """The measurements of one method's maps, the masked images, the curves and both sides of eq. (5)."""
-    title = f'{METHODS[method].title} of “{explanation.opened.class_name(target)}”'
+    title = f'{method_title(method)} of “{explanation.opened.class_name(target)}”'
     names = explanation.opened.pooling_names
     masked = ''.join(
         _figure(value.masked_pixels, names[name], f'The image masked by the map under {names[name]}')

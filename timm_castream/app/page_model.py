@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from ..attribution.methods import METHODS
+from ..attribution.peers import peers_that_fit
+from ..attribution.user_methods import resolve_methods
 from ..hub.load import DEFAULT_MODEL, open_model
 from ..inference.predictor import Predictor
 from ..visualize import class_name, pooling_names
@@ -54,9 +56,19 @@ class PageModel:
         """Names of the methods that explain: all but the baselines."""
         return tuple(name for name in self.methods if METHODS[name].needs & {'gradients', 'masked forwards', 'stream'})
 
+    @cached_property
+    def peer_methods(self) -> tuple[str, ...]:
+        """Names of the methods of the installed libraries that fit the network."""
+        return tuple(peers_that_fit(self.network))
+
     def class_name(self, index: int) -> str:
         """Name of a class."""
         return class_name(self.model, index)
+
+
+def method_title(name: str) -> str:
+    """Title of a built-in method or of one of another library."""
+    return resolve_methods((name,))[0].title
 
 
 def open_for_page(

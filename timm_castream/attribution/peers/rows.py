@@ -63,6 +63,18 @@ def peer_method(source: str, label: str | None = None) -> Method:
     return Method(label, label, saliency, needs, source=f'{source} of {version}', check=saliency.check)
 
 
+def peers_that_fit(predictor: Predictor) -> list[str]:
+    """Names of the methods of the installed libraries that the architecture of a network does not rule out. None is
+    tried and no library is imported. Those with many forwards are left out."""
+    return [
+        name
+        for library in LIBRARIES.values()
+        if library.installed
+        for row in library.methods.values()
+        if not (row.refused or row.costly) and _fits(name := f'{library.prefix}:{row.name}', library, row, predictor)
+    ]
+
+
 def peers_that_work(predictor: Predictor, x: Tensor) -> list[str]:
     """Names of the methods of the installed libraries that run on a network. A line of the log, at level INFO, has the
     reason for each of the others.
@@ -159,6 +171,14 @@ class PeerMaps:
             raise RuntimeError(f'method {self.label!r} raised {type(error).__name__}: {error}') from error
         maps = torch.as_tensor(maps).detach().to(x.device)
         return maps.sum(1) if maps.ndim == 4 else maps
+
+
+def _fits(name: str, library: Library, row: PeerMethod, predictor: Predictor) -> bool:
+    try:
+        PeerMaps(name, library, row).check(predictor)
+    except ValueError:
+        return False
+    return True
 
 
 @contextmanager
