@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ._utils.checks import check_count
+from ._utils.files import printable
 from .attach import attention_maps
 from .attribution.cam import scale_maps
 from .attribution.methods import METHODS, PAPER_METHODS, Batch, Method
@@ -439,11 +440,6 @@ def pooling_names(network: Predictor) -> dict[str, str]:
 
 def _cut(text: str, letters: int) -> str:
     return text if len(text) <= letters else f'{text[: letters - 1]}…'
-
-
-def printable(name: str | Path) -> str:
-    """A file name with a question mark for each byte that is not UTF-8."""
-    return str(name).encode('utf-8', 'replace').decode()
 
 
 def _path_key(path: Path) -> str:

@@ -222,6 +222,41 @@ def test_a_missing_library_is_named_with_the_package_that_has_it(module, words, 
     assert capsys.readouterr().err == f'castream demo {words}\n'
 
 
+def test_without_any_extra_every_command_explains_itself_or_names_what_is_missing_in_one_line(tmp_path):
+    Image.new('RGB', (64, 64)).save(tmp_path / 'photo.png')
+    model = ['--model', 'test_resnet_castream', '--device', 'cpu']
+    helps = [[command, '--help'] for command in commands.COMMANDS]
+    complete = [['list', 'test_resnet*'], ['list-images', '--images', '.']]
+    lacking = [
+        ['explain', 'photo.png', *model],
+        ['evaluate', '--data-dir', '.', '--target', 'predicted', *model],
+        ['report', 'folder'],
+        ['fit', '--images', '.', *model],
+        ['demo'],
+        ['app', *model],
+    ]
+    code = f"""
+import contextlib, io, json, sys
+sys.modules.update(dict.fromkeys({[*cli.EXTRAS]}))  # None: an import of it fails
+from timm_castream import cli
+for argv in {[*helps, *complete, *lacking]}:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli.main(argv)
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([code, err.getvalue()]))
+"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    for argv, (status, told) in zip([*helps, *complete], answers, strict=False):
+        assert status == 0, (argv, told)
+    for argv, (status, told) in zip(lacking, answers[-len(lacking) :], strict=True):
+        assert status == 2 and told.count('\n') == 1 and told.startswith(f'castream {argv[0]}'), (argv, told)
+        assert re.search(r'pip install .timm_castream\[\w+\]', told), told
+
+
 def test_the_extras_hold_the_libraries_that_an_error_names():
     setup = configparser.ConfigParser()
     setup.read(Path(__file__).parents[2] / 'setup.cfg')

@@ -61,3 +61,8 @@ def move_files(source: Path, target: Path) -> None:
             moved.mkdir(exist_ok=True)
         else:
             os.replace(file, moved)
+
+
+def printable(name: str | Path) -> str:
+    """A file name with a question mark for each byte that is not UTF-8."""
+    return str(name).encode('utf-8', 'replace').decode()

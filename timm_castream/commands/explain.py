@@ -58,7 +58,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..visualize import explain, printable
+    from .._utils.files import printable
+    from ..visualize import explain
 
     found = _images_below(args.images, args.output) if args.images else []
     for path in args.paths:

@@ -20,8 +20,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from .._utils.files import printable
     from ..datasets import create_dataset, find_images, image_name
-    from ..visualize import printable
 
     if args.images:
         names = [path.relative_to(args.images).as_posix() for path in find_images(Path(args.images))]

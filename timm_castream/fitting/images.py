@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .._utils.files import printable
 from ..datasets.image_files import find_images, natural_key, open_image
-from ..visualize import printable
 from .training import seeded
 
 LEAST_IMAGES, FEW_IMAGES = 30, 200
