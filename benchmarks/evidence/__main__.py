@@ -18,8 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from .choice import choose
-from .growth import run_growth
+from .choice import choose, run_growth
 from .page import write_page
 from .pictures import draw_strip
 from .pieces import pieces, run_piece

@@ -71,6 +71,26 @@ def recipe_of(setup: Setup, kind: str) -> dict[str, Any]:
     return choose(setup, setup.settings['streams'][kind].get('like', kind))['taken']
 
 
+def run_growth(setup: Setup, streams: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> None:
+    """Trains every stream of `growth` in the settings; each ends as `streams/NAME.json`, with its accuracies.
+
+    With fewer images an epoch has fewer steps; the number of epochs grows to keep the number of steps. Streams on all
+    images are those of the tables.
+
+    Args:
+        setup: The run.
+        streams, seeds: Only these. None: those of the settings.
+    """
+    growth, everything = setup.settings['growth'], setup.settings['train_per_class']
+    for seed in seeds or growth['seeds']:
+        for kind in streams or growth['streams']:
+            chosen = recipe_of(setup, kind)
+            for count in growth['per_class']:
+                recipe = chosen | {'epochs': round(chosen['epochs'] * everything / count)}
+                name, per_class = (f'{kind}-{seed}', None) if count == everything else (f'{kind}-{seed}-{count}', count)
+                setup.stream(kind, seed, recipe, name, per_class)
+
+
 def _summary(setup: Setup, model: Any, pooling: str) -> dict[str, float]:
     """Accuracy and temperature on all selection images; AD, AG and AI of Grad-CAM on some, under the temperature."""
     logits, labels = setup.logits(model, 'selection'), setup.labels('selection')

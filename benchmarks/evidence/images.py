@@ -62,35 +62,25 @@ def read_images(data_dir: str | Path) -> ImageSet:
     if not (folder / 'train').is_dir() or not (folder / 'val').is_dir():
         raise ValueError(f'{folder} has no folders train and val; unpack tiny-imagenet-200.zip and name that folder.')
     if (folder / 'wnids.txt').is_file():
-        return _tiny_imagenet(folder)
-    classes = tuple(sorted(path.name for path in (folder / 'train').iterdir() if path.is_dir()))
-    train, val = (
-        tuple(tuple(_class_samples(folder / split / name, label)) for label, name in enumerate(classes))
-        for split in ('train', 'val')
-    )
-    return ImageSet(classes, train, tuple(sample for images in val for sample in images))
-
-
-def _tiny_imagenet(folder: Path) -> ImageSet:
-    splits = []
-    for split in TinyImageNet.splits:
-        dataset = TinyImageNet(folder, split)
-        splits.append(
+        datasets = [TinyImageNet(folder, split) for split in TinyImageNet.splits]
+        classes = tuple(datasets[0].reader.class_to_idx)
+        train, val = (
             [
                 Sample(Path(dataset.filename(i, absolute=True)), target, tuple(box))
                 for i, (target, box) in enumerate(zip(dataset.reader.targets, dataset.boxes, strict=True))
             ]
+            for dataset in datasets
         )
-    train, val = splits
-    classes = tuple(dataset.reader.class_to_idx)
+    else:
+        classes = tuple(sorted(path.name for path in (folder / 'train').iterdir() if path.is_dir()))
+        train, val = (
+            [Sample(path, label) for label, name in enumerate(classes) for path in find_images(folder / split / name)]
+            for split in ('train', 'val')
+        )
     by_class: list[list[Sample]] = [[] for _ in classes]
     for sample in train:
         by_class[sample.label].append(sample)
     return ImageSet(classes, tuple(map(tuple, by_class)), tuple(val))
-
-
-def _class_samples(folder: Path, label: int) -> list[Sample]:
-    return [Sample(path, label) for path in find_images(folder)]
 
 
 class Images(Dataset):

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
 from timm.data import ImageNetInfo, create_transform
 from torch import Tensor
 
 from timm_castream.attribution import attribute_all
-from timm_castream.visualize import denormalised, overlay
+from timm_castream.datasets import open_image
+from timm_castream.datasets.photographs import photographs
+from timm_castream.visualize import Panel, denormalised, draw_grid, overlay
 
 from .choice import recipe_of
 from .pieces import HALF
 from .setup import Setup
 
 STREAM, SEED = 'gap_start', 0
+PHOTOGRAPHS = ('chelsea', 'coffee', 'flower', 'china')
 SCALE = 2  # times the image size of the experiments: finer maps
 COLUMNS = {
     'attention of the last stage': ('ca', 'attention'),
@@ -41,7 +41,11 @@ def draw_strip(setup: Setup, page: Path) -> None:
     """
     recipe = recipe_of(setup, STREAM)
     model, _ = setup.stream(STREAM, SEED, recipe, f'{STREAM}-{SEED}')
-    x = photographs(model, SCALE * setup.settings['image_size'])
+    config, side = model.pretrained_cfg, SCALE * setup.settings['image_size']
+    names = ('mean', 'std', 'interpolation')
+    transform = create_transform((3, side, side), crop_pct=1.0, **{name: config[name] for name in names})
+    files = {path.stem: path for path in photographs()}
+    x = torch.stack([transform(open_image(files[name])) for name in PHOTOGRAPHS])
     with torch.no_grad():
         target = setup.gap_model()(x).argmax(1)
     maps = attribute_all(model, x, ('attention', 'grad_cam'), target, ('gap', 'ca'))
@@ -73,31 +77,13 @@ def draw_strip(setup: Setup, page: Path) -> None:
     setup.write(setup.results_dir / 'strip.json', facts)
 
 
-def photographs(model: Any, size: int) -> Tensor:
-    """Photographs of scikit-image and scikit-learn, (B, 3, size, size), normalised for the model."""
-    from skimage.data import chelsea, coffee  # in the extra dev
-    from sklearn.datasets import load_sample_image
-
-    cfg = model.pretrained_cfg
-    transform = create_transform(
-        (3, size, size), mean=cfg['mean'], std=cfg['std'], interpolation=cfg['interpolation'], crop_pct=1.0
-    )
-    images = [chelsea(), coffee(), load_sample_image('flower.jpg'), load_sample_image('china.jpg')]
-    return torch.stack([transform(Image.fromarray(image)) for image in images])
-
-
 def draw(columns: dict[str, Tensor], pixels: Sequence[np.ndarray], path: Path) -> None:
     """One row a photograph: the photograph, then each column's map over it."""
-    figure = Figure(figsize=(2 * (1 + len(columns)), 2 * len(pixels) + 0.25), dpi=120, layout='constrained')
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    panels = figure.subplots(len(pixels), 1 + len(columns), squeeze=False)
-    for row, photograph, *maps in zip(panels, pixels, *columns.values(), strict=True):
-        for axes, picture in zip(row, [photograph, *(overlay(photograph, saliency) for saliency in maps)], strict=True):
-            axes.imshow(picture)
-            axes.set_axis_off()
-    for axes, title in zip(panels[0], ['photograph', *columns], strict=True):
-        axes.set_title(title, fontsize=9)
-    figure.savefig(path, pil_kwargs={'quality': 88})
+    rows = [
+        [Panel('photograph', image), *(Panel(title, overlay(image, m)) for title, m in zip(columns, maps, strict=True))]
+        for image, *maps in zip(pixels, *columns.values(), strict=True)
+    ]
+    draw_grid(rows).save(path, quality=88)
 
 
 def class_name(setup: Setup, index: int) -> str:

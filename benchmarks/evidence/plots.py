@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from matplotlib.figure import Figure
 
 from .results import Results
 from .statistics import Difference
@@ -19,8 +20,8 @@ def plot_differences(rows: Sequence[tuple[str, Difference]], path: Path) -> None
         rows: Name and difference of each figure, top to bottom.
         path: Image file to write.
     """
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.42 * len(rows)), layout='constrained')
+    figure = Figure(figsize=(7, 0.8 + 0.42 * len(rows)), layout='constrained')
+    axes = figure.subplots()
     axes.axvline(0, color='black', linewidth=0.8)
     for y, (_, difference) in enumerate(rows):
         color = {'better': GOOD, 'worse': BAD}.get(difference.verdict, NEITHER)
@@ -36,7 +37,7 @@ def plot_differences(rows: Sequence[tuple[str, Difference]], path: Path) -> None
         'green: better in every seed; red: worse in every seed; grey: neither'
     )
     axes.spines[['top', 'right']].set_visible(False)
-    _save(figure, path)
+    figure.savefig(path, dpi=130, metadata={'Software': None})
 
 
 def plot_growth(results: Results, path: Path) -> None:
@@ -46,8 +47,8 @@ def plot_growth(results: Results, path: Path) -> None:
         results: The results.
         path: Image file to write.
     """
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout='constrained')
+    figure = Figure(figsize=(6, 3.6), layout='constrained')
+    axes = figure.subplots()
     for (kind, title), color in zip(
         (('gap_start', "stream_init='gap'"), ('paper_start', "stream_init='paper'")), (GOOD, BAD), strict=True
     ):
@@ -64,7 +65,7 @@ def plot_growth(results: Results, path: Path) -> None:
     axes.set_ylabel('validation accuracy, %')
     axes.legend(frameon=False)
     axes.spines[['top', 'right']].set_visible(False)
-    _save(figure, path)
+    figure.savefig(path, dpi=130, metadata={'Software': None})
 
 
 def growth_points(results: Results, kind: str) -> list[tuple[int, list[float]]]:
@@ -90,17 +91,3 @@ def gap_accuracy(results: Results) -> float | None:
     """GAP's accuracy on the images of the main table, in percent."""
     gap = results.table('main').gap
     return None if gap is None else float(gap['accuracy'].mean())
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=130, metadata={'Software': None})
-    _pyplot().close(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,28 +33,29 @@ class Results:
     @cached_property
     def facts(self) -> dict[str, dict[str, Any]]:
         """The facts of every finished piece, by name."""
-        return {path.stem: read_json(path) for path in sorted((self.folder / 'pieces').glob('*.json'))}
+        return self._read('pieces/*.json')
 
     @cached_property
     def streams(self) -> dict[str, dict[str, Any]]:
         """The facts of every trained stream, by name."""
-        return {path.stem: read_json(path) for path in sorted((self.folder / 'streams').glob('*.json'))}
+        return self._read('streams/*.json')
 
     @cached_property
     def choices(self) -> dict[str, dict[str, Any]]:
         """The settings tried and taken, by kind of stream."""
-        return {path.stem: read_json(path) for path in sorted((self.folder / 'choices').glob('*.json'))}
+        return self._read('choices/*.json')
 
     @cached_property
     def classifier(self) -> dict[str, Any] | None:
         """The settings tried for the classifier under GAP."""
-        path = self.folder / 'classifier.json'
-        return read_json(path) if path.is_file() else None
+        return self._read('classifier.json').get('classifier')
 
     def strip(self) -> dict[str, Any] | None:
         """The facts of the strip of photographs."""
-        path = self.folder / 'strip.json'
-        return read_json(path) if path.is_file() else None
+        return self._read('strip.json').get('strip')
+
+    def _read(self, pattern: str) -> dict[str, dict[str, Any]]:
+        return {path.stem: read_json(path) for path in sorted(self.folder.glob(pattern))}
 
     def values(self, name: str) -> Values:
         """The values of every image of a piece."""
@@ -64,11 +66,9 @@ class Results:
         plan = self.settings['tables'][name]
         source = f'{plan.get("gap", name)}-gap'
         # Every table has the first images of the validation set.
-        gap = (
-            None
-            if source not in self.facts
-            else {column: values[: plan['images']] for column, values in self.values(source).items()}
-        )
+        gap = None
+        if source in self.facts:
+            gap = {column: values[: plan['images']] for column, values in self.values(source).items()}
         streams: dict[str, dict[int, Values]] = {}
         for stream in plan['streams']:
             seeds = sorted(f['seed'] for f in self.facts.values() if (f['table'], f['stream']) == (name, stream))
@@ -81,6 +81,7 @@ class Results:
         return sum(facts['seconds'] for facts in (*self.facts.values(), *self.streams.values()))
 
 
+@dataclass(frozen=True)
 class Table:
     """The finished pieces of one table.
 
@@ -91,13 +92,10 @@ class Table:
         streams: The streams' values, by kind and seed.
     """
 
-    def __init__(
-        self, name: str, plan: dict[str, Any], gap: Values | None, streams: dict[str, dict[int, Values]]
-    ) -> None:
-        self.name = name
-        self.plan = plan
-        self.gap = gap
-        self.streams = streams
+    name: str
+    plan: dict[str, Any]
+    gap: Values | None
+    streams: dict[str, dict[int, Values]]
 
     @property
     def num_images(self) -> int:
