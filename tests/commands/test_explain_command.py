@@ -129,6 +129,24 @@ def test_mean_and_std_normalise_in_place_of_the_networks_own(images, model, expl
     assert float(row['gap/prob']) == pytest.approx(best, abs=1e-5)
 
 
+def test_a_number_sign_in_a_path_is_a_letter(images, model, tmp_path, capsys):
+    folder = images.rename(tmp_path / 'images #1')
+    (folder / 'a' / 'im9.png').rename(folder / 'a' / 'im#9.png')
+    args = {'num_classes': 4, 'label_names': NAMES, 'img_size': 32}
+    torch.save({'state_dict': model.state_dict(), 'args': args}, tmp_path / 'last #2.pth.tar')
+    network = ['--model', 'test_resnet', '--checkpoint', str(tmp_path / 'last #2.pth.tar'), '--device', 'cpu']
+    out = tmp_path / 'out #3'
+    options = [*network, '--methods', 'grad_cam', '--output', str(out)]
+    assert cli.main(['explain', '--images', str(folder), *options]) == 0
+    best = probabilities(model, folder / 'a' / 'im#9.png').max().item()
+    assert f'{folder}/a/im#9.png: ' in (told := capsys.readouterr().out) and f' {best:.3f}' in told
+    assert (out / 'a' / 'im#9.png').is_file()
+    argv = ['--data-dir', str(folder), '--target', 'predicted', '--metrics', 'average_drop', '-j', '0']
+    assert cli.main(['evaluate', *options, *argv]) == 0
+    with open(out / 'images.csv', encoding='utf-8') as file:
+        assert [row['file'] for row in csv.DictReader(file)] == ['a/im10.png', 'a/im#9.png', 'b/im9.png']
+
+
 def test_unknown_classes_are_refused_before_the_work(images, explain, tmp_path, capsys):
     assert explain(str(images / 'a' / 'im9.png'), '--target', 'dgo') == 2
     assert "no class 'dgo'; there are dog" in capsys.readouterr().err
