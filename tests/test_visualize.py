@@ -154,6 +154,20 @@ def test_saved_maps_are_those_of_attribute_and_lie_over_the_whole_photograph(mod
     assert np.ptp(drawn[:, 60:90].astype(int), axis=2).max() > 100
 
 
+def test_the_seed_is_that_of_the_method_that_draws_random_numbers(model: nn.Module, tmp_path: Path) -> None:
+    image = photograph(64, 64, 3)
+    image.save(tmp_path / 'one.png')
+    x = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)(image)[None]
+    drawn = []
+    for seed in (0, 3):
+        done = explain(
+            model, [tmp_path / 'one.png'], ['random'], tmp_path / f'{seed}', ['gap'], save_maps=True, seed=seed
+        )
+        drawn.append(np.load(done.maps[0] / 'random_gap.npy'))
+        assert np.array_equal(drawn[-1], attribute(model, x, 'random', pooling='gap', seed=seed)[0].numpy())
+    assert not np.array_equal(*drawn)
+
+
 def test_the_picture_of_a_single_image_has_no_grid_beside_it(model: nn.Module, tmp_path: Path) -> None:
     photograph(20, 20, 3).save(tmp_path / 'a.png')
     done = explain(model, [tmp_path / 'a.png', tmp_path / 'missing.png'], ('grad_cam',), tmp_path / 'out')

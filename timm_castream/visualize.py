@@ -159,6 +159,7 @@ def explain(
     target: Sequence[str | int] | None = None,
     top_k: int | None = None,
     root: str | Path | None = None,
+    seed: int = 0,
 ) -> Explained:
     """Writes a row of overlays for each image as a PNG, and a grid of all rows, with a progress bar on a terminal.
 
@@ -189,6 +190,7 @@ def explain(
         top_k: Explain so many of the most probable classes under each pooling.
         root: A folder. Pictures lie in the folders that their images lie in below it. None: the folder that all images
             share.
+        seed: Of methods that draw random numbers.
 
     Raises:
         ValueError: If there are no paths, an argument does not fit or the model has no stream.
@@ -235,7 +237,7 @@ def explain(
         tensor, crop = transform_image(transform, image)
         _tell_crop(path, image, crop)
         x = tensor[None].to(parameter)
-        result = _explain_one(network, x, rows_of_methods, printable(path.name), index, colours, opacity, choose)
+        result = _explain_one(network, x, rows_of_methods, printable(path.name), index, colours, opacity, choose, seed)
         top = _top_classes(network, result.top)
         titles = pooling_names(network)
         done.classes[path] = {
@@ -298,11 +300,12 @@ def _explain_one(
     colours: str,
     opacity: float,
     choose: _Choice | None = None,
+    seed: int = 0,
 ) -> _Result:
     check_images(x)
     backbone = network.backbone
     with network.evaluating():
-        batch = Batch(network, x, methods, torch.tensor([index]))  # its forward gives classes and maps
+        batch = Batch(network, x, methods, torch.tensor([index]), seed)  # its forward gives classes and maps
         probabilities = {
             pooling: network.probabilities(batch.logits[pooling].detach(), pooling)[0] for pooling in network.poolings
         }

@@ -194,3 +194,26 @@ def test_maps_are_matched_by_the_names_that_list_images_writes(images, explain, 
     np.savez(tmp_path / 'maps.npz', **maps)
     assert explain('--images', str(images), '--maps', f'own={tmp_path / "maps.npz"}') == 2
     assert 'no map for 1 of the 3 images: a/im10.png' in capsys.readouterr().err
+
+
+def test_the_seed_and_the_masked_images_at_a_time_are_those_of_evaluate(images, explain, tmp_path, capsys):
+    maps = []
+    for seed in ('1', '2', '1'):
+        options = (
+            '--img-size',
+            '96',
+            '--methods',
+            'random',
+            'score_cam',
+            '--seed',
+            seed,
+            '--mask-batch-size',
+            '3',
+            '--save-maps',
+        )
+        assert explain(str(images / 'a/im9.png'), *options, '--output', str(tmp_path / f'out{len(maps)}')) == 0
+        (path,) = (tmp_path / f'out{len(maps)}').rglob('random_gap.npy')
+        maps.append(np.load(path))
+    assert np.array_equal(maps[0], maps[2]) and not np.array_equal(maps[0], maps[1])
+    assert explain(str(images / 'a/im9.png'), '--mask-batch-size', '0') == 2
+    assert 'batch_size' in capsys.readouterr().err

@@ -54,6 +54,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--multilabel', action='store_true', help='probabilities by sigmoid; every class of at least 0.5 is explained'
     )
+    parser.add_argument('--mask-batch-size', type=int, metavar='N', help='masked images at a time (default: by device)')
+    parser.add_argument(
+        '--seed', type=int, default=0, help='of methods that draw random numbers (default: %(default)s)'
+    )
     parser.add_argument('--output', default='explained', metavar='DIR', help='(default: %(default)s)')
 
 
@@ -78,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         args.output,
         args.poolings,
         args.layer,
+        args.mask_batch_size,
         identity=args.identity,
         activation='sigmoid' if args.multilabel else 'softmax',
         colours=args.colours,
@@ -86,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         target=args.target,
         top_k=args.top_k,
         root=root,
+        seed=args.seed,
     )
     for image, classes in done.classes.items():
         for pooling, top in classes.items():
