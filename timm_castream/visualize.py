@@ -73,13 +73,13 @@ __all__ = [
 
 POOLING_NAMES = {'gap': 'GAP', 'ca': 'CA'}
 ROWS_PER_GRID = 50
+NUM_TOP = 5
 EARLY_STAGES = (
     'Early stages only prepare the query of the last one. In a stream that was trained briefly they often look at one '
     'point.'
 )
 
 _LABEL_LETTERS, _NAME_LETTERS = 22, 30
-_NUM_TOP = 5
 _LEAST_SEEN = 0.5  # of a side
 _MAX_STEM_BYTES = 200
 
@@ -238,7 +238,7 @@ def explain(
         _tell_crop(path, image, crop)
         x = tensor[None].to(parameter)
         result = _explain_one(network, x, rows_of_methods, printable(path.name), index, colours, opacity, choose, seed)
-        top = _top_classes(network, result.top)
+        top = named_classes(network.backbone, result.top)
         titles = pooling_names(network)
         done.classes[path] = {
             titles[pooling]: [(entry['name'], entry['probability']) for entry in classes]
@@ -313,7 +313,7 @@ def _explain_one(
         target = {pooling: torch.tensor([classes], device=x.device) for pooling, classes in explained.items()}
         saliency = explain_batch(batch, target)
         stages = attention_maps(backbone, x) if any('stream' in method.needs for method in methods) else []
-    top = {pooling: _top(values) for pooling, values in probabilities.items()}
+    top = {pooling: most_probable(values) for pooling, values in probabilities.items()}
     names = pooling_names(network)
 
     def title_of(pooling: str, label: int) -> str:
@@ -375,15 +375,17 @@ def _subfolder(folder: Path, path: Path, root: str | Path) -> Path:
     return place
 
 
-def _top(probabilities: Tensor) -> list[tuple[int, float]]:
-    values, indices = probabilities.topk(min(_NUM_TOP, len(probabilities)))
+def most_probable(probabilities: Tensor, count: int = NUM_TOP) -> list[tuple[int, float]]:
+    """The classes of highest probability of (C,): (index, probability) from the highest."""
+    values, indices = probabilities.topk(min(count, len(probabilities)))
     return list(zip(indices.tolist(), values.tolist(), strict=True))
 
 
-def _top_classes(network: Predictor, top: dict[str, list[tuple[int, float]]]) -> dict[str, list[dict[str, Any]]]:
+def named_classes(model: nn.Module, top: Mapping[str, list[tuple[int, float]]]) -> dict[str, list[dict[str, Any]]]:
+    """{pooling: index, name and probability of each of its classes}, as `explanation.json` has them."""
     return {
         pooling: [
-            {'index': index, 'name': class_name(network.backbone, index), 'probability': probability}
+            {'index': index, 'name': class_name(model, index), 'probability': probability}
             for index, probability in classes
         ]
         for pooling, classes in top.items()

@@ -32,12 +32,10 @@ from ..metrics.curves import curve_setting
 from ..metrics.measurements import MapGroup, References, measure
 from ..metrics.table import DEFAULT_METRICS, METRICS, Measurements
 from ..pictures import Box, transform_image
-from ..visualize import denormalised
+from ..visualize import NUM_TOP, denormalised, most_probable
 from .page_model import PageModel, method_title
 
 MAX_PIXELS = 50_000_000
-NUM_TOP = 5
-
 _SHOWN = frozenset({'masked_prob', 'insertion_curve', 'deletion_curve'})  # whatever the metrics need
 
 Progress = Callable[[float, str], Any]  # (share done in [0, 1], text)
@@ -118,8 +116,7 @@ class Explanation:
 
     def top(self, pooling: str, count: int = NUM_TOP) -> list[tuple[int, float]]:
         """The classes of highest probability under a pooling: (index, probability) from the highest."""
-        values, indices = self.probabilities[pooling].topk(min(count, len(self.probabilities[pooling])))
-        return list(zip(indices.tolist(), values.tolist(), strict=True))
+        return most_probable(self.probabilities[pooling], count)
 
     def best(self) -> list[int]:
         """The top classes of all poolings together, from the highest probability."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import pictures
 from ..version import __version__
-from ..visualize import COLOURS, EARLY_STAGES, OPACITY, Panel, draw_grid, overlay, save
+from ..visualize import COLOURS, EARLY_STAGES, OPACITY, Panel, draw_grid, named_classes, overlay, save
 from .explanation import Explanation, MapScores
 from .page_model import method_title
 
@@ -174,10 +174,4 @@ def write_maps(
 
 def _top_classes(explanation: Explanation) -> dict[str, list[dict[str, Any]]]:
     opened = explanation.opened
-    return {
-        name: [
-            {'index': index, 'name': opened.class_name(index), 'probability': probability}
-            for index, probability in explanation.top(name)
-        ]
-        for name in opened.network.poolings
-    }
+    return named_classes(opened.model, {name: explanation.top(name) for name in opened.network.poolings})
