@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from timm_castream import attention_maps, class_labels, detach, forward_both, pooling
+from timm_castream.attribution import attribute_all
 from timm_castream.backbones import stream_pass
 
 
@@ -120,6 +121,27 @@ def test_torch_compile_makes_one_graph(name, make_model, x):
     assert torch.equal(compiled(2 * x), model(2 * x))
     compiled(x).square().sum().backward()
     assert model.castream.cls_token.grad.abs().sum() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
+def test_blocks_compiled_one_by_one_are_not_compiled_for_every_batch(name, make_model):
+    model = make_model(name)
+    batches = [
+        torch.randn(size, 3, 64, 64, generator=torch.Generator().manual_seed(size)) for size in (1, 2, 3, 5, 7, 8)
+    ]
+    with torch.no_grad():
+        expected = [model(batch) for batch in batches]
+    torch.compiler.reset()
+    blocks = model.blocks if name == 'test_vit' else [model.layer1, model.layer2, model.layer3, model.layer4]
+    for block in blocks:
+        block.compile(backend='eager')
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # where torch would warn and go without
+        with torch.no_grad():
+            got = [model(batch) for batch in batches]
+        attribute_all(model, batches[2], ('grad_cam', 'attention'), target=1)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.slow
