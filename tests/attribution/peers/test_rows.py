@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from timm_castream.attribution import attribute, attribute_all
-from timm_castream.attribution.peers import LIBRARIES, is_peer, peer_method, peers_that_work
+from timm_castream.attribution.peers import LIBRARIES, is_peer, peer_method, peers_that_fit, peers_that_work
+from timm_castream.attribution.peers.library import Library
 from timm_castream.attribution.user_methods import resolve_methods
 from timm_castream.evaluate import evaluate
 from timm_castream.inference.predictor import Predictor
@@ -125,6 +126,18 @@ def test_an_evaluation_refuses_before_it_reads_images(make_model: Callable[..., 
     assert len(set(read)) <= 1
 
 
+def test_a_choice_lists_no_method_that_the_architecture_rules_out_and_imports_no_library(
+    make_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def imported(library: Library, name: str) -> None:
+        raise AssertionError(f'{library.prefix}:{name} was imported')
+
+    monkeypatch.setattr(Library, 'method_class', imported)
+    names = set(peers_that_fit(Predictor(make_model('test_vit'))))
+    assert {'captum:Saliency', 'grad-cam:GradCAM', 'torchcam:GradCAM'} <= names
+    assert not {'captum:GuidedBackprop', 'torchcam:CAM', 'captum:Lime', 'grad-cam:SESS'} & names
+
+
 def test_all_takes_what_runs_on_the_network_and_says_why_others_do_not(
     make_model: Callable[..., nn.Module], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -132,6 +145,8 @@ def test_all_takes_what_runs_on_the_network_and_says_why_others_do_not(
     with caplog.at_level(logging.INFO):
         names = peers_that_work(predictor, torch.randn(1, 3, 64, 64))
     assert {'captum:Saliency', 'captum:LayerGradCam', 'grad-cam:EigenCAM', 'torchcam:CAM'} <= set(names)
+    # Without a trial a method that fails is not known.
+    assert set(names) | {'captum:LRP', 'captum:LayerLRP'} == set(peers_that_fit(predictor))
     assert not {'captum:LRP', 'captum:GuidedBackprop', 'captum:Lime', 'torchcam:SSCAM', 'grad-cam:SESS'} & set(names)
     every = {f'{library.prefix}:{name}' for library in LIBRARIES.values() for name in library.methods}
     for name in every - set(names):
