@@ -21,7 +21,8 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         if index % 100 == 50:
             gc.collect()
-            tensors = [value for value in gc.get_objects() if isinstance(value, torch.Tensor)]
+            # The type: isinstance asks proxies of other libraries, some of which warn.
+            tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
             self.live[index] = sum(value.numel() for value in tensors)
         return torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(index)), index % 10
 
@@ -46,4 +47,5 @@ def test_the_tensors_alive_do_not_grow_over_200_batches(make_model) -> None:
     )
     counts = [images.live[index] for index in (50, 150, 250, 350)]
     records = 400 * 2 * 6  # the values of all images
-    assert max(counts) - min(counts) < 4 * records, counts
+    read_ahead = 2 * 2 * 3 * 64 * 64  # two batches of two images
+    assert max(counts) - min(counts) < 4 * records + read_ahead, counts

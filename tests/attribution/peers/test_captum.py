@@ -40,7 +40,15 @@ FAST = [
     ('test_vit', 'InternalInfluence'),
     ('test_convnext', 'LayerGradCam'),
 ]
-ALL = [(backbone, name) for backbone in ('test_resnet', 'test_convnext', 'swin', 'test_vit') for name in ARGUMENTS]
+# The last block of a class-token network normalises its input first, so its output does not depend on the length of a
+# token. These methods multiply a token by the gradient along its length: their maps are 0 on paper, and rounding noise.
+NOISE = {('test_vit', name) for name in ('LayerGradientXActivation', 'LayerIntegratedGradients', 'InternalInfluence')}
+ALL = [
+    (backbone, name)
+    for backbone in ('test_resnet', 'test_convnext', 'swin', 'test_vit')
+    for name in ARGUMENTS
+    if (backbone, name) not in NOISE
+]
 
 
 def source(name: str) -> str:
@@ -50,7 +58,7 @@ def source(name: str) -> str:
 
 def check(backbone: str, name: str, make_model: Callable[..., nn.Module], x: Tensor, mode: str) -> None:
     model = make_model(backbone)
-    if backbone != 'test_resnet' and name in RELU:
+    if backbone != 'test_resnet' and name in RELU and (backbone, name) != ('swin', 'DeepLift'):  # Swin has a Softmax
         with pytest.raises(ValueError, match=rf'captum:{name} .*{type(model).__name__}.*no such module'):
             attribute(model, x, source(name), TARGET, mode)
         return
@@ -61,7 +69,8 @@ def check(backbone: str, name: str, make_model: Callable[..., nn.Module], x: Ten
         expected = captum_maps(name, backbone, model, x, TARGET, mode, **ARGUMENTS[name])
     torch.testing.assert_close(attribute(model, x, source(name), TARGET, mode), expected, atol=2e-4, rtol=0)
     # The gradient of an average and a linear classifier is the same at every location.
-    assert (expected.amax((1, 2)) == 1).any() or (name == 'InternalInfluence' and mode == 'gap')
+    zeros = backbone == 'test_convnext' and name in ('LayerConductance', 'LayerDeepLift')  # all values are negative
+    assert (expected.amax((1, 2)) == 1).any() or ((name == 'InternalInfluence' or zeros) and mode == 'gap')
 
 
 @pytest.mark.parametrize(('backbone', 'name'), FAST)

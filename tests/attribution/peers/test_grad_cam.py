@@ -29,7 +29,15 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     'SESS': {'num_scales': 2, 'smooth': False},
 }  # fmt: skip
 # ShapleyCAM reshapes neither the maps that it weighs nor the class token away, and AblationCAM ablates the class token.
-NOT_BY_HAND = {('swin', 'ShapleyCAM'), ('test_vit', 'ShapleyCAM'), ('test_vit', 'AblationCAM')}
+# By hand, FullGrad stops at biases that are no images, and HiResCAM of a class token is rounding noise (test_cam).
+NOT_BY_HAND = {
+    ('swin', 'ShapleyCAM'),
+    ('test_vit', 'ShapleyCAM'),
+    ('test_vit', 'AblationCAM'),
+    ('swin', 'FullGrad'),
+    ('test_vit', 'FullGrad'),
+    ('test_vit', 'HiResCAM'),
+}
 FAST = [
     *(('test_resnet', name) for name in ARGUMENTS),
     ('test_convnext', 'GradCAMPlusPlus'),
