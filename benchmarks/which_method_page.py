@@ -71,7 +71,8 @@ def _answer(results: Sequence[Any]) -> str:
         else ''
     )
     return (
-        f'**Take Grad-CAM, and quote no small difference to another method.** {take} {len(equal)} other names give the '
+        f'**Take Grad-CAM, and quote no small difference to another method.** It costs one forward and one backward. '
+        f'{take} Such leads rest on {first.facts["images"]} images and {cells} comparisons: do not build on them. {len(equal)} other names give the '
         f'map of Grad-CAM on this network, which averages its last map before a linear classifier ({_listed(equal, verb=False)}), so '
         f'no metric can tell them apart. Of {cells} comparisons with Grad-CAM on {first.facts["images"]} photographs '
         f'{apart} have an interval that excludes 0'

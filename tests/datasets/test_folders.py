@@ -59,7 +59,7 @@ def test_hidden_folders_and_files_are_no_classes_and_are_named(tmp_path, caplog)
 def test_images_beside_class_folders_are_named_and_left_out(tmp_path, caplog):
     write(tmp_path, 'stray.png', 'a/0.png', 'b/0.png')
     assert read(tmp_path) == {'a/0.png': 0, 'b/0.png': 1}
-    assert '1 images beside the class folders' in caplog.text and 'stray.png' in caplog.text
+    assert '1 image beside the class folders' in caplog.text and 'stray.png' in caplog.text
 
 
 def test_images_without_class_folders_have_no_class(tmp_path):
@@ -208,3 +208,11 @@ def test_archives_and_torchvisions_folders_open_images_the_same_way(tmp_path):
 def test_timms_endings_can_be_chosen_as_with_timm(tmp_path):
     write(tmp_path, 'a/0.png', 'a/1.jpg', 'a/2.webp')
     assert set(read(tmp_path, input_key='.png;.webp')) == {'a/0.png', 'a/2.webp'}
+
+
+def test_a_flat_folder_with_one_image_in_a_subfolder_is_not_measured_by_that_image_alone(tmp_path):
+    (tmp_path / 'sub').mkdir()
+    for name in ('a.png', 'b.png', 'sub/c.png'):
+        Image.new('RGB', (8, 8)).save(tmp_path / name)
+    with pytest.raises(ValueError, match='2 images beside its folders and 1 in them'):
+        create_dataset('', str(tmp_path), split='validation')

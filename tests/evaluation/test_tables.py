@@ -136,3 +136,15 @@ def test_a_saved_report_is_loaded_whole_and_printed_by_the_command(report, tmp_p
 def test_a_folder_without_an_evaluation_is_refused(tmp_path, capsys):
     assert cli.main(['report', str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_the_labels_of_a_fit_without_labels_are_called_predictions(report):
+    report.settings['labels'] = 'predicted'
+    assert "class: GAP's prediction" in str(report) and 'the agreement' in str(report)
+
+
+@pytest.mark.parametrize('names', [['a', 'nope'], ['a', 'a']], ids=' '.join)
+def test_the_command_refuses_methods_that_it_cannot_compare(report, tmp_path, capsys, names):
+    report.save(tmp_path)
+    assert cli.main(['report', str(tmp_path), '--compare', *names]) == 2
+    assert repr(names[1]) in capsys.readouterr().err

@@ -19,11 +19,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from .._utils.checks import check_names
     from ..evaluation.report import Report
     from ..evaluation.tables import compared
     from .evaluate import formatted, plot
 
     report = Report.load(args.folder)
+    if args.compare:
+        check_names('method', args.compare, report.methods)
     print(compared(report, *args.compare) if args.compare else formatted(report, args.format))
     if args.plot:
         print(f'Written to {args.folder}: {", ".join(plot(report, args.folder))}')

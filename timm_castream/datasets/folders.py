@@ -165,12 +165,15 @@ class FolderReader(Reader):
         if not inside:
             self.class_to_idx = {}
             return dict.fromkeys(beside, NO_TARGET)
+        if len(beside) > len(inside):
+            raise ValueError(
+                f'{self.root} has {len(beside)} images beside its folders and {len(inside)} in them, so the folders are no '
+                f'classes: move the images into folders of their classes, or the folders away.'
+            )
         if beside:
+            images = '1 image' if len(beside) == 1 else f'{len(beside)} images'
             _logger.warning(
-                '%s: %d images beside the class folders belong to no class and are left out, such as %s.',
-                self.root,
-                len(beside),
-                beside[0],
+                '%s: %s beside the class folders without a class, such as %s: left out.', self.root, images, beside[0]
             )
         _check_nested(self.root, inside)
         self.present = sorted({file.partition('/')[0] for file in inside}, key=natural_key)

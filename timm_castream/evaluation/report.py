@@ -306,6 +306,8 @@ class Report:
             ValueError: If the folder holds none.
         """
         folder = Path(folder)
+        if not folder.is_dir():
+            raise ValueError(f'There is no folder {folder}.')
         try:
             facts = json.loads((folder / 'evaluation.json').read_text(encoding='utf-8'))
             with np.load(folder / 'values.npz', allow_pickle=False) as file:

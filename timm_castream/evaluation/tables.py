@@ -92,14 +92,18 @@ def _block(body: Iterable[Row], metrics: Sequence[str]) -> list[str]:
 
 def notes(report: Report) -> Iterator[str]:
     """What a reader of the table must know: images, intervals, baselines, equal methods, maps that say nothing."""
+    by_network = report.settings.get('labels') == 'predicted'  # of castream fit
+    explained = "GAP's prediction" if by_network else report.settings.get('target')
     yield (
-        f'{_images(report.num_images)}, class: {report.settings.get("target")}; in percent, with 95 % intervals '
+        f'{_images(report.num_images)}, class: {explained}; in percent, with 95 % intervals '
         f'from {RESAMPLES} bootstrap resamples; probability: mean of the class explained'
     )
+    if by_network:
+        yield "The labels are GAP's predictions: accuracy is the agreement with them"
     if report.differences:
         yield f'{report.difference_name}: paired by image'
     if any(report.best(p, k) for p in report.poolings for k in report.metrics):
-        yield '*: the best of its column; its paired difference from the second excludes 0'
+        yield '*: the best method under its pooling; its paired difference from the second excludes 0'
     comparisons = len(report.poolings) * len(report.metrics) * (len(report.methods) * (len(report.methods) - 1) // 2)
     if comparisons >= 20:
         yield f'{comparisons} pairs of methods can be compared here: of 95 % intervals one in 20 excludes 0 by chance'

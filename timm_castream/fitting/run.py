@@ -503,7 +503,7 @@ class _Fit:
             metrics=MEASURED,
             seed=self.settings.seed,
             output_dir=folder,
-            arguments=arguments,
+            arguments={'labels': self.settings.labels, **arguments},
             progress=self.progress,
         )
 

@@ -119,6 +119,8 @@ def _check_name(name: str) -> None:
     if source == 'hf-hub':
         read_architecture(place)
     elif source == 'local-dir':
+        if not Path(place).is_dir():
+            raise FileNotFoundError(f'There is no folder {place}.')
         if not Path(place, 'config.json').is_file():
             raise FileNotFoundError(f'The folder {place} has no config.json, so it holds no model.')
     elif not timm.is_model(name):
