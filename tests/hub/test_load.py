@@ -211,7 +211,7 @@ class TestNames:
         ('args', 'error', 'message'),
         [
             (('no_such',), ValueError, 'There is no model no_such'),
-            (('local-dir:nowhere',), FileNotFoundError, 'folder nowhere has no config.json'),
+            (('local-dir:nowhere',), FileNotFoundError, 'no folder nowhere'),
             (('test_resnet', 'missing.pth'), FileNotFoundError, r'There is no file missing\.pth'),
             (('test_resnet', None, False, True), ValueError, 'EMA weights are part of a checkpoint'),
         ],
