@@ -251,7 +251,7 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     """`--format` of the table that is printed."""
     parser.add_argument(
         '--format',
-        choices=('text', 'markdown', 'latex'),
+        choices=names('evaluation/tables', 'FORMATS'),
         default='text',
         help='of the table that is printed; latex needs the package booktabs (default: %(default)s)',
     )

@@ -102,7 +102,7 @@ class Report:
                 raise ValueError(f'No image has finite maps and scores: {next(iter(lost.values()))}.')
         bootstrap = Bootstrap(values, poolings, methods, metrics, seed)
         estimates = bootstrap.estimates()
-        return cls(
+        report = cls(
             network=network,
             poolings=tuple(poolings),
             methods=tuple(methods),
@@ -122,6 +122,9 @@ class Report:
             not_finite_maps={key: count for key, count in not_finite_maps.items() if count},
             pooling_names=dict(pooling_names or {}),
         )
+        # The cached property takes the resamples that the estimates were made of.
+        report.__dict__['_bootstrap'] = bootstrap
+        return report
 
     @property
     def constant_maps(self) -> dict[tuple[str, str], int]:
