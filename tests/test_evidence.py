@@ -7,18 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
+import torch
+import yaml
 from PIL import Image
 
 from benchmarks.evidence import __main__ as program
 from benchmarks.evidence import pieces
 from benchmarks.evidence.choice import take
-from benchmarks.evidence.images import Images, read_images
-from benchmarks.evidence.page import MARKS, excess, page_text, readme_text, wrap
-from benchmarks.evidence.quick import make_data
-from benchmarks.evidence.results import Results, Table
-from benchmarks.evidence.setup import read_settings
-from benchmarks.evidence.statistics import Difference, compare
+from benchmarks.evidence.page import MARKS, page_text, readme_text, wrap
+from benchmarks.evidence.results import Difference, Results, Table, compare
+from benchmarks.evidence.setup import Setup, ranks_in_class
+from timm_castream.evaluation.bootstrap import Estimate
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'benchmarks' / 'evidence_results'
@@ -32,37 +31,37 @@ def test_a_difference_is_paired_by_image_and_its_interval_is_that_of_the_mean_di
     rng = np.random.default_rng(1)
     gap = rng.uniform(0, 100, 400)
     ca = gap + rng.normal(2, 5, 400)  # unpaired, the spread of the images would hide the difference
-    difference = compare(gap, [ca, ca + 1])
-    assert difference.values == pytest.approx([(ca - gap).mean(), (ca - gap).mean() + 1])
+    table = Table({'accuracy': gap}, {'gap_start': {0: {'accuracy': ca}, 1: {'accuracy': ca + 1}}})
+    first, second = table.difference('accuracy').seeds
+    assert (first.value, second.value) == pytest.approx(((ca - gap).mean(), (ca - gap).mean() + 1))
     error = (ca - gap).std(ddof=1) / 20
-    assert difference.lows[0] == pytest.approx((ca - gap).mean() - 1.96 * error, abs=0.1 * error * 1.96)
-    assert difference.highs[0] == pytest.approx((ca - gap).mean() + 1.96 * error, abs=0.1 * error * 1.96)
-    assert difference.gap == pytest.approx(gap.mean())
-    assert (difference.low, difference.high) == (difference.lows[0], difference.highs[1])
+    assert first.low == pytest.approx((ca - gap).mean() - 1.96 * error, abs=0.1 * error * 1.96)
+    assert first.high == pytest.approx((ca - gap).mean() + 1.96 * error, abs=0.1 * error * 1.96)
+    total = table.difference('accuracy').total
+    assert total == pytest.approx(((ca - gap).mean() + 0.5, first.low, second.high))
 
 
 def test_images_without_a_value_are_left_out_of_a_difference():
-    gap = np.array([1.0, np.nan, 3.0, 5.0])
-    difference = compare(gap, [np.array([2.0, 9.0, np.nan, 6.0])])
-    assert difference.values == (1.0,)
-    assert (difference.low, difference.high) == (1.0, 1.0)
+    difference = compare([np.array([1.0, np.nan, np.nan, 1.0])])
+    assert difference.total == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(
-    ('lows', 'highs', 'lower_is_better', 'verdict'),
+    ('intervals', 'higher_is_better', 'verdict'),
     [
-        ((1.0, 0.5), (2.0, 2.0), False, 'better'),
-        ((1.0, 0.5), (2.0, 2.0), True, 'worse'),
-        ((-2.0, -2.0), (-1.0, -0.1), True, 'better'),
-        ((-2.0, -2.0), (-1.0, -0.1), False, 'worse'),
-        ((1.0, -0.1), (2.0, 2.0), False, 'no difference seen'),  # one seed's interval has 0
-        ((-2.0, 1.0), (-1.0, 2.0), False, 'no difference seen'),  # the seeds are on two sides
-        ((1.0, 1.0), (2.0, 2.0), None, 'higher'),
+        (((1.0, 2.0), (0.5, 2.0)), True, 'better'),
+        (((1.0, 2.0), (0.5, 2.0)), False, 'worse'),
+        (((-2.0, -1.0), (-2.0, -0.1)), False, 'better'),
+        (((-2.0, -1.0), (-2.0, -0.1)), True, 'worse'),
+        (((1.0, 2.0), (-0.1, 2.0)), True, 'no difference seen'),  # one seed's interval has 0
+        (((-2.0, -1.0), (1.0, 2.0)), True, 'no difference seen'),  # the seeds are on two sides
+        (((1.0, 2.0), (1.0, 2.0)), None, 'higher'),
+        (((-2.0, -1.0), (-2.0, -1.0)), None, 'lower'),
     ],
 )
-def test_a_claim_needs_the_interval_of_every_seed_on_one_side_of_zero(lows, highs, lower_is_better, verdict):
-    values = tuple((low + high) / 2 for low, high in zip(lows, highs, strict=True))
-    assert Difference(50.0, values, values, lows, highs, lower_is_better).verdict == verdict
+def test_a_claim_needs_the_interval_of_every_seed_on_one_side_of_zero(intervals, higher_is_better, verdict):
+    seeds = tuple(Estimate((low + high) / 2, low, high) for low, high in intervals)
+    assert Difference(seeds, higher_is_better).verdict == verdict
 
 
 def test_the_setting_with_the_best_saliency_among_the_accurate_ones_is_taken():
@@ -91,60 +90,47 @@ def test_the_gain_of_a_baseline_map_is_taken_off_image_by_image():
     def values(column, *numbers):
         return {'image': np.arange(len(numbers)), column: np.array(numbers)}
 
-    main = Table(
-        'main',
-        {},
-        values('grad_cam/average_gain', 1.0, 2.0, 9.0),
-        {
-            'gap_start': {
-                0: values('grad_cam/average_gain', 5.0, 7.0, 9.0),
-                4: values('grad_cam/average_gain', 0.0, 0.0, 0.0),
-            }
-        },
-    )
-    attention = Table(
-        'attention',
-        {},
-        values('random/average_gain', 1.0, 1.0),
-        {'gap_start': {0: values('random/average_gain', 2.0, 4.0)}},
-    )
-    left = excess(main, attention, 'random', 'average_gain')
-    assert left.values == (((5 - 1) - (2 - 1) + (7 - 2) - (4 - 1)) / 2,)
+    cam, baseline = 'grad_cam/average_gain', 'random/average_gain'
+    runs = {0: values(cam, 5.0, 7.0, 9.0), 4: values(cam, 0.0, 0.0, 0.0)}
+    main = Table(values(cam, 1.0, 2.0, 9.0), {'gap_start': runs})
+    attention = Table(values(baseline, 1.0, 1.0), {'gap_start': {0: values(baseline, 2.0, 4.0)}})
+    (left,) = main.excess(attention, 'random', 'average_gain').seeds
+    assert left.value == ((5 - 1) - (2 - 1) + (7 - 2) - (4 - 1)) / 2
 
 
-def test_boxes_of_made_images_enclose_their_shapes(tmp_path):
-    image_set = read_images(make_data(tmp_path, train=1, val=8))
-    images = Images(image_set.val, timm.create_model('test_efficientnet'), 128)
-    assert images.boxes is not None
-    for i, sample in enumerate(image_set.val):
-        pixels = np.asarray(Image.open(sample.path)).min(2)
-        rows, columns = np.nonzero(pixels > 110)  # the noise ends at 59, the shapes begin at 150
-        ((x0, y0, x1, y1),) = images.boxes[i]
-        assert (x0, y0) == pytest.approx((columns.min(), rows.min()), abs=3)
-        assert (x1, y1) == pytest.approx((columns.max() + 1, rows.max() + 1), abs=3)
-        x, label = images[i]
-        assert x.shape == (3, 128, 128)
-        assert image_set.classes[label] == ('circle', 'cross', 'diamond', 'square')[i % 4]
+def test_images_are_numbered_in_their_class():
+    assert ranks_in_class(torch.tensor([2, 0, 2, 2, 0])).tolist() == [0, 0, 1, 2, 1]
 
 
-def test_a_folder_of_classes_is_read_as_tiny_imagenet_is(tmp_path):
+def test_the_parts_of_a_folder_of_classes_share_no_image(tmp_path):
     for split in ('train', 'val'):
         for name in ('b', 'a'):
-            for i in (10, 9):
+            for i in (10, 9, 8):
                 (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
                 Image.new('RGB', (8, 8)).save(tmp_path / split / name / f'{i}.png')
-    image_set = read_images(tmp_path)
-    assert image_set.classes == ('a', 'b')
-    assert [s.path.name for s in image_set.train[0]] == ['9.png', '10.png']
-    assert [s.label for s in image_set.val] == [0, 0, 1, 1]
-    with pytest.raises(ValueError, match='no folders train and val'):
-        read_images(tmp_path / 'train')
+    settings = {'train_per_class': 1, 'select_per_class': 1, 'val_images': 4}
+    setup = Setup(settings, tmp_path, tmp_path / 'work', tmp_path / 'results')
+    assert setup.classes == ['a', 'b']
+    files = {
+        part: [setup.datasets['val' if part == 'val' else 'train'].filename(i) for i in setup.indices(part).tolist()]
+        for part in ('train', 'selection', 'val')
+    }
+    assert files == {
+        'train': ['a/8.png', 'b/8.png'],
+        'selection': ['a/9.png', 'b/9.png'],
+        'val': ['a/8.png', 'a/9.png', 'a/10.png', 'b/8.png'],
+    }
+    assert setup.labels('selection').tolist() == [0, 1]
+
+
+def test_a_folder_without_splits_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match='no folders train and val'):
+        program.main(['--data-dir', str(tmp_path)])
 
 
 @pytest.mark.slow
 def test_a_quick_run_that_is_killed_ends_with_the_values_of_one_that_is_not(tmp_path, monkeypatch):
-    arguments = ['--quick', '--data-dir', str(make_data(tmp_path / 'data'))]
-    program.main([*arguments, '--work-dir', str(tmp_path / 'whole')])
+    program.main(['--quick', '--work-dir', str(tmp_path / 'whole')])
     page = (tmp_path / 'whole' / 'evidence.md').read_text(encoding='utf-8')
     assert 'Not run' not in page and '| not run |' not in page
     for picture in ('evidence_differences.png', 'evidence_growth.png', 'evidence_strip.jpg'):
@@ -161,8 +147,8 @@ def test_a_quick_run_that_is_killed_ends_with_the_values_of_one_that_is_not(tmp_
 
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
         context.setattr(pieces, 'evaluate', killed)
-        program.main([*arguments, '--work-dir', str(tmp_path / 'killed')])
-    program.main([*arguments, '--work-dir', str(tmp_path / 'killed')])
+        program.main(['--quick', '--work-dir', str(tmp_path / 'killed')])
+    program.main(['--quick', '--work-dir', str(tmp_path / 'killed')])
     names = sorted(path.name for path in (tmp_path / 'whole' / 'results' / 'pieces').iterdir())
     assert names == sorted(path.name for path in (tmp_path / 'killed' / 'results' / 'pieces').iterdir())
     for name in names:
@@ -171,16 +157,20 @@ def test_a_quick_run_that_is_killed_ends_with_the_values_of_one_that_is_not(tmp_
             assert one == other, name
 
 
-def test_the_page_is_made_from_the_committed_values():
-    results = Results(RESULTS, read_settings(SETTINGS))
+@pytest.fixture(scope='module')
+def results():
+    return Results(RESULTS, yaml.safe_load(SETTINGS.read_text(encoding='utf-8')))
+
+
+def test_the_page_is_made_from_the_committed_values(results):
     assert PAGE.read_text(encoding='utf-8') == page_text(results)
 
 
-def test_the_readme_shows_the_figures_of_the_page():
+def test_the_readme_shows_the_figures_of_the_page(results):
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
     if MARKS[0] in text:
         table = text.partition(MARKS[0])[2].partition(MARKS[1])[0].strip()
-        assert table == readme_text(Results(RESULTS, read_settings(SETTINGS))).strip()
+        assert table == readme_text(results)
 
 
 def column(piece: str, name: str) -> list[float]:

@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
+from torch.utils.data import DataLoader
 
-from timm_castream.attribution import attribute_all
+from timm_castream.evaluate import evaluate
 from timm_castream.evaluation.calibration import fit_temperature
 from timm_castream.fitting.training import accuracy
-from timm_castream.metrics import average_drop, average_gain, average_increase, mask_image
 
 from .setup import Setup, read_json
 
+MASKED = ('average_drop', 'average_gain', 'average_increase')
 BATCH = 32
 
 
 def choose(setup: Setup, kind: str) -> dict[str, Any]:
     """Trains a stream of this kind with each of the settings tried, and takes one by the rule of the settings file.
 
-    Every try is written as it ends; a second call resumes after a kill.
+    Every try is written as it ends; a second call resumes after a kill. Returns the recipe taken.
     """
     rule = setup.settings['choice']
     path = setup.results_dir / 'choices' / f'{kind}.json'
@@ -33,17 +31,16 @@ def choose(setup: Setup, kind: str) -> dict[str, Any]:
     facts['rule'] = measured | {'accuracy_margin': rule['accuracy_margin'], 'score_margin': rule['score_margin']}
     for candidate in rule['tried'][kind]:
         recipe = {'weight_decay': rule['weight_decay']} | candidate
-        if any(entry['recipe'] == recipe for entry in facts['tried']):
-            continue
-        name = f'choice-{kind}-' + '-'.join(f'{k}{v}' for k, v in recipe.items())
-        model, training = setup.stream(kind, rule['seed'], recipe, name)
-        entry = {'recipe': recipe, **_summary(setup, model, 'ca'), 'seconds': training['seconds']}
-        facts['tried'].append(entry)
-        setup.write(path, facts)
+        if not any(entry['recipe'] == recipe for entry in facts['tried']):
+            name = f'choice-{kind}-' + '-'.join(f'{k}{v}' for k, v in recipe.items())
+            model, training = setup.stream(kind, rule['seed'], recipe, name)
+            entry = {'recipe': recipe, **_summary(setup, model, 'ca'), 'seconds': training['seconds']}
+            facts['tried'].append(entry)
+            setup.write(path, facts)
     taken = take(facts['tried'], facts['gap']['accuracy'] - rule['accuracy_margin'], rule['score_margin'])
     if taken != facts.get('taken'):
         setup.write(path, facts | {'taken': taken})
-    return facts | {'taken': taken}
+    return taken
 
 
 def take(tried: Sequence[dict[str, Any]], least_accuracy: float, score_margin: float) -> dict[str, Any]:
@@ -68,7 +65,7 @@ def take(tried: Sequence[dict[str, Any]], least_accuracy: float, score_margin: f
 
 def recipe_of(setup: Setup, kind: str) -> dict[str, Any]:
     """The training settings of a kind of stream: chosen for it, or for the kind that it is `like`."""
-    return choose(setup, setup.settings['streams'][kind].get('like', kind))['taken']
+    return choose(setup, setup.settings['streams'][kind].get('like', kind))
 
 
 def run_growth(setup: Setup, streams: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> None:
@@ -94,21 +91,22 @@ def run_growth(setup: Setup, streams: Sequence[str] | None = None, seeds: Sequen
 def _summary(setup: Setup, model: Any, pooling: str) -> dict[str, float]:
     """Accuracy and temperature on all selection images; AD, AG and AI of Grad-CAM on some, under the temperature."""
     logits, labels = setup.logits(model, 'selection'), setup.labels('selection')
-    temperature = fit_temperature(logits, labels)
-    images = setup.images('selection')
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
-    loader = DataLoader(Subset(images, order[: setup.settings['choice']['images']]), batch_size=BATCH)
-    drops = []
-    for x, target in tqdm(loader, desc='AD, AG, AI on selection images', leave=False):
-        saliency = attribute_all(model, x, ('grad_cam',), target, (pooling,))[pooling, 'grad_cam']
-        with torch.no_grad():
-            both = model(torch.cat([x, mask_image(model, x, saliency)]).contiguous(memory_format=torch.channels_last))
-        prob = (both / temperature).softmax(1).gather(1, target.repeat(2)[:, None])[:, 0]
-        pair = prob[: len(x)], prob[len(x) :]
-        drops.append(torch.stack([average_drop(*pair), average_gain(*pair), average_increase(*pair), 100 * pair[0]]))
-    values = torch.cat(drops, 1).mean(1).tolist()
+    temperature = {pooling: fit_temperature(logits, labels)}
+    loader, count = DataLoader(setup.images('selection'), BATCH), setup.settings['choice']['images']
+    report = evaluate(
+        model,
+        loader,
+        ('grad_cam',),
+        (pooling,),
+        metrics=MASKED,
+        num_samples=count,
+        temperature=temperature,
+        progress=True,
+    )
+    scores = [report[pooling, 'grad_cam', metric].value for metric in MASKED]
     return {
         'accuracy': accuracy(logits, labels),
-        'temperature': temperature,
-        **dict(zip(('AD', 'AG', 'AI', 'probability'), values, strict=True)),
+        'temperature': temperature[pooling],
+        **dict(zip(('AD', 'AG', 'AI'), scores, strict=True)),
+        'probability': report.confidence[pooling].value,
     }

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.data import ImageNetInfo, create_transform
+from timm.data import create_transform
 from torch import Tensor
 
 from timm_castream.attribution import attribute_all
 from timm_castream.datasets import open_image
 from timm_castream.datasets.photographs import photographs
+from timm_castream.hub.label_names import class_name
 from timm_castream.visualize import Panel, denormalised, draw_grid, overlay
 
 from .choice import recipe_of
-from .pieces import HALF
 from .setup import Setup
 
 STREAM, SEED = 'gap_start', 0
@@ -39,11 +39,10 @@ def draw_strip(setup: Setup, page: Path) -> None:
         setup: The run.
         page: The page that shows them.
     """
-    recipe = recipe_of(setup, STREAM)
-    model, _ = setup.stream(STREAM, SEED, recipe, f'{STREAM}-{SEED}')
-    config, side = model.pretrained_cfg, SCALE * setup.settings['image_size']
-    names = ('mean', 'std', 'interpolation')
-    transform = create_transform((3, side, side), crop_pct=1.0, **{name: config[name] for name in names})
+    recipe, name = recipe_of(setup, STREAM), f'{STREAM}-{SEED}'
+    model, _ = setup.stream(STREAM, SEED, recipe, name)
+    cfg = {name: model.pretrained_cfg[name] for name in ('mean', 'std', 'interpolation')}
+    transform = create_transform((3, *2 * [SCALE * setup.settings['image_size']]), crop_pct=1.0, **cfg)
     files = {path.stem: path for path in photographs()}
     x = torch.stack([transform(open_image(files[name])) for name in PHOTOGRAPHS])
     with torch.no_grad():
@@ -57,17 +56,15 @@ def draw_strip(setup: Setup, page: Path) -> None:
         'seed': SEED,
         'pixels': x.shape[-1],
         'columns': '; '.join(['photograph', *COLUMNS]),
-        'classes': [class_name(setup, i) for i in target.tolist()],
+        'classes': [class_name(model, i) for i in target.tolist()],
     }
-    unseen = (target % HALF == 1).nonzero()[:, 0]
+    unseen = (~torch.isin(target, torch.tensor(setup.half_of_classes))).nonzero()[:, 0]
     if len(unseen):
-        classes = range(0, setup.num_classes, HALF)
-        half, _ = setup.stream(STREAM, SEED, recipe, f'{STREAM}-{SEED}-half', classes=classes)
+        half, _ = setup.stream(STREAM, SEED, recipe, f'{name}-half', classes=setup.half_of_classes)
+        new = attribute_all(half, x[unseen], ('attention',), target[unseen], ('ca',))['ca', 'attention']
         columns = {
             'attention, trained on all classes': maps['ca', 'attention'][unseen],
-            'attention, class never seen': attribute_all(half, x, ('attention',), target, ('ca',))['ca', 'attention'][
-                unseen
-            ],
+            'attention, class never seen': new,
         }
         draw(columns, [pixels[i] for i in unseen.tolist()], page.with_name(f'{page.stem}_unseen.jpg'))
         facts |= {
@@ -84,9 +81,3 @@ def draw(columns: dict[str, Tensor], pixels: Sequence[np.ndarray], path: Path) -
         for image, *maps in zip(pixels, *columns.values(), strict=True)
     ]
     draw_grid(rows).save(path, quality=88)
-
-
-def class_name(setup: Setup, index: int) -> str:
-    """ImageNet's name of a class, or the name of its folder."""
-    info, name = ImageNetInfo(), setup.image_set.classes[index]
-    return info.label_name_to_description(name, detailed=False) if name in info.label_names() else name

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import yaml
 
+from timm_castream.datasets import image_name
 from timm_castream.hub.load import open_model
 from timm_castream.timm_scripts.arguments import find_recipe, read_recipe
 
-from .images import Sample
 from .setup import Setup
 
 RECIPE = 'own_data.yaml'
@@ -31,23 +31,21 @@ def product_model(setup: Setup, seed: int, changes: Mapping[str, Any]) -> Any:
         changes: Options of the recipe that are changed.
     """
     folder = setup.work_dir / '-'.join(['product', *(f'{k}_{v}' for k, v in changes.items())])
-    recipe = RECIPE
-    if changes:
-        folder.mkdir(parents=True, exist_ok=True)
-        recipe = str(folder / RECIPE)
-        Path(recipe).write_text(yaml.safe_dump(read_recipe(find_recipe(RECIPE)) | dict(changes)), encoding='utf-8')
     checkpoint = folder / f'seed{seed}' / 'last.pth.tar'
-    network, classes = f'{setup.settings["network"]}_castream', setup.num_classes
+    network, classes = f'{setup.settings["network"]}_castream', len(setup.classes)
     if not (checkpoint.parent / 'finished').is_file():
-        link_images(setup.samples('train'), setup.image_set.classes, folder / 'images' / 'train')
-        link_images(setup.samples('selection'), setup.image_set.classes, folder / 'images' / 'val')
+        for part, split in (('train', 'train'), ('selection', 'val')):
+            link_images(setup, part, folder / 'images' / split)
+        recipe = folder / RECIPE
+        recipe.write_text(yaml.safe_dump(read_recipe(find_recipe(RECIPE)) | dict(changes)), encoding='utf-8')
         options = {
+            '-c': recipe,
             '--data-dir': folder / 'images',
             '--val-split': 'val',
             '--model': network,
             '--num-classes': classes,
             '--img-size': setup.settings['image_size'],
-            '--model-kwargs': f'backbone_checkpoint={setup.gap_weights.resolve()}',
+            '--model-kwargs': f'backbone_checkpoint={(setup.work_dir / "gap.safetensors").resolve()}',
             '--batch-size': setup.settings['batch_size'],
             '--seed': seed,
             '--workers': 1,
@@ -56,15 +54,17 @@ def product_model(setup: Setup, seed: int, changes: Mapping[str, Any]) -> Any:
             '--experiment': f'seed{seed}',
         }
         words = [str(word) for option in options.items() for word in option]
-        subprocess.run([sys.executable, '-m', 'timm_castream.cli', 'train', '-c', recipe, *words], check=True)
+        subprocess.run([sys.executable, '-m', 'timm_castream.cli', 'train', *words], check=True)
         (checkpoint.parent / 'finished').touch()
     return open_model(network, checkpoint=checkpoint, num_classes=classes).eval()
 
 
-def link_images(samples: list[Sample], classes: tuple[str, ...], folder: Path) -> None:
-    """A folder with a folder of each class, of links to the images."""
-    for sample in samples:
-        path = folder / classes[sample.label] / sample.path.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_symlink():
-            path.symlink_to(sample.path.resolve())
+def link_images(setup: Setup, part: str, folder: Path) -> None:
+    """A folder with a folder of each class, of links to the images of a part."""
+    images = setup.images(part)
+    for i, label in enumerate(setup.labels(part).tolist()):
+        source = Path(image_name(images, i, absolute=True)).resolve()
+        link = folder / setup.classes[label] / source.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(source)

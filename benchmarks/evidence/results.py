@@ -1,84 +1,70 @@
-"""Reads the committed results: facts of pieces and streams, and paired differences of a table."""
+"""The committed results: facts, the values of every image, and paired differences with bootstrap intervals."""
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from timm_castream.evaluation.bootstrap import Estimate
+from timm_castream.evaluation.tables import verdict
 from timm_castream.metrics import METRICS
 
 from .pieces import read_values
-from .setup import read_json
-from .statistics import Difference, compare
+
+RESAMPLES = 2000
+LEVELS = (0.025, 0.975)
+STREAM = 'gap_start'  # the stream of the main table
 
 Values = dict[str, np.ndarray]
 
 
-class Results:
-    """The folder of results.
+@dataclass(frozen=True)
+class Difference:
+    """The mean of differences that are paired by image, over several seeds of the stream.
 
-    Args:
-        folder: The folder that the program filled.
-        settings: The settings of the full experiments.
+    Attributes:
+        seeds: The mean of each seed and its 95 % interval.
+        higher_is_better: Direction of the metric; None where neither is better.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder = folder
-        self.settings = settings
+    seeds: tuple[Estimate, ...]
+    higher_is_better: bool | None = True
 
-    @cached_property
-    def facts(self) -> dict[str, dict[str, Any]]:
-        """The facts of every finished piece, by name."""
-        return self._read('pieces/*.json')
+    @property
+    def total(self) -> Estimate:
+        """Mean over the seeds, with the lowest and the highest end of their intervals."""
+        values, lows, highs = zip(*self.seeds, strict=True)
+        return Estimate(float(np.mean(values)), min(lows), max(highs))
 
-    @cached_property
-    def streams(self) -> dict[str, dict[str, Any]]:
-        """The facts of every trained stream, by name."""
-        return self._read('streams/*.json')
+    @property
+    def verdict(self) -> str:
+        """'better' or 'worse' where the interval of every seed is on one side of 0, 'higher' or 'lower' where the
+        metric has no direction; else 'no difference seen'."""
+        word = verdict(self.total, self.higher_is_better is not False)
+        return {'better': 'higher', 'worse': 'lower'}.get(word, word) if self.higher_is_better is None else word
 
-    @cached_property
-    def choices(self) -> dict[str, dict[str, Any]]:
-        """The settings tried and taken, by kind of stream."""
-        return self._read('choices/*.json')
 
-    @cached_property
-    def classifier(self) -> dict[str, Any] | None:
-        """The settings tried for the classifier under GAP."""
-        return self._read('classifier.json').get('classifier')
+def compare(runs: Iterable[np.ndarray], higher_is_better: bool | None = True) -> Difference:
+    """The paired differences of each seed, (N,) image by image, with intervals. Images with NaN are left out."""
+    defined = [differences[~np.isnan(differences)] for differences in runs]
+    return Difference(
+        tuple(Estimate(float(d.mean()), *np.quantile(resamples(len(d)) @ d, LEVELS).tolist()) for d in defined),
+        higher_is_better,
+    )
 
-    def strip(self) -> dict[str, Any] | None:
-        """The facts of the strip of photographs."""
-        return self._read('strip.json').get('strip')
 
-    def _read(self, pattern: str) -> dict[str, dict[str, Any]]:
-        return {path.stem: read_json(path) for path in sorted(self.folder.glob(pattern))}
-
-    def values(self, name: str) -> Values:
-        """The values of every image of a piece."""
-        return read_values(self.folder / 'pieces' / f'{name}.csv.gz')
-
-    def table(self, name: str) -> Table:
-        """The finished pieces of a table."""
-        plan = self.settings['tables'][name]
-        source = f'{plan.get("gap", name)}-gap'
-        # Every table has the first images of the validation set.
-        gap = None
-        if source in self.facts:
-            gap = {column: values[: plan['images']] for column, values in self.values(source).items()}
-        streams: dict[str, dict[int, Values]] = {}
-        for stream in plan['streams']:
-            seeds = sorted(f['seed'] for f in self.facts.values() if (f['table'], f['stream']) == (name, stream))
-            if seeds:
-                streams[stream] = {seed: self.values(f'{name}-{stream}-{seed}') for seed in seeds}
-        return Table(name, plan, gap, streams)
-
-    def seconds(self) -> float:
-        """Seconds of training and evaluation behind all results; caching and settings tried are not in it."""
-        return sum(facts['seconds'] for facts in (*self.facts.values(), *self.streams.values()))
+@lru_cache(maxsize=8)
+def resamples(num_images: int) -> np.ndarray:
+    """(S, N) how often each image is drawn in each of S resamples, divided by N. The same for every value."""
+    rng = np.random.default_rng(0)
+    return rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=RESAMPLES) / num_images
 
 
 @dataclass(frozen=True)
@@ -86,43 +72,118 @@ class Table:
     """The finished pieces of one table.
 
     Args:
-        name: Its name in the settings.
-        plan: Its settings.
         gap: GAP's values, or None.
         streams: The streams' values, by kind and seed.
     """
 
-    name: str
-    plan: dict[str, Any]
     gap: Values | None
     streams: dict[str, dict[int, Values]]
 
     @property
     def num_images(self) -> int:
-        runs = [run for seeds in self.streams.values() for run in seeds.values()]
-        runs += [] if self.gap is None else [self.gap]
-        return max((len(run['image']) for run in runs), default=0)
+        runs = [self.gap or {'image': []}, *(run for seeds in self.streams.values() for run in seeds.values())]
+        return max(len(run['image']) for run in runs)
 
-    def difference(self, stream: str, column: str, gap_column: str | None = None) -> Difference | None:
-        """CA - GAP of a column, paired by image, one interval a seed; None where one of them has not run.
+    def size(self, stream: str = STREAM) -> str:
+        """`2000 images, 5 seeds`."""
+        seeds = len(self.streams.get(stream, {}))
+        return f'{self.num_images} images, {seeds} seed{"s"[: seeds != 1]}'
+
+    def mean(self, pooling: str, column: str) -> str:
+        """Mean of a column under a pooling, over the seeds under CA; empty where it has not run."""
+        runs = [self.gap or {}] if pooling == 'gap' else self.streams.get(STREAM, {}).values()
+        means = [float(np.nanmean(run[column])) for run in runs if column in run]
+        return f'{sum(means) / len(means):.1f}' if means else ''
+
+    def changes(self, column: str, stream: str = STREAM, gap_column: str | None = None) -> Values:
+        """CA - GAP of a column by seed, (N,) paired by image, for the seeds that have run."""
+        gap = (self.gap or {}).get(gap_column or column)
+        seeds = self.streams.get(stream, {}) if gap is not None else {}
+        return {seed: values[column] - gap for seed, values in seeds.items() if column in values}
+
+    def difference(self, column: str, stream: str = STREAM, gap_column: str | None = None) -> Difference | None:
+        """CA - GAP of a column, or None where one of them has not run.
 
         Args:
-            stream: Kind of stream.
             column: `accuracy`, `prob`, or `METHOD/METRIC`.
+            stream: Kind of stream.
             gap_column: Another column of GAP to compare with.
         """
-        seeds = self.streams.get(stream)
-        if self.gap is None or not seeds or (gap_column or column) not in self.gap:
-            return None
-        runs = [values for values in seeds.values() if column in values]
-        if not runs:
-            return None
-        scale = 100 if column == 'prob' else 1
-        metric = column.rpartition('/')[2]
-        lower_is_better = None if metric == 'prob' else metric in METRICS and not METRICS[metric].higher_is_better
-        count = min(len(self.gap['image']), *(len(values['image']) for values in runs))  # a table may be half rerun
-        return compare(
-            scale * self.gap[gap_column or column][:count],
-            [scale * values[column][:count] for values in runs],
-            lower_is_better,
+        runs = self.changes(column, stream, gap_column)
+        return compare(runs.values(), direction(column)) if runs else None
+
+    def excess(self, baselines: Table, baseline: str, metric: str, stream: str = STREAM) -> Difference | None:
+        """(CA - GAP of Grad-CAM) - (CA - GAP of a baseline map), paired by image, or None where a part has not run.
+
+        Args:
+            baselines: A table with the baselines, on the first images of this one.
+            baseline: `random` or `centre`.
+            metric: AD, AG or AI.
+            stream: Kind of stream.
+        """
+        ours, theirs = self.changes(f'grad_cam/{metric}', stream), baselines.changes(f'{baseline}/{metric}', stream)
+        runs = [ours[seed][: len(theirs[seed])] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+        return compare(runs, direction(metric)) if runs else None
+
+    def against(self, metric: str, baseline: str) -> Difference:
+        """A metric of the attention minus that of a baseline map under CA, paired by image."""
+        runs = self.streams[STREAM].values()
+        return compare(run[f'attention/{metric}'] - run[f'{baseline}/{metric}'] for run in runs)
+
+
+def direction(column: str) -> bool | None:
+    """Whether higher values of a column are better; None where neither is."""
+    metric = column.rpartition('/')[2]
+    return None if metric == 'prob' else metric not in METRICS or METRICS[metric].higher_is_better
+
+
+class Results:
+    """The folder of results.
+
+    Args:
+        folder: The folder that the program filled.
+        settings: The settings of the experiments.
+
+    Attributes:
+        facts: Of every finished piece, by name.
+        streams: The facts of every trained stream, by name.
+        choices: The settings tried and taken, by kind of stream.
+        single: `classifier`, the settings tried for the classifier under GAP, and `strip`, the photographs.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder, self.settings = folder, settings
+        patterns = ('pieces/*.json', 'streams/*.json', 'choices/*.json', '*.json')
+        self.facts, self.streams, self.choices, self.single = (
+            {path.stem: json.loads(path.read_text(encoding='utf-8')) for path in sorted(folder.glob(pattern))}
+            for pattern in patterns
         )
+
+    @cached_property
+    def tables(self) -> defaultdict[str, Table]:
+        """The finished pieces of every table."""
+        tables = {name: self._table(name, plan) for name, plan in self.settings['tables'].items()}
+        return defaultdict(lambda: Table(None, {}), tables)
+
+    def _table(self, name: str, plan: dict[str, Any]) -> Table:
+        def values(piece: str) -> Values:
+            found = read_values(self.folder / 'pieces' / f'{piece}.csv.gz')
+            return {column: (100 if column == 'prob' else 1) * array for column, array in found.items()}
+
+        source = f'{plan.get("gap", name)}-gap'
+        gap = None
+        if source in self.facts:  # every table has the first images of the validation set
+            gap = {column: array[: plan['images']] for column, array in values(source).items()}
+        streams: dict[str, dict[int, Values]] = {}
+        for facts in self.facts.values():
+            if facts['table'] == name and facts['stream'] in plan['streams']:
+                seed = facts['seed']
+                streams.setdefault(facts['stream'], {})[seed] = values(f'{name}-{facts["stream"]}-{seed}')
+        return Table(gap, streams)
+
+    def trained(self, kind: str, per_class: int | None = None) -> list[dict[str, Any]]:
+        """Facts of the streams of `growth` that were trained on so many images of every class. None: on all."""
+        count = None if per_class == self.settings['train_per_class'] else per_class
+        wanted = {'kind': kind, 'per_class': count, 'classes': None}
+        seeds = self.settings['growth']['seeds']
+        return [facts for facts in self.streams.values() if facts['seed'] in seeds and wanted.items() <= facts.items()]
