@@ -154,7 +154,7 @@ def test_a_method_of_another_library_is_added_to_the_choices_of_the_session(
     assert result['Methods']['value'] == [*METHODS, 'captum:Saliency']
     assert ['captum:Saliency', 'captum:Saliency'] in [list(choice) for choice in result['Method']['choices']]
     x = explain_image(opened, path).x.requires_grad_()
-    with opened.network.pooled_by('gap'):
+    with opened.predictor.pooled_by('gap'):
         (gradient,) = torch.autograd.grad(opened.model(x)[0, target], x)
     expected = gradient[0].abs().sum(0)
     expected -= expected.amin()

@@ -178,7 +178,7 @@ def test_a_model_without_a_stream_has_its_own_pooling_and_no_attention() -> None
     model = timm.create_model('test_resnet', num_classes=4).eval()
     opened = PageModel(Predictor(model), 'test_resnet', '')
     explained = explain_image(opened, photograph(64, 64))
-    assert opened.network.poolings == ('gap',) and 'attention' not in opened.methods
+    assert opened.predictor.poolings == ('gap',) and 'attention' not in opened.methods
     assert not explained.attention
     assert len(explained.top('gap')) == 4
     assert list(explained.maps(('grad_cam',), 0)) == [('gap', 'grad_cam')]

@@ -25,7 +25,7 @@ needs_wheel = pytest.mark.skipif(
 def test_without_a_name_a_trained_imagenet_network_is_opened() -> None:
     opened = open_for_page()
     assert opened.name == DEFAULT_MODEL and opened.weights == 'It has its published weights.'
-    assert not opened.model.training and opened.network.poolings == ('gap', 'ca')
+    assert not opened.model.training and opened.predictor.poolings == ('gap', 'ca')
     cup = explain_image(opened, next(path for path in photographs() if path.stem == 'coffee'))
     assert [opened.class_name(cup.top(name, 1)[0][0]) for name in ('gap', 'ca')] == ['espresso', 'espresso']
 
@@ -53,7 +53,7 @@ def test_a_checkpoint_is_named_without_its_folder(make_model: Callable[..., nn.M
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
     opened = open_for_page('test_resnet_castream', str(tmp_path / 'last.pth.tar'), num_classes=10, activation='sigmoid')
     assert opened.weights == 'Its weights are those of last.pth.tar.'
-    assert opened.network.activation == 'sigmoid'
+    assert opened.predictor.activation == 'sigmoid'
     for ours, theirs in zip(opened.model.state_dict().values(), model.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -64,14 +64,13 @@ def test_random_weights_are_said_to_be_random() -> None:
 
 def test_a_plain_network_of_timm_has_no_attention() -> None:
     opened = open_for_page('test_resnet')
-    assert opened.network.poolings == ('gap',)
+    assert opened.predictor.poolings == ('gap',)
     assert 'attention' not in opened.methods and 'grad_cam' in opened.methods
 
 
-def test_methods_that_ignore_the_class_are_told_from_those_that_do_not() -> None:
+def test_baselines_are_told_from_methods_that_explain() -> None:
     opened = open_for_page('test_resnet_castream')
     assert set(opened.methods) - set(opened.map_methods) == {'random', 'centre'}
-    assert set(opened.methods) - set(opened.class_methods) == {'attention', 'random', 'centre'}
 
 
 def test_a_network_without_classes_is_refused() -> None:

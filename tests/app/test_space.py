@@ -72,7 +72,7 @@ def start(folder: Path, cwd: Path) -> dict[str, Any]:
         'opened = page["opened"]\n'
         'print(json.dumps({"packages": [m.__file__ for m in (timm_castream, hf_configs, train_wrappers)],'
         ' "name": opened.name, "weights": opened.weights,'
-        ' "activation": opened.network.activation, "training": opened.model.training,'
+        ' "activation": opened.predictor.activation, "training": opened.model.training,'
         ' "logits": opened.model(torch.ones(1, 3, 64, 64))[0].tolist(),'
         ' "functions": [f.api_name for f in page["app"].fns.values()]}))\n'
     )

@@ -339,8 +339,8 @@ class Page:
                 name.strip() or None,
                 checkpoint.strip() or None,
                 pretrained,
-                activation=self.opened.network.activation,
-                device=self.opened.network.device,
+                activation=self.opened.predictor.activation,
+                device=self.opened.predictor.device,
                 **read_keywords(kwargs.split()),
             )
         except Exception as error:

@@ -94,8 +94,8 @@ class Explanation:
         self.pixels = denormalised(opened.model, x)[0]
         self.probabilities = {name: values[0] for name, values in self._probabilities(x).items()}
         self.attention: dict[str, Tensor] = {}
-        if opened.network.has_stream:
-            with opened.network.evaluating():
+        if opened.predictor.has_stream:
+            with opened.predictor.evaluating():
                 maps = attention_maps(opened.model, x)
             self.attention = {
                 name: scale_maps(values.mean(1))[0]
@@ -126,7 +126,7 @@ class Explanation:
     @property
     def predicted(self) -> int:
         """The class that the network predicts, under CA where it has a stream."""
-        return self.top(self.opened.network.poolings[-1], 1)[0][0]
+        return self.top(self.opened.predictor.poolings[-1], 1)[0][0]
 
     def maps(
         self, methods: Sequence[str], target: int, progress: Progress | None = None
@@ -143,16 +143,21 @@ class Explanation:
         """
         if methods:
             resolve_methods(methods)
-        network = self.opened.network
-        missing = [name for name in methods if (network.poolings[0], name, target) not in self._maps]
+        predictor = self.opened.predictor
+        missing = [name for name in methods if (predictor.poolings[0], name, target) not in self._maps]
         for position, method in enumerate(missing):
             if progress is not None:
                 progress(position / len(missing), method_title(method))
             maps = attribute_all(
-                network.model, self.x, (method,), self._indices(target), network.poolings, activation=network.activation
+                predictor.model,
+                self.x,
+                (method,),
+                self._indices(target),
+                predictor.poolings,
+                activation=predictor.activation,
             )
             self._maps.update({(name, method, target): values[0] for (name, _), values in maps.items()})
-        return {(name, method): self._maps[name, method, target] for method in methods for name in network.poolings}
+        return {(name, method): self._maps[name, method, target] for method in methods for name in predictor.poolings}
 
     def scores(self, method: str, target: int, progress: Progress | None = None) -> dict[str, MapScores]:
         """Measures a method's map of a class under each pooling, {pooling: measurements}.
@@ -180,18 +185,18 @@ class Explanation:
         return self._identity
 
     def _probabilities(self, x: Tensor) -> dict[str, Tensor]:
-        network = self.opened.network
-        with network.evaluating():
-            return {name: network.probabilities(logits, name) for name, logits in network.logits(x).items()}
+        predictor = self.opened.predictor
+        with predictor.evaluating():
+            return {name: predictor.probabilities(logits, name) for name, logits in predictor.logits(x).items()}
 
     def _measure(self, saliency: Tensor, target: int, pooling: str) -> MapScores:
-        network, images = self.opened.network, torch.zeros(1, dtype=torch.int64, device=self.x.device)
+        predictor, images = self.opened.predictor, torch.zeros(1, dtype=torch.int64, device=self.x.device)
         prob = {name: values[None] for name, values in self.probabilities.items()}
-        references = References(network, self.x, prob, curve_setting('paper'), {})
+        references = References(predictor, self.x, prob, curve_setting('paper'), {})
         resized = resize_saliency(saliency, self.x.shape[2:])
         maps = MapGroup(references, (pooling,), images, self._indices(target)[:, None], resized)
         needs = _SHOWN.union(*(METRICS[name].needs for name in DEFAULT_METRICS))
-        with network.evaluating():
+        with predictor.evaluating():
             measured = Measurements(prob=prob[pooling][:, target], **measure(needs, {pooling: maps})[pooling])
         return MapScores(
             prob=measured.prob.item(),

@@ -42,7 +42,7 @@ def draw_explanation(
         return Panel(title + note, overlay(explanation.pixels, values, opacity, colours))
 
     rows = []
-    for name in opened.network.poolings if methods else ():
+    for name in opened.predictor.poolings if methods else ():
         title = f'{opened.pooling_names[name]}: {label[:22]} {explanation.probabilities[name][target]:.2f}'
         row = [panel(f'{method_title(method)}\n{title}', maps[name, method]) for method in methods]
         rows.append([original, *row])
@@ -124,7 +124,7 @@ def write_explanation(
         'opacity': opacity,
         'worth': {measured: {name: value.to_dict() for name, value in worth.items()}} if worth else {},
     }
-    if opened.network.has_stream:
+    if opened.predictor.has_stream:
         logits, cam = explanation.identity()
         figures['identity'] = {
             'attention_logits': logits[0].tolist(),
@@ -174,4 +174,4 @@ def write_maps(
 
 def _top_classes(explanation: Explanation) -> dict[str, list[dict[str, Any]]]:
     opened = explanation.opened
-    return named_classes(opened.model, {name: explanation.top(name) for name in opened.network.poolings})
+    return named_classes(opened.model, {name: explanation.top(name) for name in opened.predictor.poolings})

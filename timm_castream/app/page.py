@@ -36,7 +36,7 @@ def header(opened: PageModel) -> str:
     own = _OWN.get(opened.pooling_names['gap'], 'its own pooling')
     poolings = (
         f'Its CA-Stream (CA) is compared with {own}.'
-        if opened.network.has_stream
+        if opened.predictor.has_stream
         else f'It has no CA-Stream, so there is one pooling: {own}.'
     )
     return (
@@ -78,7 +78,7 @@ def predictions(explanation: Explanation, target: int) -> str:
     """The top classes under each pooling, with the chosen class marked and added where it is not among them."""
     opened = explanation.opened
     lists = []
-    for name in opened.network.poolings:
+    for name in opened.predictor.poolings:
         top = explanation.top(name)
         if target not in dict(top):
             top.append((target, explanation.probabilities[name][target].item()))
@@ -155,7 +155,7 @@ def scores(explanation: Explanation, method: str, target: int, measured: dict[st
         _card('The image masked by its map', _pictures(masked, len(measured))),
         _card('Insertion and deletion curves', _svg(measured, names)),
     ]
-    if explanation.opened.network.has_stream:
+    if explanation.opened.predictor.has_stream:
         cards.append(
             '<details class="cs-card"><summary>For authors: both sides of eq. (5)</summary>'
             f'{_identity(explanation)}</details>'

@@ -22,34 +22,29 @@ class PageModel:
     """A network and the words for it.
 
     Attributes:
-        network: The network, in evaluation mode. Without a stream it has one pooling, `'gap'`, which is its own.
+        predictor: The network, in evaluation mode. Without a stream it has one pooling, `'gap'`, which is its own.
         name: Name of the architecture.
         weights: Where the weights come from, a sentence.
     """
 
-    network: Predictor
+    predictor: Predictor
     name: str
     weights: str
 
     @property
     def model(self) -> Any:
         """The timm model inside its wrappers."""
-        return self.network.backbone
+        return self.predictor.backbone
 
     @cached_property
     def pooling_names(self) -> dict[str, str]:
         """{pooling: its name}."""
-        return pooling_names(self.network)
+        return pooling_names(self.predictor)
 
     @property
     def methods(self) -> tuple[str, ...]:
         """Names of the methods that fit the network."""
-        return tuple(name for name, row in METHODS.items() if self.network.has_stream or 'stream' not in row.needs)
-
-    @property
-    def class_methods(self) -> tuple[str, ...]:
-        """Names of the methods whose maps depend on the class."""
-        return tuple(name for name in self.methods if METHODS[name].needs & {'gradients', 'masked forwards'})
+        return tuple(name for name, row in METHODS.items() if self.predictor.has_stream or 'stream' not in row.needs)
 
     @property
     def map_methods(self) -> tuple[str, ...]:
@@ -59,7 +54,7 @@ class PageModel:
     @cached_property
     def peer_methods(self) -> tuple[str, ...]:
         """Names of the methods of the installed libraries that fit the network."""
-        return tuple(peers_that_fit(self.network))
+        return tuple(peers_that_fit(self.predictor))
 
     def class_name(self, index: int) -> str:
         """Name of a class."""

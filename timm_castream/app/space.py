@@ -88,7 +88,7 @@ def write_space(opened: PageModel, folder: str | Path) -> Path:
     words: dict[str, Any] = {
         'name': opened.name,
         'weights': opened.weights,
-        'activation': opened.network.activation,
+        'activation': opened.predictor.activation,
         'gradio': pinned['gradio'],
         'python': '.'.join(map(str, sys.version_info[:2])),
     }
@@ -109,7 +109,7 @@ def write_space(opened: PageModel, folder: str | Path) -> Path:
 
 
 def _write_model(opened: PageModel, folder: Path) -> None:
-    if opened.network.has_stream:
+    if opened.predictor.has_stream:
         write_repository(opened.model, folder, f'your-name/{opened.name}')
     else:
         save_for_hf(opened.model, str(folder), safe_serialization=True)

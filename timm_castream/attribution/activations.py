@@ -28,7 +28,7 @@ class Activations:
     """Tensors of one forward of a batch.
 
     Args:
-        network: The network, in evaluation mode.
+        predictor: The network, in evaluation mode.
         x: (B, 3, H, W) images.
         attention: Whether to compute the attention of the pooled stage too.
 
@@ -41,34 +41,34 @@ class Activations:
         ValueError: If the network gives no feature maps or no class scores.
     """
 
-    def __init__(self, network: Predictor, x: Tensor, attention: bool = False) -> None:
-        if not network.has_feature_maps:
+    def __init__(self, predictor: Predictor, x: Tensor, attention: bool = False) -> None:
+        if not predictor.has_feature_maps:
             raise ValueError(
-                f'{network.name} is no timm model: it lacks forward_features or forward_head. Name the module whose '
+                f'{predictor.name} is no timm model: it lacks forward_features or forward_head. Name the module whose '
                 'output gives the feature maps with layer=.'
             )
-        self._network = network
-        self._stage = network.stage
+        self._network = predictor
+        self._stage = predictor.stage
         self._image_size = x.shape[-2:]
         self.attention: Tensor | None = None
         self._leaves: dict[str, Tensor] = {}
-        images = in_precision_of(network.inner, x).contiguous(memory_format=network.memory_format(x))
+        images = in_precision_of(predictor.inner, x).contiguous(memory_format=predictor.memory_format(x))
         with eager():
-            scores = (self._run_halves if network.halves_are_forward else self._run_whole)(images, attention)
-        if network.num_classes == 0:
-            raise ValueError(f'{network.name} gives no class scores: its num_classes is 0.')
-        self._one_logit = any(network.is_one_logit(value) for value in scores.values())
-        with network.recording():
-            self.logits = {pooling: network.as_classes(value) for pooling, value in scores.items()}
-        self.feature_maps = self._nchw(self._leaves[network.poolings[0]].detach())
+            scores = (self._run_halves if predictor.halves_are_forward else self._run_whole)(images, attention)
+        if predictor.num_classes == 0:
+            raise ValueError(f'{predictor.name} gives no class scores: its num_classes is 0.')
+        self._one_logit = any(predictor.is_one_logit(value) for value in scores.values())
+        with predictor.recording():
+            self.logits = {pooling: predictor.as_classes(value) for pooling, value in scores.items()}
+        self.feature_maps = self._nchw(self._leaves[predictor.poolings[0]].detach())
 
     def _run_halves(self, images: Tensor, attention: bool) -> dict[str, Tensor]:
         """One pass over the backbone, and its head once under each pooling: the class scores, {pooling: (B, C)}."""
-        network, backbone = self._network, self._network.backbone
-        hooked = None if network.cam_layer is None else self._stage
-        stream = attention or 'ca' in network.poolings
+        predictor, backbone = self._network, self._network.backbone
+        hooked = None if predictor.cam_layer is None else self._stage
+        stream = attention or 'ca' in predictor.poolings
         leaves: list[Tensor] = []
-        with torch.no_grad(), _leaf_at(backbone, hooked, leaves, network.has_graph):
+        with torch.no_grad(), _leaf_at(backbone, hooked, leaves, predictor.has_graph):
             features = _features(backbone, images, stream)
         query = query_of(features) if stream else None
         if attention and query is not None:
@@ -76,35 +76,35 @@ class Activations:
         if hooked is None:
             features = features.detach().requires_grad_()
             leaves.append(features)
-        self._leaves = dict.fromkeys(network.poolings, leaves[0])
-        with network.recording():
-            outputs = {pooling: _head(backbone, features, query, pooling) for pooling in network.poolings}
-            return {pooling: network.scores_in(output, len(images)) for pooling, output in outputs.items()}
+        self._leaves = dict.fromkeys(predictor.poolings, leaves[0])
+        with predictor.recording():
+            outputs = {pooling: _head(backbone, features, query, pooling) for pooling in predictor.poolings}
+            return {pooling: predictor.scores_in(output, len(images)) for pooling, output in outputs.items()}
 
     def _run_whole(self, images: Tensor, attention: bool) -> dict[str, Tensor]:
         """The model's own forward once under each pooling: the class scores, {pooling: (B, C)}."""
-        network, backbone = self._network, self._network.backbone
+        predictor, backbone = self._network, self._network.backbone
         scores, inside = {}, images
-        owner = backbone if network.cam_layer is None else network.owner_of(network.cam_layer)
-        for pooling in network.poolings:
+        owner = backbone if predictor.cam_layer is None else predictor.owner_of(predictor.cam_layer)
+        for pooling in predictor.poolings:
             leaves: list[Tensor] = []
-            if network.cam_layer is None:
-                cut = _leaf_before_head(owner, leaves, network.has_graph)
+            if predictor.cam_layer is None:
+                cut = _leaf_before_head(owner, leaves, predictor.has_graph)
             else:
-                cut = _leaf_at(owner, self._stage, leaves, network.has_graph)
-            with network.pooled_by(pooling), torch.no_grad(), inputs_of(backbone) as seen, cut:
-                output = network.model(images)
-                with network.recording():
-                    scores[pooling] = network.scores_in(output, len(images))
+                cut = _leaf_at(owner, self._stage, leaves, predictor.has_graph)
+            with predictor.pooled_by(pooling), torch.no_grad(), inputs_of(backbone) as seen, cut:
+                output = predictor.model(images)
+                with predictor.recording():
+                    scores[pooling] = predictor.scores_in(output, len(images))
             if len(leaves) != 1:
-                where = f'runs {network.cam_layer!r}' if network.cam_layer else 'calls its forward_head'
+                where = f'runs {predictor.cam_layer!r}' if predictor.cam_layer else 'calls its forward_head'
                 raise ValueError(
-                    f'{network.name} {where} {len(leaves)} times in a forward, and not once: name another module with '
+                    f'{predictor.name} {where} {len(leaves)} times in a forward, and not once: name another module with '
                     'layer=.'
                 )
             self._leaves[pooling] = leaves[0]
-        if backbone is not network.inner:  # a wrapper may resize the images
-            inside = only_images(seen, len(images), network.inner, backbone)
+        if backbone is not predictor.inner:  # a wrapper may resize the images
+            inside = only_images(seen, len(images), predictor.inner, backbone)
             self._image_size = inside.shape[-2:]
         if attention:
             with torch.no_grad():

@@ -57,7 +57,7 @@ class Batch:
     """Images under explanation.
 
     Args:
-        network: The network, in evaluation mode.
+        predictor: The network, in evaluation mode.
         x: (B, 3, H, W) normalised images.
         methods: The methods that will be asked for.
         indices: (B,) positions of the images in their data set. None: 0 to B - 1.
@@ -65,9 +65,9 @@ class Batch:
     """
 
     def __init__(
-        self, network: Predictor, x: Tensor, methods: Sequence[Method], indices: Tensor | None = None, seed: int = 0
+        self, predictor: Predictor, x: Tensor, methods: Sequence[Method], indices: Tensor | None = None, seed: int = 0
     ) -> None:
-        self.network = network
+        self.predictor = predictor
         self.x = x
         self.methods = tuple(methods)
         self.indices = torch.arange(len(x)) if indices is None else indices
@@ -79,13 +79,13 @@ class Batch:
     @cached_property
     def activations(self) -> Activations:
         """The forward that gives feature maps, logits and attention."""
-        return Activations(self.network, self.x, attention='stream' in self._needs)
+        return Activations(self.predictor, self.x, attention='stream' in self._needs)
 
     @cached_property
     def product_activations(self) -> Activations:
         """The activations behind the normalisation of a class-token network: its products with gradients are not zero."""
-        layer = self.network.norm_layer
-        return self.activations if layer is None else Activations(self.network.at_layer(layer), self.x)
+        layer = self.predictor.norm_layer
+        return self.activations if layer is None else Activations(self.predictor.at_layer(layer), self.x)
 
     def forget_graph(self) -> None:
         """Computes the activations anew when they are next asked for."""
@@ -98,19 +98,19 @@ class Batch:
         """{pooling: (B, C)} of the images, from the forward that gives the feature maps if a method reads them."""
         if 'feature maps' in self._needs or ('grid' in self._needs and self._has_grid):
             return {pooling: value.detach() for pooling, value in self.activations.logits.items()}
-        return self.network.all_logits(self.x)
+        return self.predictor.all_logits(self.x)
 
     @cached_property
     def score_cam_weights(self) -> dict[str, Tensor]:
         """Score-CAM's w, {pooling: (B, K, D)}: one forward of a masked image serves all poolings."""
-        network = self.network
+        predictor = self.predictor
 
         def predict(images: Tensor) -> dict[str, Tensor]:
-            return {name: network.probabilities(logits, name) for name, logits in network.logits(images).items()}
+            return {name: predictor.probabilities(logits, name) for name, logits in predictor.logits(images).items()}
 
-        mean, std = network.normalisation(self.x)
+        mean, std = predictor.normalisation(self.x)
         return cam.score_cam_weights(
-            predict, self.x, self.activations.feature_maps, self.targets, mean, std, network.batch_size(self.x)
+            predict, self.x, self.activations.feature_maps, self.targets, mean, std, predictor.batch_size(self.x)
         )
 
     def gradients(self, pooling: str) -> Tensor:
@@ -132,7 +132,7 @@ class Batch:
 
     @cached_property
     def _has_grid(self) -> bool:
-        if not self.network.has_feature_maps:
+        if not self.predictor.has_feature_maps:
             return False
         try:
             return self.activations.feature_maps.ndim == 4

@@ -113,18 +113,18 @@ def attribute_all(
     rows = resolve_methods(methods)
     check_images(x)
     score, target = (target, None) if callable(target) else (None, target)
-    network = Predictor(
+    predictor = Predictor(
         model, poolings, layer=layer, activation=activation, batch_size=batch_size, mean=mean, std=std, score=score
     )
-    network.check_channels(x)
-    with network.evaluating():
-        maps = saliency_maps(network, x, rows, target, seed=seed)
-    one_each = {p: np.ndim(_of_pooling(target, p)) < 2 for p in network.poolings}  # type: ignore[arg-type]
+    predictor.check_channels(x)
+    with predictor.evaluating():
+        maps = saliency_maps(predictor, x, rows, target, seed=seed)
+    one_each = {p: np.ndim(_of_pooling(target, p)) < 2 for p in predictor.poolings}  # type: ignore[arg-type]
     return {(p, name): value[:, 0] if one_each[p] else value for (p, name), value in maps.items()}
 
 
 def saliency_maps(
-    network: Predictor,
+    predictor: Predictor,
     x: Tensor,
     methods: Sequence[Method],
     target: Target = None,
@@ -134,7 +134,7 @@ def saliency_maps(
     """Maps of a batch by every method under every pooling of a network that is in evaluation mode.
 
     Args:
-        network: The network.
+        predictor: The network.
         x: (B, 3, H, W) normalised images.
         methods: Rows of the table.
         target: As for `attribute_all`.
@@ -147,20 +147,20 @@ def saliency_maps(
     Raises:
         ValueError: As `attribute_all`.
     """
-    return explain(Batch(network, x, methods, indices, seed), target)
+    return explain(Batch(predictor, x, methods, indices, seed), target)
 
 
 def explain(batch: Batch, target: Target = None) -> dict[tuple[str, str], Tensor]:
     """`saliency_maps` of a batch whose forward others may share."""
     if any('stream' in method.needs for method in batch.methods):
-        castream_model(batch.network.model)
-    poolings = batch.network.poolings
+        castream_model(batch.predictor.model)
+    poolings = batch.predictor.poolings
     for pooling in poolings:
         of_pooling = _of_pooling(target, pooling)
         if of_pooling is None:
             batch.targets[pooling] = batch.logits[pooling].argmax(1, keepdim=True)
         else:
-            classes = _class_indices(of_pooling, len(batch.x), batch.network.num_classes)
+            classes = _class_indices(of_pooling, len(batch.x), batch.predictor.num_classes)
             batch.targets[pooling] = classes.to(batch.x.device)
     return {(p, method.name): method.saliency(batch, p) for method in batch.methods for p in poolings}
 
@@ -185,9 +185,9 @@ def attention_identity(model: nn.Module, x: Tensor) -> Identity:
     Raises:
         ValueError: If the model has no stream.
     """
-    network = Predictor(model, ('ca',))
-    with network.evaluating():
-        backbone = network.backbone
+    predictor = Predictor(model, ('ca',))
+    with predictor.evaluating():
+        backbone = predictor.backbone
         features = backbone.stream_features(x)
         query, maps = query_of(features), backbone.pooled_stage.to_nchw(features, x.shape[-2:])
         block: Any = backbone.castream.blocks[-1]

@@ -96,9 +96,9 @@ class _UserFunction:
     hooks: Hooks = field(default_factory=list, repr=False, compare=False)
 
     def __call__(self, batch: Batch, pooling: str) -> Tensor:
-        model = batch.network.model
+        model = batch.predictor.model
         before = _version(model)
-        with as_it_was(model, self.hooks), batch.network.pooled_by(pooling), torch.enable_grad():
+        with as_it_was(model, self.hooks), batch.predictor.pooled_by(pooling), torch.enable_grad():
             # One target an image at a time, so that a batch never grows.
             maps = [self._maps(batch.x, target) for target in batch.targets[pooling].unbind(1)]
         if _version(model) != before:

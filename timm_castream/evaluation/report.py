@@ -7,8 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ class Report:
         num_images: N.
         settings: Everything that the figures depend on: arguments, seed, versions. Plain data.
         values: Values of every image.
+        resampled: The resamples that the intervals are made of; those of `compare` and `best` too.
         unreadable: Images that could not be read and are in no figure: reason by name.
         files: Names of the images by their positions in the data set.
         label_names: Names of the model's classes, where they are known.
@@ -61,6 +61,7 @@ class Report:
     num_images: int
     settings: dict[str, Any]
     values: ImageValues
+    resampled: Bootstrap = field(repr=False, compare=False)
     unreadable: dict[str, str] = field(default_factory=dict)
     files: dict[int, str] | None = None
     label_names: list[str] | None = None
@@ -102,7 +103,7 @@ class Report:
                 raise ValueError(f'No image has finite maps and scores: {next(iter(lost.values()))}.')
         bootstrap = Bootstrap(values, poolings, methods, metrics, seed)
         estimates = bootstrap.estimates()
-        report = cls(
+        return cls(
             network=network,
             poolings=tuple(poolings),
             methods=tuple(methods),
@@ -115,6 +116,7 @@ class Report:
             num_images=len(values.images['image']),
             settings=settings,
             values=values,
+            resampled=bootstrap,
             unreadable=dict(unreadable or {}),
             files=None if files is None else dict(files),
             label_names=None if label_names is None else list(label_names),
@@ -122,9 +124,6 @@ class Report:
             not_finite_maps={key: count for key, count in not_finite_maps.items() if count},
             pooling_names=dict(pooling_names or {}),
         )
-        # The cached property takes the resamples that the estimates were made of.
-        report.__dict__['_bootstrap'] = bootstrap
-        return report
 
     @property
     def constant_maps(self) -> dict[tuple[str, str], int]:
@@ -202,7 +201,7 @@ class Report:
             if name not in self.methods:
                 raise KeyError(f'there is no method {name!r}; {self._contents}')
         return {
-            (p, k): self._bootstrap.paired((p, method, k), (p, other, k)) for p in self.poolings for k in self.metrics
+            (p, k): self.resampled.paired((p, method, k), (p, other, k)) for p in self.poolings for k in self.metrics
         }
 
     def best(self, pooling: str, metric: str) -> str | None:
@@ -214,7 +213,7 @@ class Report:
         if len(ranked) < 2:
             return None
         first, second = ranked[:2]
-        difference = self._bootstrap.paired((pooling, first, metric), (pooling, second, metric))
+        difference = self.resampled.paired((pooling, first, metric), (pooling, second, metric))
         return first if tables.verdict(difference, METRICS[metric].higher_is_better) == 'better' else None
 
     def has_same_values(self, pooling: str, method: str, other: str) -> bool:
@@ -224,10 +223,6 @@ class Report:
         ]
         spread = any(len(np.unique(one)) > 1 for one, _ in pairs)
         return spread and all(np.allclose(one, two, rtol=1e-3, atol=2e-3, equal_nan=True) for one, two in pairs)
-
-    @cached_property
-    def _bootstrap(self) -> Bootstrap:
-        return Bootstrap(self.values, self.poolings, self.methods, self.metrics, self.settings.get('seed') or 0)
 
     def __str__(self) -> str:
         return tables.to_text(self)
@@ -341,9 +336,8 @@ class Report:
                 f'({type(error).__name__}: {error}).'
             ) from None
         counts = {(row['pooling'], row['method']): row.get('nan_maps', 0) for row in facts['rows']}
-        object.__setattr__(report, 'not_finite', facts['not_finite'])
-        object.__setattr__(report, 'not_finite_maps', {key: count for key, count in counts.items() if count})
-        return report
+        not_finite_maps = {key: count for key, count in counts.items() if count}
+        return replace(report, not_finite=facts['not_finite'], not_finite_maps=not_finite_maps)
 
     def _table_rows(self) -> list[dict[str, Any]]:
         rows = [

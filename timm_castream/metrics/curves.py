@@ -74,8 +74,8 @@ def insertion_curve(
     check_images(x)
     chosen, step = _chosen_setting(x, setting, step, kernel_size, sigma)
     blurred = blur(x, chosen.kernel_size, chosen.sigma)
-    network = Predictor(model, activation=activation, batch_size=batch_size)
-    return _target_curve(network, blurred, x, saliency, target, step)
+    predictor = Predictor(model, activation=activation, batch_size=batch_size)
+    return _target_curve(predictor, blurred, x, saliency, target, step)
 
 
 def deletion_curve(
@@ -98,8 +98,8 @@ def deletion_curve(
     check_images(x)
     _, step = _chosen_setting(x, setting, step)
     zeros = torch.zeros_like(x)
-    network = Predictor(model, activation=activation, batch_size=batch_size)
-    return _target_curve(network, x, zeros, saliency, target, step)
+    predictor = Predictor(model, activation=activation, batch_size=batch_size)
+    return _target_curve(predictor, x, zeros, saliency, target, step)
 
 
 @torch.no_grad()
@@ -240,10 +240,10 @@ def _chosen_setting(
 
 
 def _target_curve(
-    network: Predictor, start: Tensor, finish: Tensor, saliency: Tensor, target: Tensor, step: int
+    predictor: Predictor, start: Tensor, finish: Tensor, saliency: Tensor, target: Tensor, step: int
 ) -> Tensor:
     """The curve of one map and one target an image, (B, n + 1)."""
-    network.check_channels(start)
+    predictor.check_channels(start)
     check_saliency(saliency, start)
     if not isinstance(target, Tensor) or target.shape != start.shape[:1]:
         given = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
@@ -252,11 +252,11 @@ def _target_curve(
     target = target.to(start.device, torch.int64)
 
     def predict(images: Tensor, index: Tensor) -> Tensor:
-        logits = network.forward(images)
+        logits = predictor.forward(images)
         check_class_indices('target', target, logits.shape[1])
-        probabilities = network.probabilities(logits).to(torch.promote_types(logits.dtype, torch.float32))
+        probabilities = predictor.probabilities(logits).to(torch.promote_types(logits.dtype, torch.float32))
         return probabilities.gather(1, target[index, None])[:, 0]
 
-    with network.evaluating():
+    with predictor.evaluating():
         rank = saliency_rank(resize_saliency(saliency.to(start.device), start.shape[2:]))
-        return perturbation_curves(predict, start, finish, rank, step, network.batch_size(start))
+        return perturbation_curves(predict, start, finish, rank, step, predictor.batch_size(start))

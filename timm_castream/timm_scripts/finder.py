@@ -19,8 +19,6 @@ import timm
 
 from .._utils.files import write_whole
 
-SCRIPTS = ('train.py', 'validate.py')
-
 # SHA-256 of the scripts by release, oldest first. The table ends at 1.0.28: its scripts were tried with timm 1.0.28 to
 # 1.0.31, and a later script is listed after it was read and tried. Until then a later timm runs those of 1.0.28.
 KNOWN_SHA256 = {

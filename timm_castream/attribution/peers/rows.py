@@ -145,7 +145,7 @@ class PeerMaps:
 
     def __call__(self, batch: Batch, pooling: str) -> Tensor:
         """(B, K, h, w) maps in [0, 1]."""
-        self.check(batch.network)
+        self.check(batch.predictor)
         return torch.stack([self._of_target(batch, pooling, target) for target in batch.targets[pooling].unbind(1)], 1)
 
     def _of_target(self, batch: Batch, pooling: str, target: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class PeerMaps:
         ):
             seed = np.random.SeedSequence([batch.seed, *indices.tolist()]).generate_state(1)[0]
             with _seeded(int(seed), images.device):
-                parts.append(self._maps(batch.network, images.detach().clone(), classes, pooling))
+                parts.append(self._maps(batch.predictor, images.detach().clone(), classes, pooling))
         maps = torch.cat(parts).float()
         return cam.scale_maps(maps.clamp(min=0), maps.abs().amax((-2, -1), keepdim=True))
 
