@@ -168,6 +168,79 @@ def test_the_seed_is_that_of_the_method_that_draws_random_numbers(model: nn.Modu
     assert not np.array_equal(*drawn)
 
 
+def distance_to_a_reference(output: Tensor) -> Tensor:
+    return -output.square().sum()
+
+
+def test_a_function_is_explained_and_titles_name_it_with_its_value(model: nn.Module, tmp_path: Path) -> None:
+    image = photograph(64, 64, 3)
+    image.save(tmp_path / 'one.png')
+    done = explain(
+        model, [tmp_path / 'one.png'], ['grad_cam'], tmp_path / 'out', save_maps=True, target=distance_to_a_reference
+    )
+    x = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)(image)[None]
+    with torch.no_grad():
+        values = {pooling: -(logits**2).sum().item() for pooling, logits in forward_both(model, x).items()}
+    for pooling in ('gap', 'ca'):
+        saved = np.load(done.maps[0] / f'grad_cam_{pooling}.npy')
+        expected = attribute(model, x, 'grad_cam', target=distance_to_a_reference, pooling=pooling)[0].numpy()
+        assert np.array_equal(saved, expected)
+        assert not np.array_equal(saved, attribute(model, x, 'grad_cam', pooling=pooling)[0].numpy())
+        ((name, value),) = done.classes[tmp_path / 'one.png'][pooling.upper()]
+        assert name == 'distance_to_a_reference' and value == pytest.approx(values[pooling], rel=1e-5)
+    facts = json.loads((done.maps[0] / 'explanation.json').read_text(encoding='utf-8'))
+    assert facts['top']['ca'][0]['name'] == 'distance_to_a_reference'
+    (lambda_is_named,) = explain(
+        model, [tmp_path / 'one.png'], ['grad_cam'], tmp_path / 'other', ['ca'], target=lambda output: output[0]
+    ).classes.values()
+    assert lambda_is_named['CA'][0][0] == 'value'
+    with pytest.raises(ValueError, match='top_k 2 chooses classes, and target is a function'):
+        explain(model, [tmp_path / 'one.png'], ['grad_cam'], tmp_path / 'out', target=distance_to_a_reference, top_k=2)
+
+
+def test_images_are_normalised_by_the_numbers_given_and_shown_as_they_were(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = photograph(64, 64, 3)
+    image.save(tmp_path / 'one.png')
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    kwargs = {'img_size': 64, 'crop_pct': 1.0}
+    config = {**timm.data.resolve_model_data_config(model), 'crop_pct': 1.0, 'mean': mean, 'std': std}
+    x = timm.data.create_transform(**config, is_training=False)(image)[None]
+    torch.testing.assert_close(x[0, 2], torch.from_numpy(np.array(image)[..., 2] / 255 - 0.3).float() / 0.6)
+    shown: list[np.ndarray] = []
+    monkeypatch.setattr(
+        'timm_castream.visualize.draw_row', lambda panels: shown.append(panels[0].pixels) or draw_row(panels)
+    )
+    for number, normalised in enumerate(({'mean': mean, 'std': std}, {})):
+        done = explain(
+            model,
+            [tmp_path / 'one.png'],
+            ['grad_cam'],
+            tmp_path / f'{number}',
+            ['ca'],
+            save_maps=True,
+            **kwargs,
+            **normalised,
+        )
+        saved = np.load(done.maps[0] / 'grad_cam_ca.npy')
+        same = np.array_equal(saved, attribute(model, x, 'grad_cam', pooling='ca')[0].numpy())
+        assert same == bool(normalised)
+        assert np.array_equal(shown[-1], np.array(image))
+
+
+def test_a_network_without_image_settings_is_explained_with_a_mean_and_a_std(tmp_path: Path) -> None:
+    photograph(64, 64, 3).save(tmp_path / 'one.png')
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    )
+    arguments: tuple[Any, ...] = (network, [tmp_path / 'one.png'], ['grad_cam'], tmp_path / 'out')
+    done = explain(*arguments, layer='1', img_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), save_maps=True)
+    assert np.load(done.maps[0] / 'grad_cam_gap.npy').shape == (15, 15)
+    with pytest.raises(ValueError, match='Sequential has no mean for its images: pass mean='):
+        explain(*arguments, layer='1', img_size=32)
+
+
 def test_the_picture_of_a_single_image_has_no_grid_beside_it(model: nn.Module, tmp_path: Path) -> None:
     photograph(20, 20, 3).save(tmp_path / 'a.png')
     done = explain(model, [tmp_path / 'a.png', tmp_path / 'missing.png'], ('grad_cam',), tmp_path / 'out')

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ from .backbones.mixin import castream_model
 from .datasets import find_images, image_mode, open_image
 from .hub.label_names import class_index, class_name
 from .inference.images import check_images, normalisation
-from .inference.predictor import Predictor
+from .inference.predictor import Predictor, Score
 from .pictures import (
     COLOURS,
     OPACITY,
@@ -156,10 +156,12 @@ def explain(
     colours: str = COLOURS[0],
     opacity: float = OPACITY,
     save_maps: bool = False,
-    target: Sequence[str | int] | None = None,
+    target: Sequence[str | int] | Score | None = None,
     top_k: int | None = None,
     root: str | Path | None = None,
     seed: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Explained:
     """Writes a row of overlays for each image as a PNG, and a grid of all rows, with a progress bar on a terminal.
 
@@ -186,11 +188,14 @@ def explain(
             the network gets) and over the whole photograph (`.jpg`), and `explanation.json` with the most probable
             classes and the crop in pixels of the photograph.
         target: Names or indices of the classes to explain. None: the class predicted under each pooling, or, under a
-            sigmoid, every class of at least 0.5.
+            sigmoid, every class of at least 0.5. A function gets the output for one image, (C,), and gives the one
+            number that is explained; titles name the function and the number.
         top_k: Explain so many of the most probable classes under each pooling.
         root: A folder. Pictures lie in the folders that their images lie in below it. None: the folder that all images
             share.
         seed: Of methods that draw random numbers.
+        mean, std: Normalisation of the images, of pixels in [0, 1], one number a channel. None: those of the model's
+            `pretrained_cfg`.
 
     Raises:
         ValueError: If there are no paths, an argument does not fit or the model has no stream.
@@ -198,13 +203,18 @@ def explain(
     if not paths:
         raise ValueError('There are no images to explain.')
     check_style(colours, opacity)
-    network = Predictor(model, poolings, layer=layer, activation=activation, batch_size=batch_size)
-    rows_of_methods = resolve_methods(methods)
-    check_maps(rows_of_methods, len(paths), network.poolings)
     if top_k is not None:
         check_count('top_k', top_k)
-    choose = _Choice([class_index(network.backbone, word) for word in target or ()], top_k)
-    config = image_settings(network.backbone, input_size, img_size, crop_pct)
+        if callable(target):
+            raise ValueError(f'top_k {top_k} chooses classes, and target is a function: leave one of them out.')
+    score, classes = (target, ()) if callable(target) else (None, target or ())
+    network = Predictor(
+        model, poolings, layer=layer, activation=activation, batch_size=batch_size, mean=mean, std=std, score=score
+    )
+    rows_of_methods = resolve_methods(methods)
+    check_maps(rows_of_methods, len(paths), network.poolings)
+    choose = _Choice([class_index(network.backbone, word) for word in classes], top_k)
+    config = image_settings(network.backbone, input_size, img_size, crop_pct, mean=mean, std=std)
     transform = create_transform(**config, is_training=False)
     mode = image_mode(config['input_size'][0])
     parameter = next(model.parameters())
@@ -238,7 +248,7 @@ def explain(
         _tell_crop(path, image, crop)
         x = tensor[None].to(parameter)
         result = _explain_one(network, x, rows_of_methods, printable(path.name), index, colours, opacity, choose, seed)
-        top = named_classes(network.backbone, result.top)
+        top = _named(result.top, lambda label: _label(network, label))
         titles = pooling_names(network)
         done.classes[path] = {
             titles[pooling]: [(entry['name'], entry['probability']) for entry in classes]
@@ -253,7 +263,8 @@ def explain(
             write_maps(maps, image, crop, result.maps, facts, opacity, colours)
             done.maps.append(maps)
         if identity:
-            done.pictures.append(save(draw_identity(model, x), _free_path(place, f'{path.stem}_identity', taken)))
+            figure = draw_identity(model, x, *network.normalisation(x))
+            done.pictures.append(save(figure, _free_path(place, f'{path.stem}_identity', taken)))
         if len(strips) == ROWS_PER_GRID:
             save_grid()
     if strips:
@@ -317,10 +328,10 @@ def _explain_one(
     names = pooling_names(network)
 
     def title_of(pooling: str, label: int) -> str:
-        text = _cut(class_name(backbone, label), _LABEL_LETTERS)
+        text = _cut(_label(network, label), _LABEL_LETTERS)
         return f'{names[pooling]}: {text} {probabilities[pooling][label]:.2f}'
 
-    image = denormalised(backbone, x)[0]
+    image = denormalised(backbone, x, *network.normalisation(x))[0]
     predictions = [title_of(pooling, top[pooling][0][0]) for pooling in network.poolings]
     panels = [Panel('\n'.join([_cut(name, _NAME_LETTERS), *predictions]), image)]
     maps: dict[str, Tensor] = {}
@@ -383,29 +394,59 @@ def most_probable(probabilities: Tensor, count: int = NUM_TOP) -> list[tuple[int
 
 def named_classes(model: nn.Module, top: Mapping[str, list[tuple[int, float]]]) -> dict[str, list[dict[str, Any]]]:
     """{pooling: index, name and probability of each of its classes}, as `explanation.json` has them."""
+    return _named(top, lambda index: class_name(model, index))
+
+
+def _named(
+    top: Mapping[str, list[tuple[int, float]]], name_of: Callable[[int], str]
+) -> dict[str, list[dict[str, Any]]]:
     return {
         pooling: [
-            {'index': index, 'name': class_name(model, index), 'probability': probability}
-            for index, probability in classes
+            {'index': index, 'name': name_of(index), 'probability': probability} for index, probability in classes
         ]
         for pooling, classes in top.items()
     }
 
 
-def denormalised(model: nn.Module, x: Tensor) -> np.ndarray:
-    """Pixels, (B, H, W, 3) of 8 bits, of (B, C, H, W) images normalised as the model's `pretrained_cfg` says."""
-    mean, std = normalisation(model, x)
-    pixels = (255 * (x * std + mean)).round().clamp(0, 255)
+def _label(network: Predictor, index: int) -> str:
+    """The name of a class, or of the function whose value is explained."""
+    if network.score is None:
+        return class_name(network.backbone, index)
+    name = getattr(network.score, '__name__', '<')
+    return 'value' if name.startswith('<') else name  # of a lambda, or of an object
+
+
+def denormalised(
+    model: nn.Module,
+    x: Tensor,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+) -> np.ndarray:
+    """Pixels, (B, H, W, 3) of 8 bits, of (B, C, H, W) normalised images.
+
+    Args:
+        model: A timm model, whose `pretrained_cfg` has the normalisation.
+        x: The images.
+        mean, std: In place of the model's own.
+    """
+    offset, scale = normalisation(model, x, mean, std)
+    pixels = (255 * (x * scale + offset)).round().clamp(0, 255)
     pixels = (pixels if pixels.shape[1] > 2 else pixels[:, :1].expand(-1, 3, -1, -1))[:, :3]  # without alpha
     return pixels.movedim(1, -1).byte().cpu().numpy()
 
 
-def draw_identity(model: nn.Module, x: Tensor) -> Any:
+def draw_identity(
+    model: nn.Module,
+    x: Tensor,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+) -> Any:
     """Eq. (5) for one image: attention logits F a, the class agnostic CAM sum_k a_k F^k, and their difference.
 
     Args:
         model: A model with a stream.
-        x: (1, C, H, W), normalised as the model's `pretrained_cfg` says.
+        x: (1, C, H, W), normalised.
+        mean, std: Of the images. None: those of the model's `pretrained_cfg`.
 
     Returns:
         A `matplotlib.figure.Figure`, made without pyplot: it shares no state and needs no closing.
@@ -417,7 +458,7 @@ def draw_identity(model: nn.Module, x: Tensor) -> Any:
     furthest = np.abs(difference).max()
     figure = Figure(figsize=(10, 2.8), dpi=160, layout='constrained')
     panels = figure.subplots(1, 4)
-    panels[0].imshow(denormalised(castream_model(model), x)[0])
+    panels[0].imshow(denormalised(castream_model(model), x, mean, std)[0])
     panels[0].set_title('input')
     bounds = {'vmin': min(logits.min(), cam.min()), 'vmax': max(logits.max(), cam.max())}
     for axes, values, title, colours in (

@@ -474,7 +474,10 @@ def test_attention_logits_are_the_class_agnostic_cam_of_eq_5(
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'method': 'gradcam'}, "method 'gradcam' is unknown, valid ones: 'attention', 'grad_cam'"),
+        (
+            {'method': 'gradcam'},
+            r"method 'gradcam' is unknown \(did you mean 'grad_cam'\?\), valid ones: 'attention', 'grad_cam'",
+        ),
         ({'pooling': 'max'}, "pooling 'max' is unknown, valid ones: 'gap', 'ca'"),
         ({'activation': 'relu'}, "activation 'relu' is unknown"),
         ({'layer': 'layer9'}, "layer 'layer9' is no module of ResNet; it has conv1"),

@@ -153,6 +153,37 @@ def test_an_unknown_device_is_one_line(command, capsys):
     assert stop.value.code == 2 and error.count('\n') == 1 and "'foo' is no device, valid ones are cpu, cuda" in error
 
 
+def test_a_mistyped_metric_is_one_line_with_the_nearest_name(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(['evaluate', '--model', 'test_resnet', '--metrics', 'average_drop', 'inserton'])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1
+    assert "metric 'inserton' is unknown (did you mean 'insertion'?), valid ones: average_drop, " in error
+
+
+@pytest.mark.parametrize(
+    ('word', 'meant'),
+    [
+        ('grad_cm', 'grad_cam'),
+        ('captum:IntegratedGradient', 'IntegratedGradients'),
+        ('ig=captum:IntegratedGradient', 'IntegratedGradients'),
+        ('mine=scorecam', 'score_cam'),
+    ],
+)
+@pytest.mark.parametrize('command', ['evaluate', 'explain'])
+def test_a_mistyped_method_is_one_line_with_the_nearest_name(command, word, meant, tmp_path, capsys):
+    Image.new('RGB', (64, 64)).save(tmp_path / 'a.png')
+    images = (
+        ['--data-dir', str(tmp_path), '-j', '0', '--target', 'predicted']
+        if command == 'evaluate'
+        else [str(tmp_path / 'a.png')]
+    )
+    argv = [command, '--model', 'test_resnet', *images, '--methods', word, '--output', str(tmp_path / 'out')]
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"(did you mean '{meant}'?)" in error and error.startswith(f'castream {command}: ')
+
+
 @pytest.mark.parametrize('argv', [[], ['paint']])
 def test_an_unknown_command_is_one_line(argv, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -394,7 +394,7 @@ def test_bad_saliency_is_refused(model, batch, saliency, message):
         ({'step': 0}, 'step must be a positive int, got 0'),
         ({'step': 2.5}, 'step must be a positive int, got 2.5'),
         ({'batch_size': -1}, 'batch_size must be a positive int, got -1'),
-        ({'setting': 'rize'}, "setting 'rize' is unknown, valid ones: 'paper', 'rise'"),
+        ({'setting': 'rize'}, r"setting 'rize' is unknown \(did you mean 'rise'\?\), valid ones: 'paper', 'rise'"),
         ({'activation': 'relu'}, "activation 'relu' is unknown, valid ones: 'softmax', 'sigmoid'"),
     ],
 )

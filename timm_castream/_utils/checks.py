@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .near import did_you_mean
 
-def check_names(kind: str, names: Sequence[str], valid: Sequence[str]) -> None:
+
+def check_names(kind: str, names: Sequence[str], valid: Sequence[str], near: Iterable[str] = ()) -> None:
     """Raises ValueError unless `names` is a sequence of valid names without repetitions.
 
     Args:
         kind: Word for one name in the error, `'method'`.
         names: The given names.
-        valid: All valid names.
+        valid: All valid names, the nearest of which the error offers.
+        near: More names that the error may offer.
     """
     if isinstance(names, str) or not names:
         raise ValueError(f'{kind}s must be a sequence of names, got {names!r}.')
     for name in names:
         if name not in valid:
-            raise ValueError(f'{kind} {name!r} is unknown, valid ones: {", ".join(map(repr, valid))}.')
+            hint = did_you_mean(name, (*valid, *near))
+            raise ValueError(f'{kind} {name!r} is unknown{hint}, valid ones: {", ".join(map(repr, valid))}.')
     repeated = next((name for name in names if list(names).count(name) > 1), None)
     if repeated is not None:
         raise ValueError(f'{kind} {repeated!r} is given twice.')

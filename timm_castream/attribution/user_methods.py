@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._utils.checks import check_names
 from . import cam
 from .methods import METHODS, Batch, Method
-from .peers import is_peer, peer_method
+from .peers import is_peer, peer_method, peer_names
 from .restoring import Hooks, as_it_was
 
 __all__ = ['UserMethod', 'check_maps', 'resolve_methods']
@@ -35,7 +35,7 @@ def resolve_methods(methods: Sequence[str] | Mapping[str, UserMethod]) -> tuple[
         ValueError: If a name is unknown or repeated, or a value of the mapping is of another type.
     """
     if not isinstance(methods, Mapping):
-        check_names('method', methods, (*METHODS, *filter(is_peer, methods)))
+        check_names('method', methods, (*METHODS, *filter(is_peer, methods)), peer_names())
         return tuple(METHODS[name] if name in METHODS else _user_method(name, name) for name in methods)
     if not methods:
         raise ValueError('methods is empty: name one of ' + ', '.join(map(repr, METHODS)) + '.')
@@ -59,7 +59,7 @@ def _user_method(label: str, value: Any) -> Method:
     if is_peer(value):
         return peer_method(value, label)
     if isinstance(value, str):
-        check_names('method', (value,), tuple(METHODS))
+        check_names('method', (value,), tuple(METHODS), peer_names())
         row = METHODS[value]
         return Method(label, row.title if label == value else label, row.saliency, row.needs, row.in_paper, value)
     if callable(value):

@@ -17,6 +17,7 @@ from .options import (
     add_size_options,
     device_of,
     methods_from,
+    one_of,
     open_from,
 )
 
@@ -72,7 +73,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     protocol.add_argument(
         '--metrics',
         nargs='+',
-        choices=metrics,
+        type=one_of('metric', metrics),
         metavar='METRIC',
         help=f'of {", ".join(metrics)} (default: the five of the paper)',
     )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .._utils.keywords import ParseKwargs
+from .._utils.near import did_you_mean
 from .names import names, rows
 
 if TYPE_CHECKING:
@@ -88,6 +89,18 @@ def device_of(args: argparse.Namespace) -> str:
     import torch
 
     return args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def one_of(kind: str, valid: Sequence[str]) -> Callable[[str], str]:
+    """A type of an option: a name, whose mistyped form gets the nearest valid one in the error."""
+
+    def check(text: str) -> str:
+        if text not in valid:
+            hint = did_you_mean(text, valid)
+            raise argparse.ArgumentTypeError(f'{kind} {text!r} is unknown{hint}, valid ones: {", ".join(valid)}')
+        return text
+
+    return check
 
 
 def _positive(text: str) -> int:
@@ -232,7 +245,11 @@ def _every_method(args: argparse.Namespace, model: nn.Module) -> list[str]:
 def _import_function(word: str, source: str, model: nn.Module) -> Callable[..., Any]:
     module_name, colon, name = source.partition(':')
     if not (module_name and colon and name):
-        raise ValueError(f'--methods takes a name or LABEL=package.module:function, got {word!r}.')
+        from ..attribution.methods import METHODS
+        from ..attribution.peers import peer_names
+
+        hint = did_you_mean(source, (*METHODS, *peer_names()))
+        raise ValueError(f'--methods takes a name or LABEL=package.module:function, got {word!r}{hint}.')
     if '' not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # an installed command does not search the current folder
     try:

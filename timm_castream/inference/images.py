@@ -52,8 +52,8 @@ def resize_saliency(saliency: Tensor, size: Sequence[int]) -> Tensor:
 def normalisation(
     model_or_cfg: nn.Module | Mapping[str, Any],
     x: Tensor,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean and std with which images were normalised, on the device of x.
 

@@ -40,8 +40,14 @@ def test_arguments_are_literals_and_text_needs_no_quotes() -> None:
 @pytest.mark.parametrize(
     ('name', 'message'),
     [
-        ('captum:Salience', 'captum:Salience is no method of captum, valid ones: Saliency, '),
-        ('grad-cam:CAM', 'grad-cam:CAM is no method of grad-cam, valid ones: GradCAM, '),
+        (
+            'captum:Salience',
+            r"captum:Salience is no method of captum \(did you mean 'Saliency'\?\), valid ones: Saliency, ",
+        ),
+        ('captum:IntegratedGradient', r"of captum \(did you mean 'IntegratedGradients'\?\), valid ones"),
+        ('gradcam:GradCAM', r"'gradcam:GradCAM' is unknown \(did you mean 'grad-cam:GradCAM'\?\), valid ones"),
+        ('IntegratedGradients', r"unknown \(did you mean 'captum:IntegratedGradients'\?\), valid ones"),
+        ('grad-cam:CAM', r'grad-cam:CAM is no method of grad-cam \(did you mean \'\w+CAM\'\?\), valid ones: GradCAM, '),
         ('captum:Saliency,absolute=True', "no argument 'absolute', valid ones: abs"),
         ('captum:Saliency,target=3', "no argument 'target', valid ones: abs"),
         ('torchcam:GradCAMpp,50', "'torchcam:GradCAMpp,50' has arguments that are not key=value"),

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._utils.near import did_you_mean
 from ...inference.predictor import Predictor
 from .. import cam
 from ..methods import Batch, Method
@@ -32,6 +33,16 @@ _logger = logging.getLogger(__name__)
 def is_peer(source: Any) -> bool:
     """Whether the name of a method is that of a method of another library."""
     return isinstance(source, str) and ':' in source and source.partition(':')[0] in LIBRARIES
+
+
+def peer_names() -> list[str]:
+    """Names of the methods of other libraries that are not refused, whether the library is installed or not."""
+    return [
+        f'{prefix}:{row.name}'
+        for prefix, library in LIBRARIES.items()
+        for row in library.methods.values()
+        if not row.refused
+    ]
 
 
 def peer_method(source: str, label: str | None = None) -> Method:
@@ -51,7 +62,8 @@ def peer_method(source: str, label: str | None = None) -> Method:
     row = library.methods.get(name)
     if row is None:
         valid = [method.name for method in library.methods.values() if not method.refused]
-        raise ValueError(f'{prefix}:{name} is no method of {library.package}, valid ones: {", ".join(valid)}.')
+        hint = did_you_mean(name, valid)
+        raise ValueError(f'{prefix}:{name} is no method of {library.package}{hint}, valid ones: {", ".join(valid)}.')
     if row.refused:
         raise ValueError(f'{prefix}:{name} cannot run here: {row.refused}.')
     arguments = _parsed_arguments(source, text)
