@@ -35,11 +35,12 @@ from model import peak_bytes
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from timing import heading, interleave, ratio
-from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.data import create_dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import timm_castream
+from timm_castream.backbones.image_settings import image_loader
 from timm_castream.fitting.features import write_features
 from timm_castream.fitting.network import FrozenNetwork
 from timm_castream.fitting.training import Candidate, Recipe, Targets, train_streams
@@ -141,23 +142,12 @@ def compare_fit(name: str, folder: Path, args: argparse.Namespace, device: torch
     """A row for S_0 - S_L and one for S_L - S_L: epochs of `castream train` and of `castream fit`, in turn."""
     plain = timm.create_model(name).to(device).eval()
     network = FrozenNetwork(plain)
-    config = resolve_model_data_config(plain)
 
     def loader(training: bool) -> object:
-        return create_loader(
-            create_dataset('', str(folder / 'images')),
-            config['input_size'],
-            args.fit_batch_size,
-            is_training=training,
-            no_aug=True,
-            interpolation=config['interpolation'],
-            mean=config['mean'],
-            std=config['std'],
-            crop_pct=config['crop_pct'],
-            num_workers=os.cpu_count() or 1,
-            device=device,
-            use_prefetcher=training,
-        )
+        data = create_dataset('', str(folder / 'images'))
+        workers = {'num_workers': os.cpu_count() or 1, 'persistent_workers': True}
+        options = {'is_training': training, 'no_aug': True, 'use_prefetcher': training}
+        return image_loader(plain, data, args.fit_batch_size, **options, **workers)
 
     kept = write_features(network, loader(False).dataset, folder / name, facts={})
     rows = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from timm.data import resolve_data_config
+from timm.data import create_loader, resolve_data_config
 
 _OTHER_SIZES = ('test_input_size', 'pool_size', 'test_pool_size')
 
@@ -57,6 +57,22 @@ def image_settings(
         if len(values) != channels:
             config[name] = (float(sum(values) / len(values)),) * channels
     return config
+
+
+def image_loader(model: Any, dataset: Any, batch_size: int, **options: Any) -> Any:
+    """timm's loader of the images that a network takes, in this process and on the device of the network.
+
+    Args:
+        model: A timm model.
+        dataset: A data set of images and labels. The loader sets its `transform`.
+        batch_size: Images at a time.
+        options: As timm's `create_loader`, in place of the network's own.
+
+    Returns:
+        The loader, of batches x (B, C, H, W) and target (B,).
+    """
+    here = {'num_workers': 0, 'device': next(model.parameters()).device, 'persistent_workers': False}
+    return create_loader(dataset, batch_size=batch_size, **{**image_settings(model), **here, **options})
 
 
 def set_image_settings(

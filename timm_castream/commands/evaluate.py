@@ -123,10 +123,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import torch
-    from timm.data import create_loader
     from timm.utils.distributed import init_distributed_device_so
 
-    from ..backbones.image_settings import image_settings
+    from ..backbones.image_settings import image_loader, image_settings
     from ..datasets import create_dataset, image_mode, image_name, read_boxes
     from ..evaluate import evaluate
     from ..metrics.table import DEFAULT_METRICS, METRICS
@@ -139,8 +138,7 @@ def run(args: argparse.Namespace) -> int:
         say_how_to_use_all_cores(torch.get_num_threads())
     try:
         model = open_from(args).to(device).eval()
-        config = image_settings(model)
-        mode = image_mode(config['input_size'][0])
+        mode = image_mode(image_settings(model)['input_size'][0])
         dataset: Any = create_dataset(
             args.dataset, args.data_dir, split=args.split, class_map=args.class_map, input_img_mode=mode
         )
@@ -149,19 +147,7 @@ def run(args: argparse.Namespace) -> int:
             _compare_classes(dataset, model, args.target)
         if args.boxes:
             dataset.boxes = read_boxes(args.boxes, dataset)
-        loader = create_loader(
-            dataset,
-            config['input_size'],
-            args.batch_size,
-            interpolation=config['interpolation'],
-            mean=config['mean'],
-            std=config['std'],
-            crop_pct=config['crop_pct'],
-            crop_mode=config['crop_mode'],
-            num_workers=args.workers,
-            device=device,
-            persistent_workers=False,
-        )
+        loader = image_loader(model, dataset, args.batch_size, num_workers=args.workers)
         metrics = args.metrics or list(DEFAULT_METRICS)
         has_curves = any(METRICS[name].curve for name in metrics)
         report = evaluate(

@@ -1,6 +1,6 @@
 """The demos: photographs explained by a trained network, and a small network trained on digits."""
 
-from .digits import QUICK, DemoSettings, create_network, make_loader, measure_accuracy, run, saliency_in_box, train
+from .digits import QUICK, DemoSettings, create_network, measure_accuracy, run, saliency_in_box, train
 from .photographs import explain_photographs
 
 __all__ = [
@@ -8,7 +8,6 @@ __all__ = [
     'DemoSettings',
     'create_network',
     'explain_photographs',
-    'make_loader',
     'measure_accuracy',
     'run',
     'saliency_in_box',

@@ -17,7 +17,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import create_loader, resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from .._utils.files import move_files
 from ..attach import POOLINGS, forward_both
 from ..attribution.methods import TABLE_METHODS
+from ..backbones.image_settings import image_loader
 from ..datasets import DigitScenes
 from ..evaluate import evaluate
 from ..evaluation.report import Report
@@ -104,7 +104,12 @@ def run(output_dir: str | Path, seed: int = 0, settings: DemoSettings | None = N
         save_stream(model, folder / 'stream.safetensors')
 
         report = evaluate(
-            model, make_loader(model, explained, settings.batch_size), TABLE_METHODS, POOLINGS, seed=seed, progress=True
+            model,
+            image_loader(model, explained, settings.batch_size),
+            TABLE_METHODS,
+            POOLINGS,
+            seed=seed,
+            progress=True,
         )
         facts: dict[str, Any] = {
             'seed': seed,
@@ -116,7 +121,7 @@ def run(output_dir: str | Path, seed: int = 0, settings: DemoSettings | None = N
         (folder / 'metrics.json').write_text(json.dumps(facts, indent=2) + '\n', encoding='utf-8')
         with open(folder / 'images.csv', 'w', encoding='utf-8') as csv_file:
             report.values.write_csv(csv_file)
-        images = next(iter(make_loader(model, explained, NUM_PICTURES)))[0]
+        images = next(iter(image_loader(model, explained, NUM_PICTURES)))[0]
         rows = [saliency_row(model, x, ('attention', 'grad_cam')) for x in images.split(1)]
         save(draw_grid(rows), folder / 'figure.png')
         write_repository(
@@ -145,35 +150,6 @@ def create_network(name: str, **kwargs: Any) -> nn.Module:
     )
 
 
-def make_loader(model: nn.Module, dataset: Any, batch_size: int, training: bool = False) -> Any:
-    """timm's loader of a data set, as the model's data config says, without augmentation.
-
-    Args:
-        model: A timm model.
-        dataset: A data set of images and labels. The loader sets its `transform`.
-        batch_size: Images at a time.
-        training: Whether to shuffle the images and to drop the last batch where it is smaller.
-
-    Returns:
-        The loader, of batches x (B, 3, H, W) and target (B,).
-    """
-    config = resolve_model_data_config(model)
-    return create_loader(
-        dataset,
-        config['input_size'],
-        batch_size,
-        is_training=training,
-        no_aug=training,
-        mean=config['mean'],
-        std=config['std'],
-        interpolation=config['interpolation'],
-        crop_pct=config['crop_pct'],
-        num_workers=0,
-        device=torch.device('cpu'),
-        persistent_workers=False,
-    )
-
-
 def train(model: nn.Module, dataset: DigitScenes, epochs: int, settings: DemoSettings, name: str) -> None:
     """Trains the parameters that require gradients: AdamW, and a cosine from the learning rate to 0 over all updates.
 
@@ -184,7 +160,7 @@ def train(model: nn.Module, dataset: DigitScenes, epochs: int, settings: DemoSet
         settings: `batch_size`, `lr` and `weight_decay` are read.
         name: Name of the network in the progress bar.
     """
-    loader = make_loader(model, dataset, settings.batch_size, training=True)
+    loader = image_loader(model, dataset, settings.batch_size, is_training=True, no_aug=True)
     task = ClassificationTask(model, nn.CrossEntropyLoss(), device=torch.device('cpu'), verbose=False)
     optimizer = create_optimizer_v2(model, opt='adamw', lr=settings.lr, weight_decay=settings.weight_decay)
     scheduler, _ = create_scheduler_v2(
@@ -220,7 +196,7 @@ def measure_accuracy(model: nn.Module, dataset: DigitScenes, batch_size: int) ->
         ValueError: If the model has no stream.
     """
     hits = dict.fromkeys(POOLINGS, 0)
-    for x, target in make_loader(model, dataset, batch_size):
+    for x, target in image_loader(model, dataset, batch_size):
         for pooling, logits in forward_both(model, x).items():
             hits[pooling] += int((logits.argmax(1) == target).sum())
     return {pooling: 100 * count / len(dataset) for pooling, count in hits.items()}
@@ -243,7 +219,7 @@ def saliency_in_box(model: nn.Module, scenes: DigitScenes, batch_size: int, seed
     """
     report = evaluate(
         model,
-        make_loader(model, scenes, batch_size),
+        image_loader(model, scenes, batch_size),
         ('attention', 'grad_cam', 'centre'),
         POOLINGS,
         metrics=('energy_pointing_game',),

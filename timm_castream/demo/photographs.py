@@ -17,12 +17,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import create_loader, resolve_model_data_config
 from torch import nn
 
 from .._utils.files import move_files
 from ..attach import POOLINGS, forward_both
 from ..attribution.methods import method_title
+from ..backbones.image_settings import image_loader
 from ..datasets import open_image
 from ..datasets.photographs import photographs
 from ..evaluate import evaluate
@@ -33,6 +33,8 @@ from ..version import __version__
 from ..visualize import class_name, explain
 
 METHODS = ('attention', 'grad_cam', 'random')
+
+BATCH = 2  # a step of the progress bar
 
 _logger = logging.getLogger(__name__)
 
@@ -79,9 +81,8 @@ def explain_photographs(
     with tempfile.TemporaryDirectory(dir=output, prefix='.unfinished-') as scratch:
         folder = Path(scratch)
         explain(network, files, ('attention', 'grad_cam'), folder / 'pictures', POOLINGS)
-        report = evaluate(
-            network, _load(network, files), METHODS, POOLINGS, target='predicted', progress=True, keep_curves=False
-        )
+        loader = image_loader(network, _Photographs(files), BATCH, use_prefetcher=False)
+        report = evaluate(network, loader, METHODS, POOLINGS, target='predicted', progress=True)
         facts = {
             'model': name,
             'photographs': [file.name for file in files],
@@ -119,30 +120,12 @@ def summary(report: Report) -> str:
     return '\n'.join(lines)
 
 
-def _load(model: nn.Module, files: Sequence[Path]) -> Any:
-    config = resolve_model_data_config(model)
-    device = next(model.parameters()).device
-    return create_loader(
-        _Photographs(files),  # type: ignore[arg-type]
-        config['input_size'],
-        batch_size=2,  # a step of the progress bar
-        mean=config['mean'],
-        std=config['std'],
-        interpolation=config['interpolation'],
-        crop_pct=config['crop_pct'],
-        num_workers=0,
-        device=device,
-        persistent_workers=False,
-        use_prefetcher=False,
-    )
-
-
 @torch.no_grad()
 def _classes(model: Any, files: Sequence[Path]) -> dict[str, dict[str, tuple[str, float]]]:
     """{photograph: {pooling: (name of the class predicted, its probability)}}."""
     found: dict[str, dict[str, tuple[str, float]]] = {file.name: {} for file in files}
     left = iter(found.values())
-    for x, _ in _load(model, files):
+    for x, _ in image_loader(model, _Photographs(files), BATCH, use_prefetcher=False):
         rows = list(islice(left, len(x)))
         for pooling, logits in forward_both(model, x.to(next(model.parameters()).device)).items():
             values, indices = logits.softmax(1).max(1)
