@@ -649,6 +649,27 @@ def test_class_folders_are_needed_where_they_name_the_labels(colours: Path, tmp_
         timm_castream.fit(network_of(), one, 'folders', tmp_path / 'out', **FAST)
 
 
+def test_the_size_and_the_normalisation_are_those_asked_for(colours: Path, tmp_path: Path) -> None:
+    settings = {'input_size': (3, 64, 32), 'mean': (0.1, 0.2, 0.3), 'std': (0.5, 0.6, 0.7), 'crop_mode': 'squash'}
+    model = network_of()
+    fitted = timm_castream.fit(
+        model, colours, output=tmp_path, epochs=1, lr=1e-3, stream_start=4, crop_pct=1.0, progress=False, **settings
+    )
+    for name, value in settings.items():
+        assert tuple(model.pretrained_cfg[name]) == tuple(value)
+    recorded = fitted.report.settings
+    assert recorded['mean'] == [0.1, 0.2, 0.3] and recorded['std'] == [0.5, 0.6, 0.7]
+    assert recorded['input_size'] == [3, 64, 32]
+    # The pixels that the network got: an image squeezed to 64 x 32, scaled by hand.
+    name = fitted.report.files[0]
+    image = Image.open(colours / name).convert('RGB').resize((32, 64), Image.Resampling.BILINEAR)
+    x = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 255
+    x = (x - torch.tensor(settings['mean']).view(3, 1, 1)) / torch.tensor(settings['std']).view(3, 1, 1)
+    with torch.no_grad(), timm_castream.pooling(model, 'gap'):
+        expected = model(x).softmax(1).max().item()
+    assert fitted.report.values.pairs['gap/prob'][0] == pytest.approx(expected, abs=5e-3)
+
+
 def test_the_command_needs_trained_weights(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ['fit', '--model', 'test_resnet', '--images', str(colours), '--output', str(tmp_path / 'out')]
     assert cli.main(command) == cli.USER_ERROR

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from ._utils.interrupts import interruptible
 from .commands import COMMANDS
+from .commands.wording import Formatter, Wording, sentence
 from .version import __version__
 
 USER_ERROR = 2
@@ -33,6 +34,8 @@ EXTRAS = {
     'sklearn': 'demo',
     'gradio': 'app',
 }
+
+_FORMATTER = Formatter('%(message)s')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,8 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run_script(f'{name}.py', argv[1:])
     command = importlib.import_module(f'.commands.{name.replace("-", "_")}', __package__)
-    args = _command_parser(name, command).parse_args(argv[1:])
-    logging.basicConfig(format='%(message)s')
+    parser = _command_parser(name, command)
+    args = parser.parse_args(argv[1:])
+    wording = _FORMATTER.wording = Wording(parser, getattr(command, 'PHRASES', None))
+    handler = logging.StreamHandler()
+    handler.setFormatter(_FORMATTER)
+    logging.basicConfig(handlers=[handler])
     logging.getLogger('timm_castream').setLevel(logging.INFO)  # not the HTTP client's requests
     try:
         with interruptible(signal.SIGTERM):
@@ -75,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        print(f'castream {name}: {" ".join(str(error).split()) or type(error).__name__}', file=sys.stderr)
+        print(f'castream {name}: {wording(sentence(error))}', file=sys.stderr)
         return USER_ERROR
 
 

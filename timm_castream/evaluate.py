@@ -239,7 +239,7 @@ def _check(plan: Plan, source: ImageSource, predictor: Predictor, num_classes: i
         )
     if plan.temperature == 'fit' and not source.outside:
         raise ValueError(
-            f"temperature 'fit' needs images outside the sample: choose num_samples below {len(source.dataset)}."
+            f"temperature='fit' needs images outside the sample: choose num_samples below {len(source.dataset)}."
         )
     if not callable(plan.target):
         source.check_classes(predictor.backbone, num_classes, plan.target)

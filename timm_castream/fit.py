@@ -31,7 +31,11 @@ def fit(
     true_share: float = 0.0,
     augment: bool = False,
     img_size: int | None = None,
+    input_size: Sequence[int] | None = None,
     crop_pct: float | None = None,
+    crop_mode: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     cache_size: float = 20.0,
     cache: str | Path | None = None,
     workers: int = 0,
@@ -77,7 +81,10 @@ def fit(
         augment: Train on random crops, flips and colours, timm's. The label of an image is what the network predicts
             for what is left of it. No maps can be kept then.
         img_size: Side of the input in pixels, which the model keeps. None: that of its `pretrained_cfg`.
+        input_size: Channels, height and width of the input, in place of `img_size`.
         crop_pct: Share of the image in the crop, which the model keeps. None: that of its `pretrained_cfg`.
+        crop_mode: `'center'`, `'squash'` or `'border'`, which the model keeps. None: that of its `pretrained_cfg`.
+        mean, std: Of pixels in [0, 1], one number a channel, which the model keeps. None: those of its `pretrained_cfg`.
         cache_size: Most gigabytes of maps to keep on disk. 0 keeps none.
         cache: Folder for the maps, which stays for other fits of the same images and network. None: in the output
             folder until the fit is finished.
@@ -105,8 +112,14 @@ def fit(
         distill=distill,
         true_share=true_share,
         augment=augment,
-        img_size=img_size,
-        crop_pct=crop_pct,
+        image_settings={
+            'img_size': img_size,
+            'input_size': None if input_size is None else list(input_size),
+            'crop_pct': crop_pct,
+            'crop_mode': crop_mode,
+            'mean': None if mean is None else list(mean),
+            'std': None if std is None else list(std),
+        },
     )
     return run(model, images, Path(output), settings, cache_size, cache, workers, progress)
 

@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ._utils.checks import check_names
-from ._utils.files import write_whole
+from ._utils.files import make_folder, write_whole
 from .inference.images import resize_saliency
 
 COLOURS = ('viridis', 'inferno', 'jet')
@@ -176,7 +176,7 @@ def write_maps(
     Returns:
         The files.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     paths = []
     for name, values in maps.items():
         paths += [folder / f'{name}.npy', folder / f'{name}.jpg']

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ._utils.checks import check_count
-from ._utils.files import printable
+from ._utils.files import make_folder, printable
 from .attach import attention_maps
 from .attribution.cam import scale_maps
 from .attribution.methods import METHODS, PAPER_METHODS, Batch, Method
@@ -221,8 +221,7 @@ def explain(
     if identity:
         castream_model(model)
 
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(output_dir)
     images = [Path(path) for path in paths]
     taken = {_path_key(path) for path in images}
     taken |= {_path_key(path.parent) for path in images}  # no folder of maps holds an image
@@ -382,8 +381,7 @@ def _subfolder(folder: Path, path: Path, root: str | Path) -> Path:
     """The folder of an image's picture: that in which the image lies below the root."""
     below = os.path.relpath(os.path.abspath(path.parent), os.path.abspath(root))
     place = folder if below.startswith(os.pardir) else folder / below
-    place.mkdir(parents=True, exist_ok=True)
-    return place
+    return make_folder(place)
 
 
 def most_probable(probabilities: Tensor, count: int = NUM_TOP) -> list[tuple[int, float]]:

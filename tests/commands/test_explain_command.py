@@ -215,5 +215,6 @@ def test_the_seed_and_the_masked_images_at_a_time_are_those_of_evaluate(images, 
         (path,) = (tmp_path / f'out{len(maps)}').rglob('random_gap.npy')
         maps.append(np.load(path))
     assert np.array_equal(maps[0], maps[2]) and not np.array_equal(maps[0], maps[1])
-    assert explain(str(images / 'a/im9.png'), '--mask-batch-size', '0') == 2
-    assert 'batch_size' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        explain(str(images / 'a/im9.png'), '--mask-batch-size', '0')
+    assert "--mask-batch-size: '0' is out of range" in capsys.readouterr().err

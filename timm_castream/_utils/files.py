@@ -1,4 +1,4 @@
-"""Write a file whole or not at all."""
+"""Folders for results, and files written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,22 @@ from pathlib import Path
 from typing import Any
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # Python names no file when a write fails
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Makes a folder for results, and those that it lies in.
+
+    Raises:
+        ValueError: A file is in its place.
+        OSError: It cannot be made; the error names it.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(place for place in (path, *path.parents) if place.exists())
+        raise ValueError(f'{file} is a file: name a folder for the results.') from None
+    return path
 
 
 @contextmanager

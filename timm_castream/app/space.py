@@ -12,7 +12,7 @@ from typing import Any
 
 from timm.models import save_for_hf
 
-from .._utils.files import write_whole
+from .._utils.files import make_folder, write_whole
 from ..datasets import open_image
 from ..datasets.photographs import photographs
 from ..hub.repository import write_repository
@@ -83,7 +83,7 @@ def write_space(opened: PageModel, folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f'{folder} exists already: remove it or name another folder.')
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     pinned = pinned_requirements()
     words: dict[str, Any] = {
         'name': opened.name,

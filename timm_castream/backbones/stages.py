@@ -173,6 +173,17 @@ def pooled_stage(model: nn.Module) -> Stage:
         return _pooled_stage(model, run_probe(model, []))
 
 
+def has_one_location(model: nn.Module, size: tuple[int, int, int]) -> bool:
+    """Whether the tensor that a timm model pools has one location, for an image of a size (3, H, W)."""
+    try:
+        layout = pooled_stage(model).layout
+        with eval_mode(model):
+            features = run_image(model, [], size).features
+        return layout.to_nchw(layout.tensor(features), size[1:]).shape[2:] == (1, 1)
+    except PROBE_ERRORS:  # who needs the stage is told why there is none
+        return False
+
+
 def cam_layer(model: nn.Module) -> str | None:
     """The layer that the CAM methods read by default.
 

@@ -9,7 +9,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from .options import add_model_options, add_size_options, device_of
+from .options import add_model_options, add_normalisation_options, add_size_options, count, device_of, set_images
 
 EXAMPLE = 'castream app --model resnet50_castream --checkpoint last.pth.tar'
 _LOCAL = ('127.0.0.1', 'localhost', '::1')
@@ -21,6 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_model_options(parser, required=False)
     add_size_options(parser)
+    add_normalisation_options(parser)
     parser.add_argument('--multilabel', action='store_true', help='probabilities by sigmoid')
     server = parser.add_argument_group('server')
     server.add_argument(
@@ -29,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar='ADDRESS',
         help='0.0.0.0 lets other machines in (default: this machine alone)',
     )
-    server.add_argument('--port', type=int, metavar='N', help='(default: the first free one from 7860)')
+    server.add_argument('--port', type=count, metavar='N', help='(default: the first free one from 7860)')
     server.add_argument('--no-browser', action='store_true', help='print the address of the page and open no browser')
     server.add_argument('--space', metavar='DIR', help='write a Hugging Face Space to this new folder and stop')
 
@@ -39,7 +40,6 @@ def run(args: argparse.Namespace) -> int:
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
     from ..app import create_app, open_for_page, serve
     from ..app.space import write_examples, write_space
-    from ..backbones.image_settings import set_image_settings
 
     opened = open_for_page(
         args.model,
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         num_classes=args.num_classes,
         **args.model_kwargs,
     )
-    set_image_settings(opened.model, args.input_size, args.img_size, args.crop_pct, args.crop_mode)
+    set_images(opened.model, args)
     if args.space:
         folder = write_space(opened, args.space)
         print(f'{folder}: README.md describes the Space, python app.py starts it here.')

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from . import SKIPPED
@@ -15,15 +17,26 @@ from .options import (
     add_model_options,
     add_normalisation_options,
     add_size_options,
+    count,
+    count_or_none,
     device_of,
     methods_from,
     one_of,
     open_from,
 )
 
+PHRASES = {
+    'set dataset.boxes with timm_castream.datasets.read_boxes': 'name them with --boxes',
+    'give the targets its indices by timm_castream.datasets.align_classes': 'give the folders its indices with --class-map',
+    "give pairs (image, label), or explain the predicted classes with target='predicted'": (
+        'explain the predicted classes with --target predicted'
+    ),
+}
 EXAMPLE = 'castream evaluate --model resnet50_castream --checkpoint last.pth.tar --data-dir /data/imagenet'
 
 _logger = logging.getLogger(__name__)
+
+_MANY_MINUTES = 5
 
 # Options that say which network and which images; evaluate itself records the others that change values.
 _RECORDED = (
@@ -66,9 +79,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_size_options(data)
     add_normalisation_options(data)
-    data.add_argument('--num-samples', type=int, metavar='N', help='evaluate a subset, drawn by --seed')
-    data.add_argument('-b', '--batch-size', type=int, default=16, help='images at a time (default: %(default)s)')
-    data.add_argument('-j', '--workers', type=int, default=2, help='processes that read images (default: %(default)s)')
+    data.add_argument('--num-samples', type=count, metavar='N', help='evaluate a subset, drawn by --seed')
+    data.add_argument('-b', '--batch-size', type=count, default=16, help='images at a time (default: %(default)s)')
+    data.add_argument(
+        '-j', '--workers', type=count_or_none, default=2, help='processes that read images (default: %(default)s)'
+    )
     protocol = parser.add_argument_group('protocol')
     protocol.add_argument(
         '--metrics',
@@ -98,7 +113,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         '--seed', type=int, default=0, help='of the subset, the method random and the intervals (default: %(default)s)'
     )
     speed = parser.add_argument_group('speed')
-    speed.add_argument('--mask-batch-size', type=int, metavar='N', help='masked images at a time (default: by device)')
+    speed.add_argument(
+        '--mask-batch-size', type=count, metavar='N', help='masked images at a time (default: by device)'
+    )
     speed.add_argument('--amp', action='store_true', help='run the network under autocast')
     speed.add_argument(
         '--amp-dtype', choices=('bfloat16', 'float16'), help='of --amp, which it implies (default: bfloat16)'
@@ -134,8 +151,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f'--seed must be at least 0, got {args.seed}.')
     place = init_distributed_device_so(device=device_of(args))
     device = torch.device(place['device'])
-    if device.type == 'cpu' and not place['distributed']:
-        say_how_to_use_all_cores(torch.get_num_threads())
     try:
         model = open_from(args).to(device).eval()
         mode = image_mode(image_settings(model)['input_size'][0])
@@ -150,6 +165,7 @@ def run(args: argparse.Namespace) -> int:
         loader = image_loader(model, dataset, args.batch_size, num_workers=args.workers)
         metrics = args.metrics or list(DEFAULT_METRICS)
         has_curves = any(METRICS[name].curve for name in metrics)
+        alone = device.type == 'cpu' and not place['distributed']
         report = evaluate(
             model,
             loader,
@@ -171,6 +187,7 @@ def run(args: argparse.Namespace) -> int:
             output_dir=args.output,
             arguments={name: getattr(args, name) for name in _RECORDED},
             progress=True,
+            on_batch=CoresHint(min(args.num_samples or len(dataset), len(dataset))) if alone else None,
         )
         if place['global_rank'] == 0:
             written = ['table.csv', 'evaluation.json', 'images.csv', 'values.npz']
@@ -182,17 +199,38 @@ def run(args: argparse.Namespace) -> int:
     return SKIPPED if report.unreadable or report.not_finite else 0
 
 
-def say_how_to_use_all_cores(num_threads: int) -> None:
-    """Logs the command that runs a process a core, where there are several cores."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    if num_cores > 1:
-        _logger.info(
-            'One process with %d of %d cores. The threads of a small network wait for one another; a process a core: '
-            'torchrun --standalone --nproc-per-node %d -m timm_castream.cli evaluate ... with the same options.',
-            min(num_threads, num_cores),
-            num_cores,
-            num_cores,
-        )
+class CoresHint:
+    """Logs once how to run a process a core, where there are several cores and the evaluation is long.
+
+    It is called after each batch; the second one tells the time of an image.
+
+    Args:
+        num_images: Of the evaluation.
+    """
+
+    def __init__(self, num_images: int) -> None:
+        self._num_images = num_images
+        self._first: tuple[float, int] | None = None
+        self._is_over = False
+
+    def __call__(self, done: int, means: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, done
+        elif not self._is_over:
+            self._is_over = True
+            start, before = self._first
+            minutes = (now - start) / (done - before) * (self._num_images - done) / 60
+            num_cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+            if num_cores > 1 and minutes >= _MANY_MINUTES:
+                _logger.info(
+                    'About %.0f minutes are left with one process on %d cores. The threads of a small network wait for '
+                    'one another; a process a core: torchrun --standalone --nproc-per-node %d -m timm_castream.cli '
+                    'evaluate ... with the same options, which resumes here.',
+                    minutes,
+                    num_cores,
+                    num_cores,
+                )
 
 
 def _compare_classes(dataset: Any, model: Any, target: str) -> None:

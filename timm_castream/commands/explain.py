@@ -13,6 +13,8 @@ from .options import (
     add_model_options,
     add_normalisation_options,
     add_size_options,
+    count,
+    count_or_none,
     device_of,
     methods_from,
     open_from,
@@ -37,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     classes.add_argument(
         '--target', nargs='+', metavar='CLASS', help='names or indices of the classes to explain (default: predicted)'
     )
-    classes.add_argument('--top-k', type=int, metavar='K', help='explain the K most probable classes of each image')
+    classes.add_argument('--top-k', type=count, metavar='K', help='explain the K most probable classes of each image')
     pictures = parser.add_argument_group('pictures')
     pictures.add_argument(
         '--save-maps',
@@ -54,9 +56,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--multilabel', action='store_true', help='probabilities by sigmoid; every class of at least 0.5 is explained'
     )
-    parser.add_argument('--mask-batch-size', type=int, metavar='N', help='masked images at a time (default: by device)')
     parser.add_argument(
-        '--seed', type=int, default=0, help='of methods that draw random numbers (default: %(default)s)'
+        '--mask-batch-size', type=count, metavar='N', help='masked images at a time (default: by device)'
+    )
+    parser.add_argument(
+        '--seed', type=count_or_none, default=0, help='of methods that draw random numbers (default: %(default)s)'
     )
     parser.add_argument('--output', default='explained', metavar='DIR', help='(default: %(default)s)')
 
@@ -69,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     for path in args.paths:
         if os.path.isdir(path):
             raise ValueError(f'{path} is a folder: name it with --images.')
+        if not os.path.exists(path):
+            raise FileNotFoundError(f'There is no file {path}.')
     paths = [*map(Path, args.paths), *found]
     if not paths:
         raise ValueError('Name images, or a folder of them with --images.')

@@ -7,7 +7,15 @@ import sys
 from pathlib import Path
 
 from .names import names
-from .options import add_model_options, add_size_options, device_of, open_from
+from .options import (
+    add_model_options,
+    add_normalisation_options,
+    add_size_options,
+    count,
+    count_or_none,
+    device_of,
+    open_from,
+)
 
 EXAMPLE = 'castream fit --model tf_efficientnet_lite0 --pretrained --images FOLDER --output fitted'
 
@@ -22,9 +30,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default='predicted',
         help="the network's own predictions, or the names of the class folders (default: %(default)s)",
     )
-    data.add_argument('--num-images', type=int, metavar='N', help='use so many of them, drawn by --seed')
-    data.add_argument('-j', '--workers', type=int, default=2, help='processes that read images (default: %(default)s)')
+    data.add_argument('--num-images', type=count, metavar='N', help='use so many of them, drawn by --seed')
+    data.add_argument(
+        '-j', '--workers', type=count_or_none, default=2, help='processes that read images (default: %(default)s)'
+    )
     add_size_options(data)
+    add_normalisation_options(data)
     cache = parser.add_argument_group('feature maps on disk')
     cache.add_argument(
         '--cache-size', type=float, default=20.0, metavar='GB', help='at most; 0 keeps none (default: %(default)g)'
@@ -38,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         '--stream-start', type=int, nargs='+', metavar='L', help='l of the placement S_l - S_L (default: tries 0 and L)'
     )
-    training.add_argument('-b', '--batch-size', type=int, default=64, help='(default: %(default)s)')
+    training.add_argument('-b', '--batch-size', type=count, default=64, help='(default: %(default)s)')
     training.add_argument('--weight-decay', type=float, default=0.0, metavar='X', help='(default: %(default)g)')
     training.add_argument(
         '--distill',
@@ -57,7 +68,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help='share of the images whose label is the class of the model that their folder names (default: %(default)g)',
     )
     training.add_argument('--augment', action='store_true', help='random crops, flips and colours; keeps no maps')
-    training.add_argument('--seed', type=int, default=0, help='(default: %(default)s)')
+    training.add_argument('--seed', type=count_or_none, default=0, help='(default: %(default)s)')
     parser.add_argument(
         '--output',
         default='fitted',

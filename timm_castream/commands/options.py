@@ -6,6 +6,7 @@ import argparse
 import functools
 import importlib
 import inspect
+import logging
 import os
 import re
 import sys
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..attribution.user_methods import UserMethod
+
+_logger = logging.getLogger(__name__)
+
+_SMALL = 64  # the last map of larger images has several locations
 
 # What torch.device takes.
 _DEVICE = re.compile(r'(cpu|cuda|mps|xpu|mtia|hpu|npu|mlu|xla|meta|privateuseone)(:\d+)?')
@@ -36,7 +41,7 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
         help="weights: of timm's train.py, safetensors, or ORG/NAME on the Hub",
     )
     group.add_argument('--use-ema', action='store_true', help='the averaged weights of the checkpoint')
-    group.add_argument('--num-classes', type=int, help="other than the model's own")
+    group.add_argument('--num-classes', type=count_or_none, help="other than the model's own")
     add_model_kwargs(group)
     group.add_argument(
         '--device', type=_device, metavar='NAME', help='cpu, cuda, cuda:1, ... (default: cuda if there is one)'
@@ -46,12 +51,10 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
 def add_size_options(parser: argparse._ActionsContainer) -> None:
     """The options of the eval transform."""
     size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        '--img-size', type=_positive, metavar='N', help="side of the input in pixels (default: the model's)"
-    )
+    size.add_argument('--img-size', type=count, metavar='N', help="side of the input in pixels (default: the model's)")
     size.add_argument(
         '--input-size',
-        type=_positive,
+        type=count,
         nargs=3,
         metavar=('C', 'H', 'W'),
         help="channels, height and width of the input, as timm's scripts take them",
@@ -103,11 +106,20 @@ def one_of(kind: str, valid: Sequence[str]) -> Callable[[str], str]:
     return check
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{value} is no number of pixels')
+def count(text: str, least: int = 1) -> int:
+    """The type of an option that counts something."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f'{text!r} is out of range, valid ones are whole numbers from {least}')
     return value
+
+
+def count_or_none(text: str) -> int:
+    """The type of an option that may be 0."""
+    return count(text, 0)
 
 
 def _share(text: str) -> float:
@@ -131,7 +143,6 @@ def add_model_kwargs(parser: argparse._ActionsContainer) -> None:
 
 def open_from(args: argparse.Namespace) -> nn.Module:
     """The model that the options of `add_model_options` name."""
-    from ..backbones.image_settings import set_image_settings
     from ..hub.load import open_model
 
     model = open_model(
@@ -141,9 +152,24 @@ def open_from(args: argparse.Namespace) -> nn.Module:
         args.use_ema,
         **{'num_classes': args.num_classes, **args.model_kwargs},
     )
-    normalisation = getattr(args, 'mean', None), getattr(args, 'std', None)
-    set_image_settings(model, args.input_size, args.img_size, args.crop_pct, args.crop_mode, *normalisation)
+    set_images(model, args)
     return model
+
+
+def set_images(model: nn.Module, args: argparse.Namespace) -> None:
+    """Gives the model the images of `add_size_options` and `add_normalisation_options`."""
+    from ..backbones.image_settings import set_image_settings
+    from ..backbones.stages import has_one_location
+
+    set_image_settings(model, args.input_size, args.img_size, args.crop_pct, args.crop_mode, args.mean, args.std)
+    size = tuple(model.pretrained_cfg['input_size'])
+    if max(size[1:]) <= _SMALL and (args.img_size or args.input_size) and has_one_location(model, size):
+        _logger.warning(
+            'At %d x %d pixels the last feature map has one location, so its saliency maps are constant and say nothing: '
+            'choose a larger %s.',
+            *size[1:],
+            '--img-size' if args.img_size else '--input-size',
+        )
 
 
 def add_method_options(parser: argparse.ArgumentParser, methods: Sequence[str]) -> None:

@@ -9,6 +9,12 @@ from typing import Any
 
 from .options import add_model_kwargs
 
+PHRASES = {
+    'name a tag with backbone_pretrained, or pass False': 'name a tag with --backbone-tag, or add --own-backbone',
+    'name another tag with backbone_pretrained, or pass False': (
+        'name another tag with --backbone-tag, or add --own-backbone'
+    ),
+}
 EXAMPLE = 'castream push model_best.pth.tar --model resnet50_castream --repo me/resnet50_castream.sgd90_in1k'
 
 

@@ -23,7 +23,7 @@ from timm.task import ClassificationTask
 from torch import nn
 from tqdm import tqdm
 
-from .._utils.files import move_files
+from .._utils.files import make_folder, move_files
 from ..attach import POOLINGS, forward_both
 from ..attribution.methods import TABLE_METHODS
 from ..backbones.image_settings import image_loader
@@ -90,8 +90,7 @@ def run(output_dir: str | Path, seed: int = 0, settings: DemoSettings | None = N
     validation = DigitScenes('validation', settings.validation_images, seed=seed)
     explained = DigitScenes('validation', settings.explained_images, seed=seed)
 
-    output = Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    output = make_folder(output_dir)
     with tempfile.TemporaryDirectory(dir=output, prefix='.unfinished-') as scratch:
         folder = Path(scratch)
         gap_network = create_network('test_resnet')

@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import nn
 
-from .._utils.files import move_files
+from .._utils.files import make_folder, move_files
 from ..attach import POOLINGS, forward_both
 from ..attribution.methods import method_title
 from ..backbones.image_settings import image_loader
@@ -76,8 +76,7 @@ def explain_photographs(
     name = DEFAULT_MODEL if model is None else type(model).__name__
     _logger.info('%d photographs, %s: pictures, then measurements.', len(files), name)
     network: Any = (open_model(None) if model is None else model).eval()
-    output = Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    output = make_folder(output_dir)
     with tempfile.TemporaryDirectory(dir=output, prefix='.unfinished-') as scratch:
         folder = Path(scratch)
         explain(network, files, ('attention', 'grad_cam'), folder / 'pictures', POOLINGS)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .._utils.files import write_whole
+from .._utils.files import make_folder, write_whole
 from ..attribution.methods import method_title
 from ..metrics.table import METRICS
 from . import tables
@@ -271,8 +271,7 @@ class Report:
 
         `values.npz` has every value in full; `load` reads it.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(folder)
         with write_whole(folder / 'images.csv') as file:
             self.values.write_csv(file, self.files, self.label_names)
         with write_whole(folder / 'values.npz', 'wb') as file:
@@ -305,7 +304,9 @@ class Report:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise ValueError(f'There is no folder {folder}.')
+            raise ValueError(
+                f'{folder} is a file: name a folder.' if folder.exists() else f'There is no folder {folder}.'
+            )
         try:
             facts = json.loads((folder / 'evaluation.json').read_text(encoding='utf-8'))
             with np.load(folder / 'values.npz', allow_pickle=False) as file:

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .._utils.files import write_whole
+from .._utils.files import make_folder, write_whole
 from .values import ImageValues
 
 _MAX_VALUE_CHARS = 60  # characters of one value in an error
@@ -31,11 +31,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise ValueError(f'{folder} is a file: name a folder for the results.') from None
-        self.folder = folder
+        self.folder = make_folder(folder)
         self.path = folder / f'finished.{rank}.jsonl'
         self.temperatures_path = folder / 'temperatures.json'
         self._lock = FileLock(folder / '.lock', timeout=0)

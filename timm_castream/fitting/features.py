@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .._utils.files import write_whole
+from .._utils.files import make_folder, write_whole
 from ..datasets import read_batches
 from .network import FrozenNetwork
 
@@ -144,8 +144,7 @@ def write_features(
     Raises:
         ValueError: If the folder holds the maps of other images or of another network, or float16 cannot hold a map.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     facts = json.loads(
         json.dumps({**facts, 'stages': [stage.name for stage in network.stages], 'images': len(dataset)})
     )

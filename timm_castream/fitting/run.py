@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from .._utils.checks import check_bool, check_count, check_names
-from .._utils.files import write_whole
+from .._utils.files import make_folder, write_whole
 from ..attach import attach, detach
 from ..backbones.image_settings import image_settings, set_image_settings
 from ..backbones.mixin import CAStreamMixin
@@ -84,8 +84,7 @@ class Settings:
     distill: float
     true_share: float
     augment: bool
-    img_size: int | None
-    crop_pct: float | None
+    image_settings: dict[str, Any]  # arguments of `backbones.image_settings.set_image_settings`
 
     def __post_init__(self) -> None:
         check_names('labels', (self.labels,), LABELS)
@@ -159,9 +158,7 @@ def run(
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
     """Keeps other runs out of the output folder."""
-    if output.is_file():
-        raise ValueError(f'{output} is a file: name a folder for the results.')
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     lock = FileLock(output / '.lock', timeout=0)
     try:
         with lock:
@@ -228,7 +225,8 @@ class _Fit:
                 'placements': list(self.starts),
                 'files': files_hash(files),
                 'transform': repr(self.transform),
-                **asdict(settings),
+                **{key: value for key, value in asdict(settings).items() if key != 'image_settings'},
+                **settings.image_settings,
             },
             'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'timm_castream': __version__},
         }
@@ -338,8 +336,8 @@ class _Fit:
         model.eval()
 
     def _set_image_settings(self, model: Any) -> None:
-        if self.settings.img_size is not None or self.settings.crop_pct is not None:
-            set_image_settings(model, img_size=self.settings.img_size, crop_pct=self.settings.crop_pct)
+        if any(value is not None for value in self.settings.image_settings.values()):
+            set_image_settings(model, **self.settings.image_settings)
 
     def _write_facts(self) -> None:
         with write_whole(self.output / 'fit.json') as file:

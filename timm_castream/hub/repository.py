@@ -12,6 +12,7 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
+from .._utils.files import make_folder
 from ..backbones.mixin import CAStreamMixin, castream_model
 from .download import WEIGHTS_NAME
 from .label_names import label_names
@@ -81,8 +82,7 @@ def write_repository(
     figures = _figures(metrics, model) if metrics is not None else []
     tag = _timm_tag(model, backbone, backbone_pretrained) if stream_only else None
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     args = {**model.castream_config, **dict.fromkeys(NOT_SAVED)}
     config_alone: Any = None  # neither safetensors nor pickle: the weights below have a header
     save_for_hf(model, str(folder), model_args=args, safe_serialization=config_alone)
