@@ -156,7 +156,7 @@ def open_from(args: argparse.Namespace) -> nn.Module:
     return model
 
 
-def set_images(model: nn.Module, args: argparse.Namespace) -> None:
+def set_images(model: Any, args: argparse.Namespace) -> None:
     """Gives the model the images of `add_size_options` and `add_normalisation_options`."""
     from ..backbones.image_settings import set_image_settings
     from ..backbones.stages import has_one_location
