@@ -352,10 +352,10 @@ def test_wrong_arguments_raise_naming_the_value_and_leave_the_model_as_it_was(ar
 
 
 @pytest.mark.parametrize('backbone', [{'num_classes': 0}, {'global_pool': '', 'num_classes': 0}])
-def test_a_class_specific_stream_needs_a_gap_prediction(backbone):
+def test_a_class_specific_stream_needs_a_classifier(backbone):
     model = make_backbone('test_resnet', **backbone)
     before = snapshot(model)
-    with pytest.raises(ValueError, match='prediction'):
+    with pytest.raises(ValueError, match='num_classes=0'):
         attach(model, stream_class_specific=True)
     assert_same(model, before)
 

@@ -74,8 +74,7 @@ def attach(
         stream_stages: Names of the modules whose outputs are the stages, in the order in which they run. None: the
             paper's for ResNet (`maxpool`, `layer1` to `layer4`) and ConvNeXt (`stem`, `stages.0` to `stages.3`), timm's
             `feature_info` for others, and five blocks at equal distances where all blocks have one resolution. The last
-            stage is always the tensor that the model pools: the last name stands for it, or it is added where another
-            module was named last.
+            stage is always the tensor that the model pools; it is added if you do not name it.
         stream_block: `'ca'`, eq. (6), or `'proj_ca'`, supplementary eq. (1).
         stream_class_specific: One q_0 a class.
         stream_heads: Attention heads, must divide the channels of each stage.

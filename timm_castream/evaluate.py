@@ -77,13 +77,13 @@ def evaluate(
     set that are (C,) vectors make it multi-label: sigmoid in softmax's place, one evaluation a positive label, mean
     average precision in accuracy's place. Negative entries of such a vector do not count.
 
-    An image that cannot be read is in no figure; the report names it.
+    Unreadable images are left out of all results; the report names them.
 
     Args:
         model: A model with a stream, any timm model, or any module that gives (B, C) logits, on the device to run on.
         loader: A `DataLoader` or one of timm's `create_loader`, of images normalised as the model's `pretrained_cfg`
-            says; another normalisation is warned about where the loader shows it. Its data set is read by index and in
-            order; its sampler plays no part. An item is (image, label), a mapping with `pixel_values` or `image` and
+            says. A warning appears if the loader normalises otherwise. Images are read in order; the sampler is
+            ignored. An item is (image, label), a mapping with `pixel_values` or `image` and
             `labels` or `label`, or, where no label is needed, an image alone.
         methods: Names of `methods.METHODS`, or a mapping from a label to a name, a callable or an array. A callable
             gets (x, target), (B, 3, H, W) images and (B,) class indices, and returns (B, h, w), (B, 1, h, w) or

@@ -50,7 +50,7 @@ def fit(
 
     The rule of the choice: recipes more than one point less accurate than GAP are left out (five points where GAP's
     predictions are the labels, since its accuracy is then 100 %). Of the others the one with the greatest AG + AI of
-    Grad-CAM, less those of random maps, is taken. Within one point of the greatest the more accurate recipe is taken, then
+    Grad-CAM, minus those of random maps, is chosen. Within one point of the greatest the more accurate recipe is taken, then
     the one with fewer epochs. Where none is accurate enough, the most accurate one is taken.
 
     The rule of the answer: the stream helps where the accuracy is not lower (its interval reaches 0; without labels:

@@ -171,7 +171,7 @@ def test_an_unknown_figure_is_refused_with_those_that_there_are() -> None:
     contents = "poolings: 'gap', 'ca'; methods: 'grad_cam'; metrics: 'average_gain', 'average_drop'"
     with pytest.raises(KeyError) as error:
         report['gap', 'grad_cam', 'insertion']
-    assert error.value.args == (f"there is no figure ('gap', 'grad_cam', 'insertion'); {contents}",)
+    assert error.value.args == (f"there is no value ('gap', 'grad_cam', 'insertion'); {contents}",)
     with pytest.raises(KeyError) as error:
         report.difference('centre', 'average_drop')
     assert error.value.args == (f"there is no difference ('centre', 'average_drop'); {contents}",)
@@ -197,7 +197,7 @@ def test_unreadable_images_are_counted_in_print_and_json(tmp_path) -> None:
     report = dataclasses.replace(
         make_report(np.zeros((3, 5)), np.zeros(3)), unreadable={f'{i}.png': 'truncated' for i in range(5)}
     )
-    assert str(report).splitlines()[-1] == ('5 images could not be read and are in no figure: 0.png, 1.png, 2.png, ...')
+    assert str(report).splitlines()[-1] == ('5 images could not be read and are left out: 0.png, 1.png, 2.png, ...')
     assert report.to_dict()['unreadable'] == {f'{i}.png': 'truncated' for i in range(5)}
 
 

@@ -205,7 +205,7 @@ class TestCard:
 
     @pytest.mark.parametrize('metrics', [{'settings': {}}, {}, [1], {'rows': [{'average_drop': 1}]}], ids=str)
     def test_metrics_without_a_figure_are_refused_before_anything_is_written(self, metrics, tmp_path):
-        with pytest.raises(ValueError, match='no figures of `castream evaluate`'):
+        with pytest.raises(ValueError, match='no values of `castream evaluate`'):
             publish.write_repository(make_model(), tmp_path / 'net', 'org/net', metrics=metrics)
         assert not (tmp_path / 'net').exists()
 

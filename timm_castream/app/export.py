@@ -87,7 +87,7 @@ def write_explanation(
     measured: str | None = None,
     colours: str = COLOURS[0],
 ) -> list[Path]:
-    """Writes the picture and the figures of an explanation.
+    """Writes the picture and the values of an explanation.
 
     Args:
         explanation: Of an image.
@@ -105,7 +105,7 @@ def write_explanation(
     files = [save(draw_explanation(explanation, methods, target, opacity, colours), folder / 'explanation.png')]
     if worth:
         files.append(save(draw_scores(worth, opened.pooling_names), folder / 'curves.png'))
-    figures: dict[str, Any] = {
+    facts: dict[str, Any] = {
         'model': opened.name,
         'weights': opened.weights,
         'versions': {'timm_castream': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
@@ -126,13 +126,13 @@ def write_explanation(
     }
     if opened.predictor.has_stream:
         logits, cam = explanation.identity()
-        figures['identity'] = {
+        facts['identity'] = {
             'attention_logits': logits[0].tolist(),
             'cam': cam[0].tolist(),
             'largest_difference': (logits - cam).abs().max().item(),
         }
     path = folder / 'explanation.json'
-    path.write_text(json.dumps(figures, indent=1) + '\n', encoding='utf-8')
+    path.write_text(json.dumps(facts, indent=1) + '\n', encoding='utf-8')
     return [*files, path]
 
 

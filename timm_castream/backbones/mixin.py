@@ -3,8 +3,8 @@
 A network that carries a stream is still of its backbone's class, through a mixin and a subclass cached per class, as
 PyTorch's own parametrizations do it. `forward_features` opens a stream pass. The forward hook of each stage runs its
 block while a pass is open. The query travels on the returned feature map to `forward_head`, which runs the last block
-and hands the untouched head a map of one location, the query: the average over one location is that location, and a
-class token takes the query too. Whatever the head does before or after its pooling stays as it was.
+and hands the untouched head a map of one location that holds the query. Averaging one location changes nothing; in a
+class-token network the query takes the place of the class token. Whatever the head does before or after its pooling stays as it was.
 
 Letters: B images, C classes, D channels, H x W locations, l a stage from 0 to L.
 """
@@ -354,8 +354,8 @@ def carry_query(features: Tensor, changed: Tensor) -> Tensor:
 def check_class_specific(num_classes: int, global_pool: str | None) -> None:
     if num_classes < 1 or global_pool == '':
         raise ValueError(
-            "A class specific stream needs the GAP network's prediction, which "
-            f'num_classes={num_classes} and global_pool={global_pool!r} do not give.'
+            'A class specific stream needs a classifier: num_classes must be at least 1 and global_pool not empty, got '
+            f'num_classes={num_classes} and global_pool={global_pool!r}.'
         )
 
 

@@ -99,8 +99,8 @@ def find_stages(model: nn.Module, names: Sequence[str] | None = None) -> tuple[t
         pooling = head_pooling(model, pooled, head)
         if pooling is HeadPooling.UNKNOWN:
             raise ValueError(
-                f'{kind} does not pool the feature map that its forward_features gives by average, by '
-                'maximum or by a class token, so a CA-Stream cannot take that place.'
+                f'The head of {kind} does not pool by average, by maximum or by a class token, so a CA-Stream cannot '
+                'take that place.'
             )
         visits = list(probe.visits)
         if names is None:

@@ -31,7 +31,7 @@ class StreamPass:
         self.image_size = None if attention is None else image_size
         self.attention = attention
         self.visited = 0
-        # Not their views: a checkpointed region may record no graph until it has returned.
+        # The tensors, not views of them: inside a checkpointed region a view has no graph yet.
         self.waiting: list[tuple[Stage, Tensor]] = []
 
     def visit(self, stage: Stage, output: Any) -> None:

@@ -76,11 +76,11 @@ def run(output_dir: str | Path, seed: int = 0, settings: DemoSettings | None = N
         output_dir: Gets `report.md`, `metrics.json`, `figure.png`, the per-image values `images.csv` and the weights,
             `model/` (a folder that `local-dir:` loads), `stream.safetensors` and `gap.safetensors`. They appear
             together at the end; an interrupted demo leaves nothing.
-        seed: Of the data, the weights and the order of training. The same seed gives the same figures.
+        seed: Of the data, the weights and the order of training. The same seed gives the same values.
         settings: Sizes, `QUICK` for a look.
 
     Returns:
-        The figures of the interpretability protocol.
+        The report of the interpretability protocol.
     """
     settings = settings or DemoSettings()
     start = time.monotonic()

@@ -40,7 +40,7 @@ def warn_of_another_normalisation(loader: Any, mean: list[float], std: list[floa
     if of_loader is None or all(map(_equal, of_loader, (mean, std))):
         return
     _logger.warning(
-        'The loader normalises by mean %s and std %s, the network by mean %s and std %s, so the figures are those of '
+        'The loader normalises by mean %s and std %s, the network by mean %s and std %s, so the values are those of '
         "other images: make the loader with the mean and std of model.pretrained_cfg, or pass evaluate the loader's.",
         *of_loader,
         mean,

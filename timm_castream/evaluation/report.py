@@ -1,4 +1,4 @@
-"""The result of an evaluation: figures with intervals, printed as the paper's tables, saved as CSV and JSON."""
+"""The result of an evaluation: values with intervals, printed as the paper's tables, saved as CSV and JSON."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class Report:
         figures: By (pooling, method, metric).
         differences: CA - GAP, paired by image: by (method, metric), `('accuracy',)` or `('confidence',)`.
         num_images: N.
-        settings: Everything that the figures depend on: arguments, seed, versions. Plain data.
+        settings: Everything that the values depend on: arguments, seed, versions. Plain data.
         values: Values of every image.
         resampled: The resamples that the intervals are made of; those of `compare` and `best` too.
-        unreadable: Images that could not be read and are in no figure: reason by name.
+        unreadable: Images that could not be read and are left out of all results: reason by name.
         files: Names of the images by their positions in the data set.
         label_names: Names of the model's classes, where they are known.
-        not_finite: Images with NaN in a map or in the scores, which are in no figure: reason by name.
+        not_finite: Images with NaN in a map or in the scores, left out of all results: reason by name.
         not_finite_maps: Number of maps with NaN, by (pooling, method).
         pooling_names: What the network pools by, `'GAP'` or `'class token'`, and `'CA'`, by pooling.
     """
@@ -150,7 +150,7 @@ class Report:
 
     def __getitem__(self, key: tuple[str, str, str]) -> Estimate:
         if key not in self.figures:
-            raise KeyError(f'there is no figure {key!r}; {self._contents}')
+            raise KeyError(f'there is no value {key!r}; {self._contents}')
         return self.figures[key]
 
     @property
@@ -369,9 +369,9 @@ class Report:
             ]
         return rows
 
-    def _table_row(self, method: str, pooling: str, figures: Mapping[str, Estimate]) -> dict[str, Any]:
+    def _table_row(self, method: str, pooling: str, estimates: Mapping[str, Estimate]) -> dict[str, Any]:
         row: dict[str, Any] = {'network': self.network, 'method': method, 'pooling': pooling}
-        for name, (value, low, high) in figures.items():
+        for name, (value, low, high) in estimates.items():
             row |= {name: _plain(value), f'{name}_low': _plain(low), f'{name}_high': _plain(high)}
         if pooling != DIFFERENCE:
             row['constant_maps'] = self.values.count(pooling, method, 'constant')

@@ -126,7 +126,7 @@ def notes(report: Report) -> Iterator[str]:
     for lost, text in ((report.unreadable, 'could not be read'), (report.not_finite, 'have NaN in a map or in scores')):
         if lost:
             names = ', '.join(list(lost)[:3]) + (', ...' if len(lost) > 3 else '')
-            yield f'{_images(len(lost))} {text} and are in no figure: {names}'
+            yield f'{_images(len(lost))} {text} and are left out: {names}'
 
 
 def baseline_notes(report: Report) -> Iterator[str]:

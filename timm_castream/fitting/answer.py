@@ -19,7 +19,7 @@ class Answer(NamedTuple):
 
     Attributes:
         helps: Whether it does.
-        sentence: The same with the figures.
+        sentence: The same with the values.
     """
 
     helps: bool
@@ -49,17 +49,17 @@ def answer(report: Report, has_labels: bool) -> Answer:
         problems.append('AG of Grad-CAM gains no more than that of random maps')
     first = f'accuracy {_signed(accuracy)}' if has_labels else f"CA predicts GAP's class on {agreement:.1f} %"
     drop, gain, increase = (report.difference('grad_cam', metric) for metric in MEASURED)
-    figures = (
+    values = (
         f'{first}; Grad-CAM, CA - GAP: AD {_signed(drop)}, AG {_signed(gain)}, AI {_signed(increase)}; AG beyond random '
         f'maps {_signed(beyond)}'
     )
     if problems:
-        return Answer(False, f'It is not shown that the stream helps here, since {", ".join(problems)} ({figures}).')
-    return Answer(True, f'The stream helps here ({figures}).')
+        return Answer(False, f'It is not shown that the stream helps here, since {", ".join(problems)} ({values}).')
+    return Answer(True, f'The stream helps here ({values}).')
 
 
 def gain_beyond_random(report: Report) -> Estimate:
-    """CA - GAP of AG of Grad-CAM, less that of random maps: paired by image, with a bootstrap 95 % interval."""
+    """CA - GAP of AG of Grad-CAM minus that of random maps: paired by image, with a bootstrap 95 % interval."""
     pairs = report.values.pairs
     (ca, gap), (random_ca, random_gap) = (
         [pairs[f'{pooling}/{method}/average_gain'] for pooling in ('ca', 'gap')] for method in METHODS
@@ -73,7 +73,7 @@ def report_text(report: Report, reached: Answer, facts: dict[str, Any]) -> str:
     """The page `report.md`.
 
     Args:
-        report: The figures.
+        report: The values.
         reached: The answer.
         facts: The contents of `fit.json`.
     """

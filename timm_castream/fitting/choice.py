@@ -24,8 +24,8 @@ class Tried:
     Attributes:
         recipe: The settings.
         accuracy: Accuracy of CA.
-        average_gain: AG of Grad-CAM less that of random maps, None where the accuracy leaves the recipe out.
-        average_increase: AI of Grad-CAM less that of random maps, or None.
+        average_gain: AG of Grad-CAM minus that of random maps, None if the accuracy leaves the recipe out.
+        average_increase: AI of Grad-CAM minus that of random maps, or None.
     """
 
     recipe: Recipe
@@ -80,7 +80,7 @@ def take(tried: Sequence[Tried], least: float) -> Tried:
     """The recipe that the rule takes.
 
     1. Recipes less accurate than `least` are left out. Where none is left, the most accurate ones stay.
-    2. Of the others the one with the greatest score, AG + AI of Grad-CAM less those of random maps, is taken.
+    2. Of the others the one with the greatest score, AG + AI of Grad-CAM minus those of random maps, is chosen.
     3. Scores within one point of the greatest cannot be told apart. Of these the most accurate recipe is taken, and of
        equally accurate ones the one with the fewest epochs.
 

@@ -112,7 +112,7 @@ class Fitted:
         model: The model, with the fitted stream, in evaluation mode.
         report: The protocol on images that the fit did not train on.
         helps: Whether the stream helps here, by the rule of `fit.fit`.
-        sentence: The same in a sentence with the figures.
+        sentence: The same in a sentence with the values.
         facts: The contents of `fit.json`: settings, numbers of images, the recipes tried and the one taken.
         folder: The output folder.
     """
@@ -472,7 +472,7 @@ class _Fit:
         return LiveFeatures(self.network, dataset_of, self.workers)
 
     def _score(self, entry: Tried, candidate: Candidate, indices: Tensor, labels: Tensor, name: str) -> Tried:
-        """AG and AI of Grad-CAM less those of random maps."""
+        """AG and AI of Grad-CAM minus those of random maps."""
         attach(self.work, **self._attach_args(entry.recipe))
         try:
             self.work.castream.load_state_dict(candidate.stream.state_dict())

@@ -1,7 +1,7 @@
 """Find and read weights: files, folders, Hub repositories, checkpoints of timm's train.py, and timm's own weights.
 
-Hub files are read by their explicit name and as safetensors: where no name is given, timm goes on to a pickle when a
-request fails. A pickle is read where the user names it, and with torch's `weights_only=True`: tensors and plain data.
+Hub files are read by their explicit name and as safetensors: if no name is given, timm takes a pickle when a
+request fails. A pickle is read if the user names it, and with torch's `weights_only=True`: tensors and plain data.
 """
 
 from __future__ import annotations

@@ -23,14 +23,14 @@ from .stream_file import StreamHeader, backbone_name, fingerprint, stream_state_
 _POOLINGS = ('gap', 'ca')  # the other rows of an evaluation are differences
 
 
-class _Figure(NamedTuple):
-    """A measured figure.
+class _Result(NamedTuple):
+    """A measured value.
 
     Attributes:
         metric: Name of the metric.
         name: Text of the table.
         value: In percent.
-        interval: Bootstrap interval of a difference between the poolings, '' for a figure of one pooling.
+        interval: Bootstrap interval of a difference between the poolings, '' for a value of one pooling.
     """
 
     metric: str
@@ -57,8 +57,8 @@ def write_repository(
         stream_only: Leave the backbone out; `timm.create_model('hf-hub:org/name', pretrained=True)` takes it from timm.
         backbone_pretrained: With `stream_only`, timm's weights on which the stream was trained: True for those of the
             model's own cfg, or a tag. They are compared with the model's. False: the weights are not timm's.
-        metrics: The figures of this very model, as `castream evaluate` writes them to evaluation.json.
-        dataset: Name of the training data on the Hub. None: `imagenet-1k` where there are 1000 classes. The figures are
+        metrics: The values of this very model, as `castream evaluate` writes them to evaluation.json.
+        dataset: Name of the training data on the Hub. None: `imagenet-1k` where there are 1000 classes. The values are
             said to be of the data set that the metrics name, and of this one where they name none.
 
     Returns:
@@ -66,7 +66,7 @@ def write_repository(
 
     Raises:
         ValueError: If the model has no stream, has no name to be created by (whole models), its frozen weights are not
-            timm's (streams alone), or the metrics hold no figures or those of other weights.
+            timm's (streams alone), or the metrics hold no values or those of other weights.
     """
     model = castream_model(model)
     backbone = backbone_name(model)
@@ -79,7 +79,7 @@ def write_repository(
         )
     if not getattr(model, 'pretrained_cfg', None):
         raise ValueError(f'This {type(model).__name__} has no pretrained_cfg to publish: use save_stream.')
-    figures = _figures(metrics, model) if metrics is not None else []
+    results = _results(metrics, model) if metrics is not None else []
     tag = _timm_tag(model, backbone, backbone_pretrained) if stream_only else None
 
     folder = make_folder(folder)
@@ -98,7 +98,7 @@ def write_repository(
         config['pretrained_cfg'].pop(name, None)
         if names and value:
             config[name] = value  # where timm puts them
-    config['pretrained_cfg']['hf_hub_filename'] = WEIGHTS_NAME  # named, so that no client goes on to a pickle
+    config['pretrained_cfg']['hf_hub_filename'] = WEIGHTS_NAME  # named, so that no client takes a pickle
     (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
     header = StreamHeader.of(model)
@@ -113,7 +113,7 @@ def write_repository(
         header=header,
         config=config,
         dataset=dataset,
-        figures=figures,
+        results=results,
         metrics=metrics or {},
         base_model=f'timm/{backbone}.{tag}' if tag else None,
         # By its name a repository gives a whole model, or a stream and the timm weights to put it on.
@@ -172,7 +172,7 @@ def _card(
     header: StreamHeader,
     config: dict[str, Any],
     dataset: str | None,
-    figures: list[_Figure],
+    results: list[_Result],
     metrics: dict[str, Any],
     **facts: Any,
 ) -> str:
@@ -181,18 +181,18 @@ def _card(
 
     settings = metrics.get('settings', {})
     measured_on = settings.get('dataset') or dataset or 'unknown'
-    results = [
+    hub_results = [
         EvalResult(
             task_type='image-classification',
             dataset_type=measured_on,
             dataset_name=measured_on,
             dataset_split=settings.get('split'),
-            metric_type=figure.metric,
-            metric_name=figure.name,
-            metric_value=figure.value,
+            metric_type=result.metric,
+            metric_name=result.name,
+            metric_value=result.value,
         )
-        for figure in figures
-        if not figure.interval
+        for result in results
+        if not result.interval
     ]
     data = ModelCardData(
         license=config['pretrained_cfg'].get('license') or 'other',
@@ -201,8 +201,8 @@ def _card(
         tags=['image-classification', 'timm', 'castream', 'interpretability'],
         datasets=[dataset] if dataset else None,
         base_model=facts['base_model'],
-        model_name=repo_id.split('/')[-1] if results else None,
-        eval_results=results or None,
+        model_name=repo_id.split('/')[-1] if hub_results else None,
+        eval_results=hub_results or None,
     )
     template = (files('hf_configs') / 'model_card.md').read_text(encoding='utf-8')
     return str(
@@ -213,7 +213,7 @@ def _card(
             header=header,
             config=config,
             dataset=dataset,
-            figures=figures,
+            results=results,
             measured_on=measured_on,
             num_images=metrics.get('num_images'),
             settings=settings,
@@ -222,12 +222,12 @@ def _card(
     )
 
 
-def _figures(metrics: dict[str, Any], model: nn.Module) -> list[_Figure]:
-    """The figures of an evaluation.json: accuracies, then every metric of every row."""
+def _results(metrics: dict[str, Any], model: nn.Module) -> list[_Result]:
+    """The values of an evaluation.json: accuracies, then every metric of every row."""
     summary = {'accuracy': 'Top-1 accuracy', 'mAP': 'Mean average precision', 'confidence': 'Mean probability'}
     try:
-        figures = [
-            _Figure(key, f'{title}, {pooling.upper()}', round(value, 2))
+        results = [
+            _Result(key, f'{title}, {pooling.upper()}', round(value, 2))
             for key, title in summary.items()
             for pooling, value in metrics.get(key, {}).items()
         ]
@@ -243,15 +243,15 @@ def _figures(metrics: dict[str, Any], model: nn.Module) -> list[_Figure]:
                 interval = ''
                 if f'{key}_low' in row and row['pooling'] not in _POOLINGS:
                     interval = f' [{row[f"{key}_low"]:+.2f}, {row[f"{key}_high"]:+.2f}]'
-                figures.append(_Figure(key, f'{metric_titles[key]}, {where}', round(row[key], 2), interval))
+                results.append(_Result(key, f'{metric_titles[key]}, {where}', round(row[key], 2), interval))
         measured = metrics.get('settings', {}).get('weights')
     except (AttributeError, KeyError, TypeError):
-        figures, measured = [], None
-    if not figures:
-        raise ValueError('The metrics hold no figures of `castream evaluate`, which writes them to evaluation.json.')
+        results, measured = [], None
+    if not results:
+        raise ValueError('The metrics hold no values of `castream evaluate`, which writes them to evaluation.json.')
     if measured not in (None, weights_hash(model)):
         raise ValueError(
             'The metrics were measured with other weights than those to publish: run `castream evaluate` '
             'on this very checkpoint.'
         )
-    return figures
+    return results
