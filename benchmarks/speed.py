@@ -272,7 +272,7 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         old = stack.enter_context(worktree(args.against))
         given = dict(pair.split('=', 1) for pair in args.weights)
-        rows = [row for row in ROWS if row.group in args.rows]
+        rows = [row for row in ROWS if row.group in args.rows and row.architecture in args.networks]
         if args.quick:
             rows = [replace(row, architecture=SMALL, rounds=1, count=1) for row in rows]
         names = {row.architecture for row in rows} | ({LITE0} if 'agreement' in args.rows else set())
@@ -299,6 +299,8 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rows', nargs='+', default=GROUPS, choices=GROUPS, help='(default: all)')
+    networks = sorted({row.architecture for row in ROWS})
+    parser.add_argument('--networks', nargs='+', default=networks, choices=networks, help='(default: all)')
     parser.add_argument('--against', default='7691420', metavar='COMMIT', help='(default: %(default)s)')
     parser.add_argument('--images', type=Path, metavar='DIR', help='a folder of photographs')
     parser.add_argument('--weights', nargs='+', default=[], metavar='NAME=FILE', help='safetensors of plain backbones')

@@ -7,7 +7,8 @@ import logging
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -43,6 +44,14 @@ def loader() -> DataLoader:
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(5, 3, 64, 64, generator=generator)
     return DataLoader(TensorDataset(images, torch.arange(5)), 2)
+
+
+@pytest.fixture
+def num_threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads of torch for a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -113,6 +122,30 @@ def test_its_logits_are_torchs_for_any_number_of_images(make_model, x, backbone,
     for pooling, logits in expected.items():
         assert logits.std() > 1e-3
         torch.testing.assert_close(given[pooling], logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
+
+
+def test_as_many_threads_as_torch_has_run_it_side_by_side_and_do_not_show(make_model, x, num_threads):
+    count = 3
+    num_threads(count)
+    predictor = Predictor(make_model('test_resnet'))
+    engine = engines.make_engine(predictor, x, 'weights')
+    assert engine.num_threads == count and engine.batch_size % (count * engine.shape[0]) == 0
+    with predictor.evaluating():
+        expected = predictor.torch_logits(x)
+    meeting = threading.Barrier(count)
+    session = engine._session
+
+    class Session:
+        @staticmethod
+        def run(*arguments):
+            meeting.wait(timeout=60)  # it breaks unless so many are here at a time
+            return session.run(*arguments)
+
+    engine._session = Session()
+    images = x[:1].repeat(engine.shape[0] * count, 1, 1, 1)
+    given = predictor.accelerated(engine).logits(images)
+    for pooling, logits in expected.items():
+        assert torch.allclose(given[pooling], logits[:1], rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
 
 
 def test_an_evaluation_has_the_values_of_torch_and_names_its_engine(model, loader):

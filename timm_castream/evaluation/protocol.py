@@ -78,7 +78,7 @@ class Protocol:
         self._check_labels(labels, len(x))
         predictor, methods = self.predictor, self.plan.methods
         position = torch.tensor(list(indices), device=x.device)
-        x = x.contiguous(memory_format=predictor.memory_format(x))
+        x = predictor.to_mask(x)
         batch = Batch(predictor, x, methods, position, self.plan.seed)
         prob = {p: predictor.probabilities(batch.logits[p], p) for p in predictor.poolings}
         if predictor.score is not None:

@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -34,8 +35,11 @@ TOLERANCE = 1e-5  # of probabilities
 # An export takes as long as some hundred forwards of 224 x 224 pixels. Below so many `auto` does not try it.
 WORTH_AN_EXPORT = 1000
 _PACKAGES = ('onnxruntime', 'onnx', 'onnxscript')
-# Two images of 224 x 224 at a time are as fast as many, and need little memory.
-_PIXELS_AT_ONCE = 2 * 224 * 224
+# One image of 224 x 224 a call is as fast as many, and needs little memory.
+_PIXELS_OF_A_CALL = 224 * 224
+# Calls for a batch, and of a thread at least: at its end the threads wait for each other and for the next masks.
+_CALLS = 32
+_CALLS_OF_A_THREAD = 2
 _SECONDS_OF_AN_EXPORT = 900
 
 _logger = logging.getLogger(__name__)
@@ -44,6 +48,9 @@ _logger = logging.getLogger(__name__)
 class Engine:
     """A network in ONNX Runtime, for images of one size.
 
+    As many threads as torch has share the images of a batch. Each runs the whole network on a few images: threads that
+    share each layer wait for each other, which took a quarter longer.
+
     Args:
         path: File of the graph, from `export`.
         poolings: Names of its outputs.
@@ -51,19 +58,23 @@ class Engine:
 
     Attributes:
         name: `onnxruntime` and its version.
+        num_threads: How many run it.
+        batch_size: Images that keep them busy.
     """
 
     def __init__(self, path: Path, poolings: Sequence[str], shape: Sequence[int]) -> None:
         onnxruntime: Any = importlib.import_module('onnxruntime')
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = 1
         options.log_severity_level = 3  # errors
-        # Its threads would wait for the next forward beside torch's threads, which make the masks.
-        options.add_session_config_entry('session.force_spinning_stop', '1')
         self._session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
         self._input = self._session.get_inputs()[0].name
         self.poolings = tuple(poolings)
         self.shape = tuple(shape)
+        self.num_threads = torch.get_num_threads()
+        self._threads = ThreadPoolExecutor(self.num_threads, 'castream-engine')
+        calls = max(_CALLS // self.num_threads, _CALLS_OF_A_THREAD)
+        self.batch_size = self.shape[0] * self.num_threads * calls
         self.name = f'onnxruntime {onnxruntime.__version__}'
 
     def takes(self, images: Tensor) -> bool:
@@ -72,7 +83,7 @@ class Engine:
 
     def logits(self, images: Tensor, poolings: Sequence[str]) -> dict[str, Tensor]:
         """{pooling: (N, C)} logits of (N, channels, H, W) images."""
-        parts = [self._run(part) for part in images.contiguous().split(self.shape[0])]
+        parts = list(self._threads.map(self._run, images.contiguous().split(self.shape[0])))
         return {name: torch.cat([part[self.poolings.index(name)] for part in parts]) for name in poolings}
 
     def _run(self, images: Tensor) -> list[Tensor]:
@@ -152,7 +163,7 @@ def make_engine(predictor: Predictor, images: Tensor, fingerprint: str, must_be_
         faster. The reason is logged.
     """
     pixels = images.shape[2] * images.shape[3]
-    size = max(1, min(_PIXELS_AT_ONCE // pixels, predictor.batch_size(images)))
+    size = max(1, min(_PIXELS_OF_A_CALL // pixels, predictor.torch_batch_size(images)))
     key = (fingerprint, predictor.poolings, size, tuple(images.shape[1:]), torch.get_num_threads())
     known, engine, speed = _engines.get(predictor.model, ((), None, 0.0))
     if engine is None or known != key:
@@ -250,7 +261,7 @@ def _difference(predictor: Predictor, engine: Engine, images: Tensor) -> float:
 
 def _speed(predictor: Predictor, engine: Engine, images: Tensor) -> float:
     """Seconds of torch for a batch over those of the engine, the least of two each."""
-    size = engine.shape[0]
+    size = engine.shape[0] * engine.num_threads
     batch = images.repeat(-(-size // len(images)), 1, 1, 1)[:size]
     calls = (lambda: predictor.torch_logits(batch)), (lambda: engine.logits(batch, engine.poolings))
     torch_seconds, engine_seconds = (min(_seconds(call) for _ in range(2)) for call in calls)

@@ -106,7 +106,7 @@ def mask_normalised(x: Tensor, mask: Tensor, mean: Tensor, std: Tensor) -> Tenso
         (B, C, H, W), where the mask is 1 equal to x to the last bit.
     """
     # ((x * std + mean) * mask - mean) / std, without a round trip through the unnormalised image
-    return x * mask + (mask - 1) * (mean / std)
+    return torch.addcmul(x * mask, mask - 1, mean / std)
 
 
 def fast_memory_format(x: Tensor) -> torch.memory_format:

@@ -312,12 +312,21 @@ class Predictor:
     def batch_size(self, images: Tensor) -> int:
         """Images of one forward, for images of this size."""
         if self._engine is not None and self._engine.takes(images):
-            return self._engine.shape[0]
+            return self._engine.batch_size
+        return self.torch_batch_size(images)
+
+    def torch_batch_size(self, images: Tensor) -> int:
+        """`batch_size`, in torch whatever the engine."""
         return self._batch_size or default_batch_size(images)
 
     def memory_format(self, images: Tensor) -> torch.memory_format:
         """The memory format in which the images are forwarded."""
         return torch.channels_last if self._channels_last else fast_memory_format(images)
+
+    def to_mask(self, images: Tensor) -> Tensor:
+        """Images in the memory format in which `logits` takes what is made of them: masking keeps the format."""
+        in_engine = self._engine is not None and self._engine.takes(images)
+        return images.contiguous(memory_format=torch.contiguous_format if in_engine else self.memory_format(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """The model's own forward, under the pooling that the model is set to: (N, C) logits of one batch."""
@@ -395,7 +404,7 @@ class Predictor:
 
     def all_logits(self, images: Tensor, poolings: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Logits of any number of images that no map has changed, in batches, in torch."""
-        parts = [self.torch_logits(part, poolings) for part in images.split(self.batch_size(images))]
+        parts = [self.torch_logits(part, poolings) for part in images.split(self.torch_batch_size(images))]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def probabilities(self, logits: Tensor, name: str | None = None) -> Tensor:

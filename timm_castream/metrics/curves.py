@@ -149,7 +149,8 @@ def perturbation_curves(
 
     def probabilities_at(maps: Tensor, points: Tensor) -> Tensor:
         changed = rank[maps] < (points * step)[:, None, None]
-        return predict(torch.where(changed[:, None], finish[image[maps]], start[image[maps]]), maps)
+        after, before = (images if len(images) == 1 else images[image[maps]] for images in (finish, start))
+        return predict(torch.where(changed[:, None], after, before), maps)
 
     pairs = torch.cartesian_prod(torch.arange(len(rank), device=start.device), points)
     batches = [probabilities_at(*batch.unbind(1)) for batch in pairs.split(batch_size)]
