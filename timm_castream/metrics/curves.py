@@ -149,7 +149,11 @@ def perturbation_curves(
 
     def probabilities_at(maps: Tensor, points: Tensor) -> Tensor:
         changed = rank[maps] < (points * step)[:, None, None]
-        after, before = (images if len(images) == 1 else images[image[maps]] for images in (finish, start))
+        # Images that are one image again and again are not copied.
+        after, before = (
+            images[:1] if len(images) == 1 or images.stride(0) == 0 else images[image[maps]]
+            for images in (finish, start)
+        )
         return predict(torch.where(changed[:, None], after, before), maps)
 
     pairs = torch.cartesian_prod(torch.arange(len(rank), device=start.device), points)
