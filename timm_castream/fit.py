@@ -98,7 +98,8 @@ def fit(
         ValueError: If there are too few images, the network has no trained classifier, an argument does not fit, or the
             output holds another fit.
     """
-    from .fitting.run import Settings, run
+    from .fitting.run import run
+    from .fitting.settings import Settings
 
     settings = Settings(
         labels=labels,

@@ -12,7 +12,7 @@ from timm_castream.attribution.methods import DEFAULT_METHODS, METHODS
 from timm_castream.commands import COMMANDS
 from timm_castream.commands.names import names, rows
 from timm_castream.evaluation.plan import TARGETS
-from timm_castream.fitting.run import LABELS
+from timm_castream.fitting.settings import LABELS
 from timm_castream.inference.engine import ENGINES
 from timm_castream.metrics.curves import CURVE_SETTINGS
 from timm_castream.metrics.table import METRICS
@@ -23,7 +23,7 @@ def test_the_names_are_those_of_the_tables():
     assert rows('metrics/table', 'MetricRow') == tuple(METRICS)
     assert names('attach', 'POOLINGS') == POOLINGS
     assert names('evaluation/plan', 'TARGETS') == TARGETS
-    assert names('fitting/run', 'LABELS') == LABELS
+    assert names('fitting/settings', 'LABELS') == LABELS
     assert names('inference/engine', 'ENGINES') == ENGINES
     assert names('metrics/curves', 'CURVE_SETTINGS') == tuple(CURVE_SETTINGS)
 

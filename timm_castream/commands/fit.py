@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument('--images', nargs='+', required=True, metavar='DIR', help='folders; every image below them')
     data.add_argument(
         '--labels',
-        choices=names('fitting/run', 'LABELS'),
+        choices=names('fitting/settings', 'LABELS'),
         default='predicted',
         help="the network's own predictions, or the names of the class folders (default: %(default)s)",
     )

@@ -5,6 +5,7 @@ Letters: N images, D channels, C classes, L the last stage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,9 @@ TRIES = ((6, 3e-4), (6, 1e-3), (12, 1e-3), (12, 3e-3), (12, 1e-2))
 """Epochs and learning rates that are tried. Few images are shown more often, see `LEAST_STEPS`."""
 LEAST_STEPS = 500
 BATCH = 64
+NEAR_CHANCE, ONE_CLASS = 0.95, 0.8
+"""Mean entropy of the predictions, as a share of that of chance, above which a classifier counts as untrained: in any
+case, and where it predicts one class for nearly all images, as random weights do."""
 
 
 class ClassifierTry(NamedTuple):
@@ -95,6 +99,24 @@ def choose_classifier(
         tried.append(entry)
     load_classifier(network.model, best)
     return tried
+
+
+def check_trained(logits: Tensor, name: str) -> None:
+    """Refuses a classifier whose predictions are close to chance.
+
+    Args:
+        logits: (N, C) of the images.
+        name: Name of the network, for the error.
+    """
+    probabilities = logits.softmax(1)
+    entropy = -(probabilities * probabilities.clamp(min=1e-30).log()).sum(1).mean().item()
+    most_common = logits.argmax(1).bincount().max().item() / len(logits)
+    limit = (ONE_CLASS if most_common > NEAR_CHANCE else NEAR_CHANCE) * math.log(logits.shape[1])
+    if logits.shape[1] > 1 and entropy > limit:
+        raise ValueError(
+            f'The classifier of this {name} is not trained: it gives its {logits.shape[1]} classes almost equal '
+            "probabilities. Name trained weights, or fit a classifier with labels='folders'."
+        )
 
 
 def classifier_state(model: Any) -> dict[str, Tensor]:

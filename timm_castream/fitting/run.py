@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from .._utils.checks import check_bool, check_count, check_names
 from .._utils.files import make_folder, write_whole
 from ..attach import attach, detach
 from ..backbones.image_settings import image_settings, set_image_settings
@@ -41,7 +39,7 @@ from ..version import __version__
 from ..visualize import explain
 from .answer import MEASURED, METHODS, Answer, answer, report_text
 from .choice import MARGINS, MAX_SCORED, Tried, accurate, recipes, take
-from .classifier import choose_classifier, classifier_state, load_classifier, replace_classifier
+from .classifier import check_trained, choose_classifier, classifier_state, load_classifier, replace_classifier
 from .features import CachedFeatures, Features, LiveFeatures, bytes_per_image, write_features
 from .images import (
     AugmentedImages,
@@ -55,53 +53,15 @@ from .images import (
     split_images,
 )
 from .network import FrozenNetwork
+from .settings import Settings
 from .training import Candidate, Recipe, Targets, accuracy, pooled_logits, stream_logits, train_streams
 
 UNFINISHED = '.unfinished'
 """Folder of the state of an unfinished fit, in the output folder."""
-LABELS = ('predicted', 'folders')
-NEAR_CHANCE, ONE_CLASS = 0.95, 0.8
-"""Mean entropy of the predictions, as a share of that of chance, above which a classifier counts as untrained: in any
-case, and where it predicts one class for nearly all images, as random weights do."""
 NUM_PICTURES = 6
 EVALUATION_BATCH = 16
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The arguments of `fit.fit` that change the stream."""
-
-    labels: str
-    epochs: tuple[int, ...]
-    lr: tuple[float, ...]
-    stream_start: tuple[int, ...]
-    num_images: int | None
-    seed: int
-    batch_size: int
-    weight_decay: float
-    distill: float
-    true_share: float
-    augment: bool
-    image_settings: dict[str, Any]  # arguments of `backbones.image_settings.set_image_settings`
-
-    def __post_init__(self) -> None:
-        check_names('labels', (self.labels,), LABELS)
-        check_bool('augment', self.augment)
-        check_count('batch_size', self.batch_size)
-        if self.num_images is not None:
-            check_count('num_images', self.num_images)
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise ValueError(f'seed must be an int of at least 0, got {self.seed!r}.')
-        if not 0 <= self.distill <= 1:
-            raise ValueError(f'distill must lie in [0, 1], got {self.distill!r}.')
-        if not 0 <= self.true_share <= 1:
-            raise ValueError(f'true_share must lie in [0, 1], got {self.true_share!r}.')
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f'weight_decay must be at least 0, got {self.weight_decay!r}.')
-        if self.labels == 'folders' and (self.distill or self.true_share):
-            raise ValueError("distill and true_share need labels='predicted', got labels='folders'.")
 
 
 @dataclass(frozen=True)
@@ -384,7 +344,7 @@ class _Fit:
             self._fit_classifier(kept, split)
             return self.truth, Targets(self.truth)
         logits = pooled_logits(self.network, kept.pooled)
-        _check_trained(logits[kept.readable], type(self.work).__name__)
+        check_trained(logits[kept.readable], type(self.work).__name__)
         labels = logits.argmax(1)
         fixed = torch.full_like(labels, -1) if settings.augment or settings.distill else labels.clone()
         if settings.true_share:
@@ -503,22 +463,4 @@ class _Fit:
             output_dir=folder,
             arguments={'labels': self.settings.labels, **arguments},
             progress=self.progress,
-        )
-
-
-def _check_trained(logits: Tensor, name: str) -> None:
-    """Refuses a classifier whose predictions are close to chance.
-
-    Args:
-        logits: (N, C) of the images.
-        name: Name of the network, for the error.
-    """
-    probabilities = logits.softmax(1)
-    entropy = -(probabilities * probabilities.clamp(min=1e-30).log()).sum(1).mean().item()
-    most_common = logits.argmax(1).bincount().max().item() / len(logits)
-    limit = (ONE_CLASS if most_common > NEAR_CHANCE else NEAR_CHANCE) * math.log(logits.shape[1])
-    if logits.shape[1] > 1 and entropy > limit:
-        raise ValueError(
-            f'The classifier of this {name} is not trained: it gives its {logits.shape[1]} classes almost equal '
-            "probabilities. Name trained weights, or fit a classifier with labels='folders'."
         )

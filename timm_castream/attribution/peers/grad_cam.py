@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .hookable import HookableNetwork
-from .library import Library, PeerMethod, split
+from .library import Library, PeerMethod
 
 _LAYERS = 'it multiplies the maps of several layers, and an evaluation has one'
 
@@ -79,10 +79,7 @@ class GradCam(Library):
         batch_size: int,
     ) -> np.ndarray:
         target = import_module('pytorch_grad_cam.utils.model_targets').ClassifierOutputTarget
-        arguments = dict(arguments)
-        if 'base_method' in arguments:
-            arguments['base_method'] = self.method_class(arguments['base_method'])
-        init, call, forward = split(arguments, self.functions(row, arguments))
+        init, call, forward = self.split(row, arguments)
         method = self.method_class(row.name)(network, [network.layer] if row.layer else [], **init)
         try:
             # The second derivative that ShapleyCAM takes is written for plain attention alone.

@@ -119,6 +119,11 @@ class Library:
                 f'pip install --upgrade {self.package}'
             ) from None
 
+    def split(self, row: PeerMethod, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The arguments that go to each of `functions`; `base_method` becomes the class of that name."""
+        base = {name: self.method_class(value) for name, value in arguments.items() if name == 'base_method'}
+        return split({**arguments, **base}, self.functions(row, arguments))
+
     def check(self, row: PeerMethod, arguments: Mapping[str, Any]) -> None:
         """Raises ValueError if the library is missing, or the method takes no argument of a name."""
         self.method_class(row.name)

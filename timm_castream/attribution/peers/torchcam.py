@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...inference.predictor import Predictor
 from .hookable import HookableNetwork
-from .library import Library, PeerMethod, split
+from .library import Library, PeerMethod
 
 
 def _without_pooling(predictor: Predictor) -> str:
@@ -71,10 +71,7 @@ class TorchCam(Library):
         arguments: Mapping[str, Any],
         batch_size: int,
     ) -> Tensor:
-        arguments = dict(arguments)
-        if 'base_method' in arguments:
-            arguments['base_method'] = self.method_class(arguments['base_method'])
-        init, call = split(arguments, self.functions(row, arguments))
+        init, call = self.split(row, arguments)
         if row.name == 'CAM':
             init['fc_layer'] = network.classifier
         extractor = self.method_class(row.name)(network, network.layer, **init)
