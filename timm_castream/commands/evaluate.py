@@ -68,7 +68,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         '--dataset',
         default='',
-        help="cub200, voc2012, mit67, tiny_imagenet, digits or timm's name (default: an image folder)",
+        help=f"{', '.join(names('datasets/__init__', '_ARCHIVES'))}, digits or timm's name (default: an image folder)",
     )
     data.add_argument('--split', default='validation', help='(default: %(default)s)')
     data.add_argument('--class-map', default='', metavar='FILE', help="timm's class to index file")
