@@ -65,7 +65,6 @@ __all__ = [
     'find_images',
     'heat_map',
     'overlay',
-    'pooling_names',
     'printable',
     'saliency_row',
     'save',
@@ -208,13 +207,13 @@ def explain(
         if callable(target):
             raise ValueError(f'top_k {top_k} chooses classes, and target is a function: leave one of them out.')
     score, classes = (target, ()) if callable(target) else (None, target or ())
-    network = Predictor(
+    predictor = Predictor(
         model, poolings, layer=layer, activation=activation, batch_size=batch_size, mean=mean, std=std, score=score
     )
     rows_of_methods = resolve_methods(methods)
-    check_maps(rows_of_methods, len(paths), network.poolings)
-    choose = _Choice([class_index(network.backbone, word) for word in classes], top_k)
-    config = image_settings(network.backbone, input_size, img_size, crop_pct, mean=mean, std=std)
+    check_maps(rows_of_methods, len(paths), predictor.poolings)
+    choose = _Choice([class_index(predictor.backbone, word) for word in classes], top_k)
+    config = image_settings(predictor.backbone, input_size, img_size, crop_pct, mean=mean, std=std)
     transform = create_transform(**config, is_training=False)
     mode = image_mode(config['input_size'][0])
     parameter = next(model.parameters())
@@ -246,9 +245,11 @@ def explain(
         tensor, crop = transform_image(transform, image)
         _tell_crop(path, image, crop)
         x = tensor[None].to(parameter)
-        result = _explain_one(network, x, rows_of_methods, printable(path.name), index, colours, opacity, choose, seed)
-        top = _named(result.top, lambda label: _label(network, label))
-        titles = pooling_names(network)
+        result = _explain_one(
+            predictor, x, rows_of_methods, printable(path.name), index, colours, opacity, choose, seed
+        )
+        top = _named(result.top, lambda label: _label(predictor, label))
+        titles = predictor.pooling_names
         done.classes[path] = {
             titles[pooling]: [(entry['name'], entry['probability']) for entry in classes]
             for pooling, classes in top.items()
@@ -262,7 +263,7 @@ def explain(
             write_maps(maps, image, crop, result.maps, facts, opacity, colours)
             done.maps.append(maps)
         if identity:
-            figure = draw_identity(model, x, *network.normalisation(x))
+            figure = draw_identity(model, x, *predictor.normalisation(x))
             done.pictures.append(save(figure, _free_path(place, f'{path.stem}_identity', taken)))
         if len(strips) == ROWS_PER_GRID:
             save_grid()
@@ -297,12 +298,12 @@ def saliency_row(
 
     The other arguments, and the errors, are those of `explain`.
     """
-    network = Predictor(model, poolings, layer=layer, activation=activation, batch_size=batch_size)
-    return _explain_one(network, x, resolve_methods(methods), name, 0, colours, opacity).panels
+    predictor = Predictor(model, poolings, layer=layer, activation=activation, batch_size=batch_size)
+    return _explain_one(predictor, x, resolve_methods(methods), name, 0, colours, opacity).panels
 
 
 def _explain_one(
-    network: Predictor,
+    predictor: Predictor,
     x: Tensor,
     methods: Sequence[Method],
     name: str,
@@ -313,25 +314,26 @@ def _explain_one(
     seed: int = 0,
 ) -> _Result:
     check_images(x)
-    backbone = network.backbone
-    with network.evaluating():
-        batch = Batch(network, x, methods, torch.tensor([index]), seed)  # its forward gives classes and maps
+    backbone = predictor.backbone
+    with predictor.evaluating():
+        batch = Batch(predictor, x, methods, torch.tensor([index]), seed)  # its forward gives classes and maps
         probabilities = {
-            pooling: network.probabilities(batch.logits[pooling].detach(), pooling)[0] for pooling in network.poolings
+            pooling: predictor.probabilities(batch.logits[pooling].detach(), pooling)[0]
+            for pooling in predictor.poolings
         }
-        explained = (choose or _Choice())(probabilities, network.activation)
+        explained = (choose or _Choice())(probabilities, predictor.activation)
         target = {pooling: torch.tensor([classes], device=x.device) for pooling, classes in explained.items()}
         saliency = explain_batch(batch, target)
         stages = attention_maps(backbone, x) if any('stream' in method.needs for method in methods) else []
     top = {pooling: most_probable(values) for pooling, values in probabilities.items()}
-    names = pooling_names(network)
+    names = predictor.pooling_names
 
     def title_of(pooling: str, label: int) -> str:
-        text = _cut(_label(network, label), _LABEL_LETTERS)
+        text = _cut(_label(predictor, label), _LABEL_LETTERS)
         return f'{names[pooling]}: {text} {probabilities[pooling][label]:.2f}'
 
-    image = denormalised(backbone, x, *network.normalisation(x))[0]
-    predictions = [title_of(pooling, top[pooling][0][0]) for pooling in network.poolings]
+    image = denormalised(backbone, x, *predictor.normalisation(x))[0]
+    predictions = [title_of(pooling, top[pooling][0][0]) for pooling in predictor.poolings]
     panels = [Panel('\n'.join([_cut(name, _NAME_LETTERS), *predictions]), image)]
     maps: dict[str, Tensor] = {}
 
@@ -349,7 +351,7 @@ def _explain_one(
     for stage in last:
         add(f'attention_{stage}', f'{title}\n{stage}, the last stage', attention[stage])
     for method in methods:
-        for pooling in network.poolings if 'stream' not in method.needs else ():
+        for pooling in predictor.poolings if 'stream' not in method.needs else ():
             for position, label in enumerate(explained[pooling]):
                 values = saliency[pooling, method.name][0, position]
                 file_name = f'{method.name}_{pooling}' + (f'_{label}' if len(explained[pooling]) > 1 else '')
@@ -406,11 +408,11 @@ def _named(
     }
 
 
-def _label(network: Predictor, index: int) -> str:
+def _label(predictor: Predictor, index: int) -> str:
     """The name of a class, or of the function whose value is explained."""
-    if network.score is None:
-        return class_name(network.backbone, index)
-    name = getattr(network.score, '__name__', '<')
+    if predictor.score is None:
+        return class_name(predictor.backbone, index)
+    name = getattr(predictor.score, '__name__', '<')
     return 'value' if name.startswith('<') else name  # of a lambda, or of an object
 
 
@@ -475,11 +477,6 @@ def draw_identity(
         axes.set_axis_off()
         axes.title.set_fontsize(9)
     return figure
-
-
-def pooling_names(network: Predictor) -> dict[str, str]:
-    """{pooling: its name in titles}, `'CA'` for the stream, and for the network's own what it pools by."""
-    return network.pooling_names
 
 
 def _cut(text: str, letters: int) -> str:

@@ -14,7 +14,7 @@ from ..attribution.peers import peers_that_fit
 from ..attribution.user_methods import resolve_methods
 from ..hub.load import DEFAULT_MODEL, open_model
 from ..inference.predictor import Predictor
-from ..visualize import class_name, pooling_names
+from ..visualize import class_name
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class PageModel:
         """The timm model inside its wrappers."""
         return self.predictor.backbone
 
-    @cached_property
+    @property
     def pooling_names(self) -> dict[str, str]:
         """{pooling: its name}."""
-        return pooling_names(self.predictor)
+        return self.predictor.pooling_names
 
     @property
     def methods(self) -> tuple[str, ...]:
