@@ -558,50 +558,6 @@ class Six(Dataset):
         return self.images[index], self.kept[index]
 
 
-@pytest.mark.parametrize('value', [math.nan, math.inf])
-@pytest.mark.parametrize('where', ['map', 'scores'])
-def test_an_image_with_nan_is_in_no_value_and_is_named(value, where, model, tmp_path) -> None:
-    target = Six().images[3]
-
-    def method(x: Tensor, classes: Tensor) -> Tensor:
-        maps = x.sum(1)
-        maps[(x == target).flatten(1).all(1), 5, 5] = value
-        return maps
-
-    class Net(nn.Module):
-        def __init__(self, bad: bool) -> None:
-            super().__init__()
-            self.model, self.bad = model, bad
-
-        def forward(self, x: Tensor) -> Tensor:
-            scores = self.model(x)
-            if self.bad:
-                scores = torch.where((x == target).flatten(1).all(1)[:, None], value, scores)
-            return scores
-
-    methods = {'mine': method if where == 'map' else lambda x, t: x.sum(1), 'grad_cam': 'grad_cam'}
-    report = evaluate(Net(where == 'scores'), DataLoader(Six(), 2), methods, output_dir=tmp_path)
-    without = evaluate(Net(False), DataLoader(Six(3), 2), methods)
-    assert report.num_images == 5
-    for key, estimate in without.figures.items():
-        assert report.figures[key].value == pytest.approx(estimate.value, abs=1e-4), key
-    assert report.accuracy['ca'].value == without.accuracy['ca'].value
-    assert list(report.not_finite) == ['image 3'] and 'image 3' in str(report)
-    saved = json.loads((tmp_path / 'evaluation.json').read_text())
-    assert list(saved['not_finite']) == ['image 3']
-    with open(tmp_path / 'table.csv', newline='') as file:
-        counts = {(row['method'], row['pooling']): row['nan_maps'] for row in csv.DictReader(file)}
-    assert counts['mine', 'gap'] == counts['mine', 'ca'] == ('1' if where == 'map' else '0')
-    again = evaluate(Net(where == 'scores'), DataLoader(Six(), 2), methods, output_dir=tmp_path)  # resumes
-    assert again.not_finite == report.not_finite and again.figures == report.figures
-
-
-def test_nan_on_every_image_is_one_sentence(model) -> None:
-    methods = {'mine': lambda x, target: x.sum(1) * math.nan}
-    with pytest.raises(ValueError, match='No image has finite maps and scores: mine under gap gives NaN'):
-        evaluate(model, DataLoader(Six(), 2), methods, metrics=('average_drop',))
-
-
 def test_maps_that_say_nothing_are_counted_by_method_and_pooling(make_model, tmp_path) -> None:
     model = make_model('test_resnet')
     dataset = TensorDataset(torch.randn(4, 3, 32, 32), torch.arange(4))  # feature maps of 1 x 1

@@ -54,6 +54,7 @@ class Bootstrap:
     ) -> None:
         self._values = values
         self._poolings = tuple(poolings)
+        self._seed = seed
         self._image_of_pair = np.searchsorted(values.images['image'], values.pairs['image'])
         cells: list[Cell] = [(p, m, k) for p in poolings for m in methods for k in metrics]
         self._boxed = [cell for cell in cells if 'boxes' in METRICS[cell[2]].needs]
@@ -66,7 +67,6 @@ class Bootstrap:
                 self._sums([100 * values.pairs[f'{p}/prob'] for p in self._poolings]),
             ),
         ]
-        self._has_box = values.has_box(poolings)[:, None] if self._boxed else np.zeros((0, 1), dtype=bool)
         self._names: list[Cell] = [
             *(name for group, _ in self._groups for name in group),
             *self._boxed,
@@ -82,8 +82,17 @@ class Bootstrap:
         return {name: _estimate(self._point[name], self._draws[name]) for name in self._names}
 
     def paired(self, cell: Cell, other: Cell) -> Estimate:
-        """A value minus another one, with the interval of the difference over the same resamples."""
-        return _estimate(self._point[cell] - self._point[other], self._draws[cell] - self._draws[other])
+        """A value of a metric minus another one, over the pairs that have both, with the interval of the difference."""
+        both = self.has_value(cell), self.has_value(other)
+        if np.array_equal(*both):
+            return _estimate(self._point[cell] - self._point[other], self._draws[cell] - self._draws[other])
+        shared = np.logical_and(*both)
+        weights = [
+            np.ones((1, len(self._values.images['image']))),
+            *_resamples(len(self._values.images['image']), self._seed),
+        ]
+        point, *draws = (self._average(cell, shared, part) - self._average(other, shared, part) for part in weights)
+        return _estimate(point[0], np.concatenate(draws))
 
     def differences(self) -> dict[Cell, Estimate]:
         """CA - GAP of every value, by (method, metric), ('accuracy',) or ('confidence',). Empty without both."""
@@ -96,12 +105,26 @@ class Bootstrap:
             if name[0] == first and (second, *name[1:]) in self._point
         }
 
+    def has_value(self, cell: Cell) -> np.ndarray:
+        """(R,) bool: pairs with a value of a metric under every pooling, so that the poolings have the same images."""
+        _, method, metric = cell
+        measured = self._values.is_measured(self._poolings, method)
+        if 'boxes' in METRICS[metric].needs:
+            return measured & self._values.has_box(self._poolings)
+        arrays = [self._values.pairs[f'{p}/{method}/{metric}'] for p in self._poolings]
+        return measured & ~np.any([np.isnan(array) for array in arrays], axis=0)
+
     def _column(self, cell: Cell) -> np.ndarray:
-        """(R,) values of a metric, NaN for pairs without a value under one of the poolings: the others are paired."""
-        pooling, *name = cell
-        arrays = {p: self._values.pairs['/'.join((p, *name))] for p in self._poolings}
-        undefined = np.any([np.isnan(array) for array in arrays.values()], axis=0)
-        return np.where(undefined, np.nan, arrays[pooling])
+        """(R,) values of a metric, NaN for pairs without one."""
+        return np.where(self.has_value(cell), self._values.pairs['/'.join(cell)], np.nan)
+
+    def _average(self, cell: Cell, pairs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """(S,) averages of a metric over some of the pairs, (R,) bool, under (S, N) weights of the images."""
+        array = self._values.pairs['/'.join(cell)]
+        # Each number of a pair that counts is there, so one count serves all.
+        sums, counts = self._sums([np.where(pairs[:, None], array.reshape(len(array), -1), np.nan)])
+        with np.errstate(invalid='ignore'):
+            return METRICS[cell[2]].from_means((weights @ sums) / (weights @ counts[:, :1]))
 
     def _sums(self, columns: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Sums over the pairs of each image that are not NaN, and their number, (N, m) each.
@@ -122,10 +145,7 @@ class Bootstrap:
         with np.errstate(invalid='ignore'):
             parts = [(weights @ sums) / (weights @ counts) for _, (sums, counts) in self._groups]
             for cell in self._boxed:  # one after the other: MaxBoxAccV2 has 768 numbers a pair
-                array = self._values.pairs['/'.join(cell)]
-                sums, counts = self._sums([np.where(self._has_box, array.reshape(len(array), -1), np.nan)])
-                means = (weights @ sums) / (weights @ counts[:, :1])
-                parts.append(METRICS[cell[2]].from_means(means)[:, None])
+                parts.append(self._average(cell, self.has_value(cell), weights)[:, None])
         return np.concatenate([*parts, self._accuracy(weights)], axis=1)
 
     def _accuracy(self, weights: np.ndarray) -> np.ndarray:

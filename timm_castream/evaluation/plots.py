@@ -35,18 +35,22 @@ def draw_curves(report: Report) -> Figure:
         )
     figure = Figure(figsize=(2.2 * len(report.methods) + 0.4, 1.8 * len(kinds) + 0.4), dpi=_DPI, layout='constrained')
     panels = figure.subplots(len(kinds), len(report.methods), squeeze=False, sharex=True, sharey='row')
-    image_of_pair = report.values.pairs['image']
     for row, kind in zip(panels, kinds, strict=True):
         for axes, method in zip(row, report.methods, strict=True):
             for pooling in report.poolings:
-                curves = report.curves[pooling, method, kind]
+                has_curve = report.values.is_measured(report.poolings, method)
+                if not has_curve.any():
+                    continue
+                curves = report.curves[pooling, method, kind][has_curve]
+                image_of_pair = report.values.pairs['image'][has_curve]
                 mean, low, high = mean_curve(curves, image_of_pair, report.settings['seed'])
                 share = [i / (len(mean) - 1) for i in range(len(mean))]
                 label = f'{report.pooling_name(pooling)} {report[pooling, method, kind].value:.1f} %'
                 axes.plot(share, mean, color=_COLOURS[pooling], label=label)
                 axes.fill_between(share, low, high, color=_COLOURS[pooling], alpha=0.25, linewidth=0)
             axes.set_title(f'{_title(report, method)}: {METRICS[kind].title}', fontsize=8)
-            axes.legend(fontsize=7, frameon=False)
+            if axes.lines:
+                axes.legend(fontsize=7, frameon=False)
             axes.tick_params(labelsize=7)
             axes.spines[['top', 'right']].set_visible(False)
         row[0].set_ylabel('probability', fontsize=8)

@@ -97,7 +97,7 @@ class Protocol:
                 of_pooling = [maps[p, method.name][valid] for method in methods]
                 for method, given in zip(methods, of_pooling, strict=True):
                     pairs[f'{p}/{method.name}/constant'] = given.eq(0).flatten(1).all(1)
-                    pairs[f'{p}/{method.name}/not_finite'] = given.isnan().flatten(1).any(1)
+                    pairs[f'{p}/{method.name}/not_finite'] = _is_nan(given)
                 saliency = [resize_saliency(given.nan_to_num(0), x.shape[2:]) for given in of_pooling]
                 groups[p] = MapGroup(
                     references,
@@ -110,13 +110,17 @@ class Protocol:
                 )
             measured = measure(self.plan.needs, groups)
             for p, group in groups.items():
-                pairs |= self._values(p, group, measured[p], len(image))
+                not_finite = torch.cat([pairs[f'{p}/{method.name}/not_finite'] for method in methods])
+                pairs |= self._values(p, group, measured[p], len(image), not_finite)
         return ImageValues(*({name: _array(value) for name, value in table.items()} for table in (images, pairs)))
 
     def _values(
-        self, pooling: str, group: MapGroup, measured: Mapping[str, Tensor], num_pairs: int
+        self, pooling: str, group: MapGroup, measured: Mapping[str, Tensor], num_pairs: int, not_finite: Tensor
     ) -> dict[str, Tensor]:
-        """The values of R pairs under a pooling, by the names of `ImageValues.pairs`."""
+        """The values of R pairs under a pooling, by the names of `ImageValues.pairs`.
+
+        Those of maps with NaN, (M R,) `not_finite`, and of maps for which the network gives NaN, are NaN.
+        """
         prob = group.reference_prob('image')[:, 0]
         values = {f'{pooling}/class': group.classes[:num_pairs, 0], f'{pooling}/prob': prob[:num_pairs]}
         if 'boxes' in measured:
@@ -126,10 +130,13 @@ class Protocol:
             lost |= _is_nan(measured[name])
         known = {name: value if name == 'boxes' else value.nan_to_num(0) for name, value in measured.items()}
         quantities = Measurements(prob=prob.nan_to_num(0), **known)
-        of_metric = {row.name: row.values(quantities).split(num_pairs) for row in self.plan.metric_rows}
+        of_metric = {
+            row.name: _without(row.values(quantities), lost | not_finite).split(num_pairs)
+            for row in self.plan.metric_rows
+        }
         for position, method in enumerate(self.plan.methods):
             values[f'{pooling}/{method.name}/unmeasured'] = lost.split(num_pairs)[position]
-        kept = {name: measured[name].split(num_pairs) for name in self._kept}
+        kept = {name: _without(measured[name], not_finite).split(num_pairs) for name in self._kept}
         for position, method in enumerate(self.plan.methods):
             for name, parts in (of_metric | kept).items():
                 values[f'{pooling}/{method.name}/{name}'] = parts[position]
@@ -198,6 +205,13 @@ class Protocol:
             labels = labels[labels != NO_TARGET]
         if len(labels):
             check_class_indices('The target of the data set', labels, self.num_classes)
+
+
+def _without(values: Tensor, lost: Tensor) -> Tensor:
+    """Values of T maps, NaN where a map is lost; yes and no stay, which `ImageValues.is_measured` leaves out."""
+    if not values.is_floating_point():
+        return values
+    return values.masked_fill(lost.view(-1, *[1] * (values.ndim - 1)), math.nan)
 
 
 def _is_nan(values: Tensor) -> Tensor:

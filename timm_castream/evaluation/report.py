@@ -44,7 +44,8 @@ class Report:
         unreadable: Images that could not be read and are left out of all results: reason by name.
         files: Names of the images by their positions in the data set.
         label_names: Names of the model's classes, where they are known.
-        not_finite: Images with NaN in a map or in the scores, left out of all results: reason by name.
+        not_finite: Images with NaN in a map, which its method leaves out, or in the scores, left out of all results:
+            reason by name.
         not_finite_maps: Number of maps with NaN, by (pooling, method).
         pooling_names: What the network pools by, `'GAP'` or `'class token'`, and `'CA'`, by pooling.
     """
@@ -93,14 +94,14 @@ class Report:
             seed: Seed of the resamples, at least 0.
 
         Raises:
-            ValueError: If every image has NaN in a map or in the scores.
+            ValueError: If no method has an image without NaN in its map and in the scores.
         """
-        lost = values.lost(poolings, methods)
+        lost = values.without_scores(poolings)
+        not_finite = dict(sorted((values.not_measured(poolings, methods) | lost).items()))
         not_finite_maps = {(p, m): values.count(p, m, 'not_finite') for p in poolings for m in methods}
-        if lost:
-            values = values.without(lost)
-            if not len(values.pairs['image']):
-                raise ValueError(f'No image has finite maps and scores: {next(iter(lost.values()))}.')
+        values = values.without(lost)
+        if not_finite and not any(values.is_measured(poolings, m).any() for m in methods):
+            raise ValueError(f'No image has finite maps and scores: {next(iter(not_finite.values()))}.')
         bootstrap = Bootstrap(values, poolings, methods, metrics, seed)
         estimates = bootstrap.estimates()
         return cls(
@@ -120,10 +121,16 @@ class Report:
             unreadable=dict(unreadable or {}),
             files=None if files is None else dict(files),
             label_names=None if label_names is None else list(label_names),
-            not_finite={(files or {}).get(index, f'image {index}'): reason for index, reason in lost.items()},
+            not_finite={(files or {}).get(index, f'image {index}'): reason for index, reason in not_finite.items()},
             not_finite_maps={key: count for key, count in not_finite_maps.items() if count},
             pooling_names=dict(pooling_names or {}),
         )
+
+    def num_maps(self, method: str, other: str | None = None) -> int:
+        """Number of maps in the figures of a method: those without NaN under every pooling. With another method, those
+        that both have, which `compare` counts."""
+        measured = [self.values.is_measured(self.poolings, name) for name in (method, other or method)]
+        return int(np.logical_and(*measured).sum())
 
     @property
     def constant_maps(self) -> dict[tuple[str, str], int]:
@@ -193,6 +200,8 @@ class Report:
 
     def compare(self, method: str, other: str) -> dict[tuple[str, str], Estimate]:
         """A method minus another one, paired by image, with its own interval: by (pooling, metric).
+
+        Images count for which both methods have a map without NaN.
 
         Raises:
             KeyError: If the evaluation did not have one of the methods.
@@ -373,6 +382,7 @@ class Report:
         row: dict[str, Any] = {'network': self.network, 'method': method, 'pooling': pooling}
         for name, (value, low, high) in estimates.items():
             row |= {name: _plain(value), f'{name}_low': _plain(low), f'{name}_high': _plain(high)}
+        row['maps'] = self.num_maps(method)
         if pooling != DIFFERENCE:
             row['constant_maps'] = self.values.count(pooling, method, 'constant')
             row['nan_maps'] = self.not_finite_maps.get((pooling, method), 0)

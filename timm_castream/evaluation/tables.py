@@ -118,15 +118,23 @@ def notes(report: Report) -> Iterator[str]:
         yield f'Localisation: {report.num_boxed} of {maps} maps have a box{both}'
     for counts, text in (
         (report.constant_maps, f'are constant and say nothing, of {maps}'),
-        (report.not_finite_maps, 'have NaN'),
+        (report.not_finite_maps, 'have NaN and are left out of their method'),
     ):
         if counts:
             each = ', '.join(f'{method_title(m)} {report.pooling_name(p)} {n}' for (p, m), n in counts.items())
             yield f'Maps that {text}: {each}'
-    for lost, text in ((report.unreadable, 'could not be read'), (report.not_finite, 'have NaN in a map or in scores')):
+    fewer = [m for m in report.methods if report.num_maps(m) < maps]
+    if fewer:
+        each = ', '.join(f'{method_title(m)} {report.num_maps(m)}' for m in fewer)
+        yield f'Maps that count, of {maps}: {each}; a difference of two methods counts those of both'
+    for lost, text in (
+        (report.unreadable, 'could not be read and {are} left out'),
+        (report.not_finite, '{have} NaN in a map or in the scores'),
+    ):
         if lost:
+            one = len(lost) == 1
             names = ', '.join(list(lost)[:3]) + (', ...' if len(lost) > 3 else '')
-            yield f'{_images(len(lost))} {text} and are left out: {names}'
+            yield f'{_images(len(lost))} {text.format(are="is" if one else "are", have="has" if one else "have")}: {names}'
 
 
 def baseline_notes(report: Report) -> Iterator[str]:
@@ -173,7 +181,11 @@ def compared(report: Report, method: str, other: str) -> str:
         for (p, k), value in differences.items()
     ]
     title = f'{method_title(method)} - {method_title(other)}'
-    return '\n'.join([*_aligned([('POOLING', 'METRIC', title, ''), *lines]), '', 'paired by image, 95 % intervals'])
+    count, maps = report.num_maps(method, other), len(report.values.pairs['image'])
+    note = 'paired by image, 95 % intervals'
+    if count < maps:
+        note += f'; {count} of {maps} maps, those without NaN in both methods'
+    return '\n'.join([*_aligned([('POOLING', 'METRIC', title, ''), *lines]), '', note])
 
 
 def to_markdown(report: Report) -> str:

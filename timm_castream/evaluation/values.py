@@ -15,6 +15,11 @@ import numpy as np
 
 Table = dict[str, np.ndarray]
 
+# Columns of pairs whose metrics have no value, and why.
+_NOT_MEASURED = {
+    'not_finite': '{method} under {pooling} gives NaN',
+    'unmeasured': 'NaN scores where {method} under {pooling} is measured',
+}
 _CLASS_BY_CLASS = ('label', 'score')  # arrays of images with a number a class
 
 
@@ -29,7 +34,8 @@ class ImageValues:
         pairs: `'image'`, (R,), and under each pooling `'gap/class'` and `'gap/prob'`, (R,), and the values of every
             metric, `'gap/METHOD/METRIC'`, (R,) or, of max_box_acc_v2, (R, 768) bool. Metrics of boxes add
             `'gap/has_box'`, (R,) bool. Every method has `'gap/METHOD/constant'`, (R,) bool, maps that say nothing, and
-            `'gap/METHOD/not_finite'` and `'gap/METHOD/unmeasured'`, NaN in the map and in the scores of the network. Kept curves are `'gap/METHOD/insertion_curve'`, (R, n + 1).
+            `'gap/METHOD/not_finite'` and `'gap/METHOD/unmeasured'`, NaN in the map and in the scores of the network, where
+            the values of the method are NaN. Kept curves are `'gap/METHOD/insertion_curve'`, (R, n + 1).
     """
 
     images: Table
@@ -66,14 +72,36 @@ class ImageValues:
         """Number of maps of a method that are `'constant'` or `'not_finite'`."""
         return int(self.pairs.get(f'{pooling}/{method}/{kind}', np.zeros(0)).sum())
 
-    def lost(self, poolings: Sequence[str], methods: Sequence[str]) -> dict[int, str]:
-        """Images with NaN in a map or in the scores of the network, which are in no value: {position: reason}."""
-        reasons: dict[int, str] = {}
-        for p, m in itertools.product(poolings, methods):
-            for kind, reason in (('not_finite', f'{m} under {p} gives NaN'), ('unmeasured', f'NaN scores under {p}')):
-                bad = self.pairs.get(f'{p}/{m}/{kind}', np.zeros(len(self.pairs['image']), dtype=bool))
-                reasons = {**dict.fromkeys(self.pairs['image'][bad].tolist(), reason), **reasons}
-        return dict(sorted(reasons.items()))
+    def is_measured(self, poolings: Sequence[str], method: str) -> np.ndarray:
+        """(R,) bool: pairs without NaN in the map of a method, and in the scores that measure it, under every pooling.
+
+        The figures of the method count these pairs alone, so that GAP and CA have the same images.
+        """
+        bad = np.zeros(len(self.pairs['image']), dtype=bool)
+        for pooling, kind in itertools.product(poolings, _NOT_MEASURED):
+            bad |= self.pairs.get(f'{pooling}/{method}/{kind}', False)
+        return ~bad
+
+    def without_scores(self, poolings: Sequence[str]) -> dict[int, str]:
+        """Images for which the network gives NaN, which are left out of all results: {position: reason}."""
+        return self._named({f'NaN scores under {p}': np.isnan(self.pairs[f'{p}/prob']) for p in poolings})
+
+    def not_measured(self, poolings: Sequence[str], methods: Sequence[str]) -> dict[int, str]:
+        """Images with NaN in a map or in the scores that measure it: {position: reason}."""
+        return self._named(
+            {
+                text.format(method=m, pooling=p): self.pairs[name]
+                for (kind, text), m, p in itertools.product(_NOT_MEASURED.items(), methods, poolings)
+                if (name := f'{p}/{m}/{kind}') in self.pairs
+            }
+        )
+
+    def _named(self, reasons: Mapping[str, np.ndarray]) -> dict[int, str]:
+        """The first reason of each image, of those that are given with the (R,) pairs for which they hold."""
+        named: dict[int, str] = {}
+        for reason, holds in reasons.items():
+            named = {**dict.fromkeys(self.pairs['image'][holds].tolist(), reason), **named}
+        return dict(sorted(named.items()))
 
     def means(self) -> dict[str, float]:
         """The mean of every column of images.csv that holds measurements, as plain numbers."""

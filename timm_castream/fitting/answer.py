@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..evaluation.bootstrap import Estimate, mean_curve
 from ..evaluation.report import Report
 from ..metrics.table import METRICS
@@ -59,13 +61,17 @@ def answer(report: Report, has_labels: bool) -> Answer:
 
 
 def gain_beyond_random(report: Report) -> Estimate:
-    """CA - GAP of AG of Grad-CAM minus that of random maps: paired by image, with a bootstrap 95 % interval."""
+    """CA - GAP of AG of Grad-CAM minus that of random maps: paired by image, with a bootstrap 95 % interval.
+
+    Images that have all four maps count.
+    """
     pairs = report.values.pairs
     (ca, gap), (random_ca, random_gap) = (
         [pairs[f'{pooling}/{method}/average_gain'] for pooling in ('ca', 'gap')] for method in METHODS
     )
     difference = (ca - gap) - (random_ca - random_gap)
-    ends = mean_curve(difference[:, None], pairs['image'], report.settings['seed'])
+    known = ~np.isnan(difference)
+    ends = mean_curve(difference[known][:, None], pairs['image'][known], report.settings['seed'])
     return Estimate(*(float(end[0]) for end in ends))
 
 
