@@ -23,7 +23,7 @@ from .backbones.stream_config import inference_args
 from .evaluation.calibration import temperatures
 from .evaluation.distributed import Processes
 from .evaluation.image_source import ImageBatch, ImageSource
-from .evaluation.loaders import warn_of_another_normalisation
+from .evaluation.loaders import warn_of_another_normalisation, warn_of_sampler
 from .evaluation.plan import Plan
 from .evaluation.protocol import Protocol
 from .evaluation.report import Report
@@ -163,6 +163,7 @@ def evaluate(
         settings['images_at_a_time'] = max(map(len, source.batches))
     processes.check_same_weights(settings['weights'])
     warn_of_another_normalisation(loader, settings['mean'], settings['std'])
+    warn_of_sampler(loader, any('saved maps' in method.needs for method in plan.methods))
     if engine == 'auto':
         engine = processes.on_main(lambda: recorded_engine(output_dir)) or engine
     predictor, settings['engine'] = _accelerated(engine, predictor, plan, source, settings, processes)

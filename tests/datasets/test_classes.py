@@ -13,10 +13,13 @@ from timm_castream.datasets import DigitScenes, align_classes, label_names_of
 from timm_castream.datasets.classes import match_classes
 
 
-def test_missing_classes_are_named_and_another_order_is_said(caplog):
+def test_missing_classes_are_named_and_another_order_of_all_is_said(caplog):
     with caplog.at_level(logging.INFO):
         assert match_classes(['b', 'a'], ['a', 'b', 'c', 'd'], 'val') == {'b': 1, 'a': 0}
-    assert "val lacks 2 classes, 'c', 'd'" in caplog.text and 'another order' in caplog.text
+        assert "val lacks 2 classes ('c', 'd'); the other" in caplog.text and 'another order' not in caplog.text
+        caplog.clear()
+        assert match_classes(['b', 'a', 'c'], ['a', 'b', 'c'], 'val') == {'b': 1, 'a': 0, 'c': 2}
+    assert 'another order' in caplog.text
     caplog.clear()
     assert match_classes(['a', 'b'], ['a', 'b'], 'val') == {'a': 0, 'b': 1} and not caplog.text
 
@@ -24,8 +27,26 @@ def test_missing_classes_are_named_and_another_order_is_said(caplog):
 def test_new_classes_are_refused_with_a_name_that_is_near():
     with pytest.raises(ValueError, match=r"val has the class 'zebras' that is not known.* Is zebras meant to be zebra"):
         match_classes(['a', 'zebras'], ['a', 'zebra'], 'val')
-    with pytest.raises(ValueError, match="2 classes, 'x', 'y',"):
+    with pytest.raises(
+        ValueError, match=r"2 classes \('x', 'y'\) that are not known: the known classes are 'a', 'b'\."
+    ):
         match_classes(['x', 'y'], ['a', 'b'], 'val')
+
+
+def test_the_names_near_an_unknown_class_are_in_the_words_of_people():
+    known = [f'n{i:08}' for i in range(9)]
+    texts = dict(
+        zip(known, ['tabby, tabby cat', 'Egyptian cat', 'catamaran', 'hot dog, red hot', *'efghi'], strict=True)
+    )
+    with pytest.raises(ValueError, match=r"are 9\. Near Cat are 'tabby cat', 'Egyptian cat'\. A class map"):
+        match_classes(['Cat'], known, 'val', texts)
+    with pytest.raises(ValueError, match=r'are 9\. Is hot_dogs meant to be hot dog\?'):
+        match_classes(['hot_dogs', known[0]], known, 'val', texts)
+    # No name is near: the first ones are shown as people read them.
+    with pytest.raises(
+        ValueError, match=r"are 'tabby, tabby cat', 'Egyptian cat', 'catamaran', .*, \.\.\.\. A class map"
+    ):
+        match_classes(['xylophone'], known, 'val', texts)
 
 
 def test_targets_of_any_data_set_get_the_indices_of_the_names():

@@ -108,7 +108,7 @@ def test_a_split_that_lacks_a_class_keeps_the_indices_of_the_others(tmp_path, ca
 @pytest.mark.parametrize(
     ('present', 'wrong', 'hint'),
     [(('a', 'zebra', 'c'), "the class 'zebra'", ''), (('b', 'c', 'd'), "the class 'd'", ''),
-     (('A', 'b', 'c'), "the class 'A'", 'Is A meant to be a'), (('x', 'y', 'z'), "3 classes, 'x', 'y', 'z'", '')],
+     (('A', 'b', 'c'), "the class 'A'", 'Is A meant to be a'), (('x', 'y', 'z'), r"3 classes \('x', 'y', 'z'\)", '')],
 )  # fmt: skip
 def test_a_split_with_a_class_that_training_lacks_is_refused_by_name(tmp_path, present, wrong, hint):
     write(tmp_path, 'train/a/0.png', 'train/b/0.png', 'train/c/0.png', *(f'val/{name}/0.png' for name in present))

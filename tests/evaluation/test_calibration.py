@@ -70,7 +70,7 @@ def test_an_evaluation_fits_on_images_outside_its_sample(make_model, tmp_path: P
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'temperature': 'fit'}, "temperature 'fit' needs images outside the sample"),
+        ({'temperature': 'fit'}, "temperature='fit' needs images outside the sample"),
         ({'temperature': 'best'}, "temperature 'best' is unknown"),
         ({'temperature': {'gap': 1.0}}, "temperature must give pooling 'ca' a positive number"),
         ({'temperature': {'gap': 1.0, 'ca': -2.0}}, "temperature must give pooling 'ca' a positive number"),

@@ -102,6 +102,15 @@ def test_images_without_classes_are_explained_as_predicted(folders):
     assert math.isnan(report.accuracy['gap'].value)
 
 
+def test_labels_that_cannot_be_compared_have_no_accuracy_where_the_prediction_is_explained(folders, caplog):
+    dataset = create_dataset('', folders / 'val', '')  # two classes, and the network has three without names
+    report = run(dataset, make_model(None), target='predicted')
+    assert math.isnan(report.accuracy['gap'].value) and report.num_images == 4
+    assert 'explained, and no accuracy is measured' in caplog.text and 'labels 0 to 1' not in caplog.text
+    assert run(dataset, make_model(None)).accuracy['gap'].value in (0, 25, 50, 75, 100)
+    assert 'The labels 0 to 1 are explained.' in caplog.text
+
+
 class TestCommand:
     @pytest.fixture
     def options(self, tmp_path):
@@ -124,6 +133,18 @@ class TestCommand:
         )
         assert cli.main([*argv, '--target', 'predicted']) == 0
         assert len(rows_of(tmp_path / 'out')) == 4
+
+    def test_a_misspelt_class_of_imagenet_is_refused_with_the_words_that_are_near(self, folders, tmp_path, capsys):
+        (folders / 'val').rename(folders / 'photos')
+        (folders / 'photos' / 'dog').rename(folders / 'photos' / 'goldfisch')
+        model = timm.create_model('test_resnet')
+        ids = list(timm.data.ImageNetInfo().label_names())
+        names = {'label_names': ids, 'num_classes': 1000, 'model_kwargs': {}, 'img_size': 32}
+        torch.save({'state_dict': model.state_dict(), 'args': names}, tmp_path / 'imagenet.pth.tar')
+        argv = ['evaluate', '--model', 'test_resnet', '--checkpoint', str(tmp_path / 'imagenet.pth.tar')]
+        assert cli.main([*argv, '--device', 'cpu', '--data-dir', str(folders / 'photos'), '--split', '']) == 2
+        error = capsys.readouterr().err
+        assert "Near goldfisch are 'goldfish', 'goldfinch'." in error and 'n01440764' not in error
 
     def test_folders_of_a_network_without_names_need_a_class_map_or_the_predicted_class(
         self, folders, tmp_path, capsys

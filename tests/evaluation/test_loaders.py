@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 from timm.data import create_loader
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 from torchvision import transforms
 
 from timm_castream.datasets import create_dataset
@@ -58,3 +65,29 @@ def test_a_loader_of_another_normalisation_is_warned_about_once(
     evaluate(model, digits(use_prefetcher=use_prefetcher), mean=IMAGENET[0], std=IMAGENET[1], **arguments)
     evaluate(model, digits(use_prefetcher=use_prefetcher, **half), mean=(0.5,), std=(0.5,), **arguments)
     assert WARNING not in caplog.text
+
+
+def test_a_sampler_that_plays_no_part_is_told_in_one_sentence(
+    make_model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, images = make_model('test_resnet'), torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    dataset = TensorDataset(images, torch.arange(6))
+    maps = images.sum(1).numpy()
+    arguments: dict[str, Any] = {'metrics': ('average_drop',), 'mean': (0.5,), 'std': (0.5,)}
+    expected = evaluate(model, DataLoader(dataset, 2), {'mine': lambda x, target: x.sum(1)}, **arguments)
+    shuffled, shuffles = DataLoader(dataset, 2, shuffle=True), 'The loader shuffles'
+    weighted = WeightedRandomSampler([1.0] * 6, 6)
+    for loader, methods, told in (
+        (DataLoader(dataset, 2), {'mine': maps}, ''),
+        (shuffled, {'mine': maps}, shuffles),
+        (shuffled, {'mine': lambda x, target: x.sum(1)}, ''),
+        (DataLoader(dataset, 2, sampler=SubsetRandomSampler([0, 3])), {'mine': maps}, 'SubsetRandomSampler'),
+        (DataLoader(dataset, 2, sampler=weighted), {'mine': maps}, 'WeightedRandomSampler of the loader plays no part'),
+        (DataLoader(dataset, 2, sampler=DistributedSampler(dataset, 2, 0)), {'mine': maps}, ''),
+    ):
+        caplog.clear()
+        report = evaluate(model, loader, methods, **arguments)
+        assert len(caplog.records) == bool(told) and told in caplog.text
+        # The maps of the data set's order are right whatever the sampler, and every image counts once.
+        for key, estimate in expected.figures.items():
+            assert report[key].value == pytest.approx(estimate.value, abs=1e-4)

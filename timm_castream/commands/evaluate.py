@@ -240,13 +240,13 @@ def _compare_classes(dataset: Any, model: Any, target: str) -> None:
         ValueError: If the labels are to be explained and are not the model's.
     """
     from ..datasets import align_classes, present_classes
-    from ..hub.label_names import known_names
+    from ..hub.label_names import known_names, label_texts
 
     classes = present_classes(dataset)
     names = known_names(model, classes) if classes else None
     if names:
         try:
-            align_classes(dataset, names, 'The data set')
+            align_classes(dataset, names, 'The data set', label_texts(model))
         except ValueError:
             if target == 'truth':
                 raise

@@ -184,18 +184,18 @@ class FolderReader(Reader):
         indices = self._match(label_names)
         return {file: indices[file.partition('/')[0]] for file in inside}
 
-    def set_label_names(self, label_names: Sequence[str]) -> None:
+    def set_label_names(self, label_names: Sequence[str], texts: Mapping[str, str] | None = None) -> None:
         """Gives the images the indices that their folders have in a list of names.
 
-        Args, Raises: as of the constructor.
+        Args, Raises: as of the constructor; texts as of `align_classes`.
         """
         before = {index: name for name, index in self.class_to_idx.items()}
-        indices = self._match(label_names)
+        indices = self._match(label_names, texts)
         self.samples = [(path, indices[before[index]]) for path, index in self.samples]
 
-    def _match(self, label_names: Sequence[str]) -> dict[str, int]:
+    def _match(self, label_names: Sequence[str], texts: Mapping[str, str] | None = None) -> dict[str, int]:
         """The index of each folder, which becomes that of the class of its name."""
-        indices = match_classes(self.present, label_names, f'The folder {self.root}')
+        indices = match_classes(self.present, label_names, f'The folder {self.root}', texts)
         spelt = {index: name for name, index in indices.items()}  # Unicode may write it in another way
         self.class_to_idx = {spelt.get(index, name): index for index, name in enumerate(label_names)}
         return indices

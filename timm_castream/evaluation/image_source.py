@@ -173,7 +173,7 @@ class ImageSource:
         Raises:
             ValueError: If the labels that are to be explained are not those of the model.
         """
-        reason = self._misfit(model, num_classes)
+        reason = self._misfit(model, num_classes, target)
         if reason is None:
             return
         if target == 'truth' or self.is_multilabel:
@@ -181,7 +181,7 @@ class ImageSource:
         _logger.warning('%s The predicted classes are explained, and no accuracy is measured.', reason)
         self._ignores_labels = True
 
-    def _misfit(self, model: Any, num_classes: int) -> str | None:
+    def _misfit(self, model: Any, num_classes: int, target: str) -> str | None:
         """Why the labels are not those of the model, or None."""
         dataset, _ = innermost(self.dataset, 0)
         reader: Any = getattr(dataset, 'reader', None)
@@ -208,6 +208,8 @@ class ImageSource:
                     'the targets its indices by timm_castream.datasets.align_classes.'
                 )
         elif count < num_classes and not has_map:
+            if target == 'predicted':
+                return f'{numbers}, and they cannot be compared by name.'
             _logger.warning('%s. The labels 0 to %d are explained.', numbers, count - 1)
         return None
 

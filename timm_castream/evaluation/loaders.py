@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils.data import RandomSampler
 
 from ..datasets.unreadable import innermost
 
@@ -46,6 +47,33 @@ def warn_of_another_normalisation(loader: Any, mean: list[float], std: list[floa
         mean,
         std,
     )
+
+
+def warn_of_sampler(loader: Any, reads_saved_maps: bool) -> None:
+    """Says in one sentence where a loader's sampler is not what an evaluation does, which reads by index, in order.
+
+    Args:
+        loader: As of `normalisation_of`.
+        reads_saved_maps: Whether a method has saved maps, whose order may be that of a shuffling loader.
+    """
+    inner = getattr(loader, 'loader', loader)
+    sampler, number = getattr(inner, 'sampler', None), len(inner.dataset)
+    kind = type(sampler).__name__
+    # Those of several processes have a part of the images each, and an evaluation parts them by itself.
+    length = len(sampler) if hasattr(sampler, '__len__') and 'Distributed' not in kind else number
+    chooses = length != number or getattr(sampler, 'replacement', False)
+    if chooses:
+        _logger.warning(
+            'The %s of the loader plays no part: all %d images of its data set are evaluated, each once; '
+            'torch.utils.data.Subset chooses some of them.',
+            kind,
+            number,
+        )
+    elif reads_saved_maps and isinstance(sampler, RandomSampler):
+        _logger.warning(
+            'The loader shuffles, and an evaluation reads the data set in its own order: saved maps without names must '
+            'have that order too.'
+        )
 
 
 def _equal(one: list[float], other: list[float]) -> bool:

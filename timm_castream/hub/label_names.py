@@ -137,6 +137,13 @@ def class_name(model: nn.Module, index: int) -> str:
     return (cfg.get('label_descriptions') or {}).get(name) or _wordnet_texts([name]).get(name) or name
 
 
+def label_texts(model: nn.Module) -> dict[str, str]:
+    """{name of a class: its text for people}, of the classes that have one."""
+    names = label_names(model) or []
+    texts = {name: class_name(model, index) for index, name in enumerate(names)}
+    return {name: text for name, text in texts.items() if text != name}
+
+
 def class_index(model: nn.Module, word: str | int) -> int:
     """The index of a class from its name, a word of its description, or the number itself.
 

@@ -16,7 +16,7 @@ from timm.utils import world_info_from_env
 
 from ..datasets import align_classes, count_classes, image_mode, label_names_of, present_classes
 from ..datasets.folders import FolderReader
-from ..hub.label_names import known_names, label_names, set_label_names
+from ..hub.label_names import known_names, label_names, label_texts, set_label_names
 from ..hub.read import checkpoint_label_names
 
 
@@ -109,7 +109,7 @@ class DataChecks:
         names = self.label_names or self._names_of_weights(classes)
         new_task = is_training and not getattr(self.args, 'resume', None)  # on weights that may have other classes
         if names and not (new_task and set(classes) - set(names)):
-            align_classes(dataset, names, 'The data set')
+            align_classes(dataset, names, 'The data set', label_texts(self.model))
         elif is_training:
             names = label_names_of(dataset) or classes
         if is_training and names and len(names) <= (self.num_classes or 0):
