@@ -57,7 +57,8 @@ def warn_of_sampler(loader: Any, reads_saved_maps: bool) -> None:
         reads_saved_maps: Whether a method has saved maps, whose order may be that of a shuffling loader.
     """
     inner = getattr(loader, 'loader', loader)
-    sampler, number = getattr(inner, 'sampler', None), len(inner.dataset)
+    sampler: Any = getattr(inner, 'sampler', None)
+    number = len(inner.dataset)
     kind = type(sampler).__name__
     # Those of several processes have a part of the images each, and an evaluation parts them by itself.
     length = len(sampler) if hasattr(sampler, '__len__') and 'Distributed' not in kind else number
