@@ -84,13 +84,13 @@ def test_a_map_is_computed_once_and_another_class_computes_its_own_alone(
     explained: Explanation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[tuple[str, ...], int]] = []
-    original = explanation.attribute_all
+    original = explanation.saliency_maps
 
-    def counted(model: nn.Module, x: Tensor, methods: Any, target: Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls.append((tuple(methods), target.item()))
-        return original(model, x, methods, target, *args, **kwargs)
+    def counted(predictor: Predictor, x: Tensor, methods: Any, target: Tensor) -> Any:
+        calls.append((tuple(method.name for method in methods), target.item()))
+        return original(predictor, x, methods, target)
 
-    monkeypatch.setattr(explanation, 'attribute_all', counted)
+    monkeypatch.setattr(explanation, 'saliency_maps', counted)
     for methods, target in ((('grad_cam',), 1), (METHODS, 1), (METHODS, 1), (('grad_cam',), 2), (METHODS, 1)):
         explained.maps(methods, target)
         draw_explanation(explained, methods, target, opacity=0.2)
@@ -286,3 +286,28 @@ def test_the_picture_changes_with_the_opacity(explained: Explanation, tmp_path: 
         pictures.append(np.asarray(Image.open(write_explanation(explained, folder, METHODS, 2, opacity)[0])))
     assert not np.array_equal(*pictures)
     assert sorted(path.name for path in folder.iterdir()) == ['explanation.json', 'explanation.png']
+
+
+def test_masked_images_run_in_the_engine_once_it_is_made_and_the_maps_stay(opened: PageModel) -> None:
+    image = photograph(64, 64)
+    expected = explain_image(opened, image)
+    maps, scores = expected.maps(('score_cam',), 3), expected.scores('grad_cam', 3)
+    assert opened.predictor.batch_size(expected.x) == 196  # of torch
+    fast = PageModel(Predictor(opened.model), opened.name, opened.weights, engine='onnxruntime')
+    explained = explain_image(fast, image)
+    explained.maps(('grad_cam',), 3)
+    assert fast._export is None  # it masks nothing
+    explained.maps(('score_cam',), 3)
+    export = fast.accelerate(explained.x)
+    assert export is fast.accelerate(explained.x)
+    export.join(300)
+    assert fast.predictor.batch_size(explained.x) == fast.predictor._engine.batch_size
+    again = explain_image(fast, image)
+    for key, saliency in again.maps(('score_cam',), 3).items():
+        torch.testing.assert_close(saliency, maps[key], rtol=0, atol=1e-3)
+    for name, score in again.scores('grad_cam', 3).items():
+        assert score.metrics == pytest.approx(scores[name].metrics, abs=0.01)
+
+
+def test_a_page_stays_in_torch_where_it_is_told_to(opened: PageModel) -> None:
+    assert opened.engine == 'torch' and opened.accelerate(torch.zeros(1, 3, 64, 64)) is None

@@ -76,3 +76,12 @@ def test_baselines_are_told_from_methods_that_explain() -> None:
 def test_a_network_without_classes_is_refused() -> None:
     with pytest.raises(ValueError, match='no classes'):
         open_for_page('test_resnet', num_classes=0)
+
+
+def test_an_engine_that_cannot_run_the_network_is_refused_before_the_page_opens() -> None:
+    with pytest.raises(
+        ValueError, match="engine 'onnxruntime' takes float32 networks on a CPU, and the network is on meta"
+    ):
+        open_for_page('test_resnet_castream', device='meta', engine='onnxruntime')
+    with pytest.raises(ValueError, match='openvino'):
+        open_for_page('test_resnet_castream', engine='openvino')

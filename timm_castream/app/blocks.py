@@ -341,6 +341,7 @@ class Page:
                 pretrained,
                 activation=self.opened.predictor.activation,
                 device=self.opened.predictor.device,
+                engine=self.opened.engine,
                 **read_keywords(kwargs.split()),
             )
         except Exception as error:

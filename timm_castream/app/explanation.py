@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..attach import attention_maps
 from ..attribution.cam import scale_maps
-from ..attribution.saliency import Identity, attention_identity, attribute_all
+from ..attribution.saliency import Identity, attention_identity, saliency_maps
 from ..attribution.user_methods import resolve_methods
 from ..backbones.image_settings import image_settings
 from ..datasets import image_mode, open_image
@@ -145,18 +145,14 @@ class Explanation:
             resolve_methods(methods)
         predictor = self.opened.predictor
         missing = [name for name in methods if (predictor.poolings[0], name, target) not in self._maps]
+        if missing and any('masked forwards' in row.needs for row in resolve_methods(missing)):
+            self.opened.accelerate(self.x)
         for position, method in enumerate(missing):
             if progress is not None:
                 progress(position / len(missing), method_title(method))
-            maps = attribute_all(
-                predictor.model,
-                self.x,
-                (method,),
-                self._indices(target),
-                predictor.poolings,
-                activation=predictor.activation,
-            )
-            self._maps.update({(name, method, target): values[0] for (name, _), values in maps.items()})
+            with predictor.evaluating():
+                maps = saliency_maps(self.opened.predictor, self.x, resolve_methods((method,)), self._indices(target))
+            self._maps.update({(name, method, target): values[0, 0] for (name, _), values in maps.items()})
         return {(name, method): self._maps[name, method, target] for method in methods for name in predictor.poolings}
 
     def scores(self, method: str, target: int, progress: Progress | None = None) -> dict[str, MapScores]:
@@ -165,6 +161,7 @@ class Explanation:
         Args, Raises: as `maps`.
         """
         if (method, target) not in self._worth:
+            self.opened.accelerate(self.x)
             maps = self.maps((method,), target)
             worth = {}
             for position, (name, _) in enumerate(maps):
@@ -187,7 +184,7 @@ class Explanation:
     def _probabilities(self, x: Tensor) -> dict[str, Tensor]:
         predictor = self.opened.predictor
         with predictor.evaluating():
-            return {name: predictor.probabilities(logits, name) for name, logits in predictor.logits(x).items()}
+            return {name: predictor.probabilities(logits, name) for name, logits in predictor.torch_logits(x).items()}
 
     def _measure(self, saliency: Tensor, target: int, pooling: str) -> MapScores:
         predictor, images = self.opened.predictor, torch.zeros(1, dtype=torch.int64, device=self.x.device)

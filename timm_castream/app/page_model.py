@@ -2,34 +2,68 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..attribution.methods import METHODS
 from ..attribution.peers import peers_that_fit
 from ..attribution.user_methods import resolve_methods
 from ..hub.load import DEFAULT_MODEL, open_model
+from ..inference.engine import TORCH, can_try, check_engine, make_engine
 from ..inference.predictor import Predictor
 from ..visualize import class_name
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PageModel:
     """A network and the words for it.
 
     Attributes:
-        predictor: The network, in evaluation mode. Without a stream it has one pooling, `'gap'`, which is its own.
+        predictor: The network, in evaluation mode. Without a stream it has one pooling, `'gap'`, which is its own. Its
+            `logits` run in an engine as soon as `accelerate` has made one.
         name: Name of the architecture.
         weights: Where the weights come from, a sentence.
+        engine: What runs the forwards of masked images, a name of `inference.engine.ENGINES`.
     """
 
     predictor: Predictor
     name: str
     weights: str
+    engine: str = TORCH
+
+    def __post_init__(self) -> None:
+        self._export: threading.Thread | None = None
+
+    def accelerate(self, x: Tensor) -> threading.Thread | None:
+        """Begins to make the engine, in the background and once. Until it is there the forwards run in torch.
+
+        An export takes as long as hundreds of forwards: call it before work that masks images many times.
+
+        Args:
+            x: (1, channels, H, W), an image to try the engine on.
+
+        Returns:
+            The thread that makes it, or None where the forwards stay in torch.
+        """
+        wanted = can_try(self.predictor) if self.engine == 'auto' else self.engine != TORCH
+        if wanted and self._export is None:
+            self._export = threading.Thread(target=self._make_engine, args=(x,), name='castream-export', daemon=True)
+            self._export.start()
+        return self._export
+
+    def _make_engine(self, x: Tensor) -> None:
+        # A copy: the hooks of an explanation that runs meanwhile would see the forwards of the trial.
+        model = copy.deepcopy(self.predictor.model)
+        predictor = Predictor(model, self.predictor.poolings, activation=self.predictor.activation)
+        engine = make_engine(predictor, x, self.name, must_be_faster=self.engine == 'auto')
+        self.predictor = self.predictor.accelerated(engine)
 
     @property
     def model(self) -> Any:
@@ -73,6 +107,7 @@ def open_for_page(
     *,
     activation: str = 'softmax',
     device: str | torch.device = 'cpu',
+    engine: str = 'auto',
     **kwargs: Any,
 ) -> PageModel:
     """Opens a model.
@@ -82,9 +117,12 @@ def open_for_page(
         checkpoint, pretrained, kwargs: As of `hub.load.open_model`.
         activation: `'softmax'`, or `'sigmoid'` for multi-label models.
         device: Device of the model.
+        engine: What runs the forwards of masked images, as of `evaluate`: `'auto'`, `'torch'` or `'onnxruntime'`.
 
     Raises:
-        ValueError: If the model has no classes, or a checkpoint is named without a model.
+        ValueError: If the model has no classes, a checkpoint is named without a model, or the engine cannot run the
+            network.
+        ModuleNotFoundError: If the engine is not installed.
         Exception: Those of `hub.load.open_model`.
     """
     model: Any = open_model(name, checkpoint, pretrained, **kwargs)
@@ -93,7 +131,9 @@ def open_for_page(
     if not model.num_classes:
         raise ValueError(f'{name} has no classes, so there is no class to explain.')
     title = (model.pretrained_cfg or {}).get('architecture') or name
-    return PageModel(Predictor(model.to(device).eval(), activation=activation), str(title), weights)
+    predictor = Predictor(model.to(device).eval(), activation=activation)
+    check_engine(engine, predictor)
+    return PageModel(predictor, str(title), weights, engine)
 
 
 def _weights_sentence(checkpoint: str | None, pretrained: bool, backbone_checkpoint: str | None) -> str:

@@ -9,7 +9,15 @@ import tempfile
 import threading
 from pathlib import Path
 
-from .options import add_model_options, add_normalisation_options, add_size_options, count, device_of, set_images
+from .options import (
+    add_engine,
+    add_model_options,
+    add_normalisation_options,
+    add_size_options,
+    count,
+    device_of,
+    set_images,
+)
 
 EXAMPLE = 'castream app --model resnet50_castream --checkpoint last.pth.tar'
 _LOCAL = ('127.0.0.1', 'localhost', '::1')
@@ -23,6 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_size_options(parser)
     add_normalisation_options(parser)
     parser.add_argument('--multilabel', action='store_true', help='probabilities by sigmoid')
+    add_engine(parser)
     server = parser.add_argument_group('server')
     server.add_argument(
         '--host',
@@ -47,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         args.pretrained,
         activation='sigmoid' if args.multilabel else 'softmax',
         device=device_of(args),
+        engine=args.engine,
         use_ema=args.use_ema,
         num_classes=args.num_classes,
         **args.model_kwargs,

@@ -12,6 +12,7 @@ from typing import Any
 from . import SKIPPED
 from .names import names, rows
 from .options import (
+    add_engine,
     add_format,
     add_method_options,
     add_model_options,
@@ -59,7 +60,7 @@ _RECORDED = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    metrics, engines = rows('metrics/table', 'MetricRow'), names('inference/engine', 'ENGINES')
+    metrics = rows('metrics/table', 'MetricRow')
     add_model_options(parser)
     # Those of the paper's tables, and the baselines that a method must beat.
     add_method_options(parser, ('grad_cam', 'grad_cam_pp', 'score_cam', 'random', 'centre'))
@@ -120,12 +121,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     speed.add_argument(
         '--amp-dtype', choices=('bfloat16', 'float16'), help='of --amp, which it implies (default: bfloat16)'
     )
-    speed.add_argument(
-        '--engine',
-        choices=engines,
-        default=engines[0],
-        help='what runs the forwards of masked images; auto: ONNX Runtime where it is faster (default: %(default)s)',
-    )
+    add_engine(speed)
     speed.add_argument('--channels-last', action='store_true', help='use this memory format')
     speed.add_argument('--torchcompile', action='store_true', help='compile the network')
     add_format(parser)

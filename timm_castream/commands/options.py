@@ -290,6 +290,17 @@ def _import_function(word: str, source: str, model: nn.Module) -> Callable[..., 
     return functools.update_wrapper(bound, function)
 
 
+def add_engine(parser: argparse._ActionsContainer) -> None:
+    """`--engine` of the forwards of masked images."""
+    engines = names('inference/engine', 'ENGINES')
+    parser.add_argument(
+        '--engine',
+        choices=engines,
+        default=engines[0],
+        help='what runs the forwards of masked images; auto: ONNX Runtime where it is faster (default: %(default)s)',
+    )
+
+
 def add_format(parser: argparse.ArgumentParser) -> None:
     """`--format` of the table that is printed."""
     parser.add_argument(
