@@ -16,6 +16,7 @@ from .options import (
     add_size_options,
     count,
     device_of,
+    name_classes,
     set_images,
 )
 
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         num_classes=args.num_classes,
         **args.model_kwargs,
     )
+    name_classes(opened.model, args)
     set_images(opened.model, args)
     if args.space:
         folder = write_space(opened, args.space)

@@ -46,6 +46,7 @@ _RECORDED = (
     'checkpoint',
     'use_ema',
     'num_classes',
+    'class_names',
     'model_kwargs',
     'data_dir',
     'dataset',
@@ -248,8 +249,9 @@ def _compare_classes(dataset: Any, model: Any, target: str) -> None:
                 raise
     elif classes and len(classes) < (model.num_classes or 0) and target == 'truth':
         raise ValueError(
-            f'The data set has {len(classes)} classes, the model has {model.num_classes}, and its weights name none: give '
-            'the folders their indices with --class-map, or explain the predicted classes with --target predicted.'
+            f'The data set has {len(classes)} classes, the model has {model.num_classes}, and its weights name none: name '
+            'them with --class-names, give the folders their indices with --class-map, or explain the predicted classes '
+            'with --target predicted.'
         )
 
 

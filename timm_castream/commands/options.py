@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
+_IMAGENET = 1000  # classes
 _SMALL = 64  # the last map of larger images has several locations
 
 # What torch.device takes.
@@ -41,11 +42,36 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
         help="weights: of timm's train.py, safetensors, or ORG/NAME on the Hub",
     )
     group.add_argument('--use-ema', action='store_true', help='the averaged weights of the checkpoint')
+    add_class_names(group)
     group.add_argument('--num-classes', type=count_or_none, help="other than the model's own")
     add_model_kwargs(group)
     group.add_argument(
         '--device', type=_device, metavar='NAME', help='cpu, cuda, cuda:1, ... (default: cuda if there is one)'
     )
+
+
+def add_class_names(parser: argparse._ActionsContainer) -> None:
+    """`--class-names`, for `name_classes`."""
+    parser.add_argument(
+        '--class-names',
+        metavar='FILE',
+        help='names of the classes of the weights, one a line in the order of their indices; imagenet: those of ImageNet',
+    )
+
+
+def name_classes(model: Any, args: argparse.Namespace) -> None:
+    """Gives the model the names of `--class-names`, or says how to where its weights name none."""
+    from ..hub.label_names import give_names, label_names
+
+    if args.class_names:
+        give_names(model, args.class_names)
+    elif (args.checkpoint or args.pretrained) and model.num_classes and label_names(model) is None:
+        _logger.info(
+            'The weights name none of their %d classes: --class-names FILE gives names, one a line in the order of the '
+            'indices%s.',
+            model.num_classes,
+            ', and --class-names imagenet those of ImageNet' if model.num_classes == _IMAGENET else '',
+        )
 
 
 def add_size_options(parser: argparse._ActionsContainer) -> None:
@@ -152,6 +178,7 @@ def open_from(args: argparse.Namespace) -> nn.Module:
         args.use_ema,
         **{'num_classes': args.num_classes, **args.model_kwargs},
     )
+    name_classes(model, args)
     set_images(model, args)
     return model
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .options import add_model_kwargs
+from .options import add_class_names, add_model_kwargs, name_classes
 
 PHRASES = {
     'name a tag with backbone_pretrained, or pass False': 'name a tag with --backbone-tag, or add --own-backbone',
@@ -25,6 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--pretrained', action='store_true', help='in place of CHECKPOINT: the weights of the name')
     parser.add_argument('--model', required=True, help='name of the model')
     add_model_kwargs(parser)
+    add_class_names(parser)
     parser.add_argument('--repo', required=True, metavar='ORG/NAME')
     parser.add_argument('--use-ema', action='store_true', help='the averaged weights of the checkpoint')
     parser.add_argument('--stream-only', action='store_true', help='leave the backbone out: it comes from timm')
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.checkpoint and not Path(args.checkpoint).is_file():
         raise FileNotFoundError(f'There is no file {args.checkpoint}.')
     model = open_model(args.model, args.checkpoint, args.pretrained, args.use_ema, **args.model_kwargs)
+    name_classes(model, args)
     card = {
         'metrics': _read_json(args.metrics) if args.metrics else None,
         'dataset': args.dataset,

@@ -14,6 +14,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -62,6 +63,33 @@ def set_label_names(model: Any, names: Sequence[str], descriptions: Mapping[str,
     if descriptions:
         cfg['label_descriptions'] = dict(descriptions)
     model.pretrained_cfg = model.default_cfg = cfg
+
+
+def give_names(model: Any, source: str | Path) -> None:
+    """Gives a model the names in a file, one class a line in the order of the indices, or those of ImageNet.
+
+    Args:
+        model: A timm model.
+        source: A file in UTF-8, or `'imagenet'` for the ImageNet with as many classes as the model has.
+
+    Raises:
+        ValueError: There are other numbers of names and classes, or a name is repeated.
+        FileNotFoundError: There is no such file.
+    """
+    if str(source) == 'imagenet':
+        names = imagenet_names(model)
+        if names is None:
+            raise ValueError(f'There is no ImageNet of {model.num_classes} classes: name a file with the names.')
+    elif not Path(source).is_file():
+        raise FileNotFoundError(f"There is no file {source} with names of classes; 'imagenet' gives those of ImageNet.")
+    else:
+        names = [line.strip() for line in Path(source).read_text(encoding='utf-8').splitlines() if line.strip()]
+    if len(names) != model.num_classes:
+        raise ValueError(f'{source} has {len(names)} names, the model has {model.num_classes} classes.')
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise ValueError(f'{source} has the name {repeated!r} twice.')
+    set_label_names(model, names)
 
 
 def name_imagenet_classes(model: Any) -> None:
