@@ -139,6 +139,9 @@ def _is_ours(error: Exception) -> bool:
 
 
 def _run(path: Path, options: list[str], parser: argparse.ArgumentParser) -> None:
+    def one_line(message: str) -> NoReturn:
+        raise ValueError(f'{message} (see {parser.prog} --help)')
+
     score = multilabel.MultiLabelScore()
     checks = DataChecks(argparse.Namespace())
     with _replaced(
@@ -157,7 +160,7 @@ def _run(path: Path, options: list[str], parser: argparse.ArgumentParser) -> Non
         script = defined['main'].__globals__
         script['validate'] = score.scored(script['validate'])
         script['nn'] = _nn_with(CrossEntropyLoss=multilabel.CrossEntropyLoss)
-        script['parser'].error = _OneLine(parser.prog)  # in place of timm's, which prints all its options
+        script['parser'].error = one_line  # in place of timm's, which prints all its options
         command = prepare(script, options)
         checks.set_args(command.args)
         for name in ('create_model', 'create_dataset', 'create_loader'):
@@ -171,16 +174,6 @@ def _run(path: Path, options: list[str], parser: argparse.ArgumentParser) -> Non
             if reason and _is_missing_download(error):
                 raise OSError(f'{" ".join(str(error).split())} {reason}') from error
             raise
-
-
-class _OneLine:
-    """The `error` of a parser, as a ValueError that names the command's help."""
-
-    def __init__(self, prog: str) -> None:
-        self.prog = prog
-
-    def __call__(self, message: str) -> NoReturn:
-        raise ValueError(f'{message} (see {self.prog} --help)')
 
 
 def _is_missing_download(error: BaseException | None) -> bool:
