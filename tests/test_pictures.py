@@ -18,6 +18,7 @@ from timm_castream.pictures import (
     Box,
     Panel,
     draw_grid,
+    draw_row,
     heat_map,
     overlay,
     overlay_photograph,
@@ -95,6 +96,16 @@ def test_a_grid_shows_every_panel_pixel_by_pixel_under_its_title(side: int, tmp_
         assert len(found) == 1
         y, x = found[0]
         assert (pixels[y - 20 : y, x : x + len(expected)] < 100).any(), 'no title above'
+
+
+def test_many_panels_go_on_in_further_lines() -> None:
+    panels = [Panel('title', np.full((224, 224, 3), i, dtype=np.uint8)) for i in range(30)]
+    row = draw_row(panels)
+    few = draw_row(panels[:12])
+    assert row.shape[1] == few.shape[1] and len(row) == 3 * len(few)
+    assert np.array_equal(row[: len(few)], few)
+    for i in range(30):  # each is there once, whole
+        assert (row == i).all(-1).sum() >= 224 * 224
 
 
 def test_a_caption_stands_below_the_rows() -> None:

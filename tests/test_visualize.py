@@ -279,7 +279,11 @@ def test_no_image_is_overwritten_and_no_picture_twice(model: nn.Module, tmp_path
     before = [path.read_bytes() for path in paths]
     done = explain(model, paths, ('attention',), tmp_path, ('ca',))
     assert [path.read_bytes() for path in paths] == before
-    assert [path.relative_to(tmp_path).as_posix() for path in done.pictures] == ['a_2.png', 'other/A.png', 'grid_3.png']
+    assert [path.relative_to(tmp_path).as_posix() for path in done.pictures] == [
+        'a.png.png',
+        'other/A.png',
+        'grid.png.png',
+    ]
     assert [path.name for path in done.grids] == ['grid_2.png']
 
 

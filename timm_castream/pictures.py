@@ -28,6 +28,7 @@ OPACITY = 0.8
 
 _MARK = 'timm_castream'  # in the files of pictures, see `is_picture`
 _JET_OPACITY = 160  # of 255; times OPACITY it is one half
+_MOST_PANELS = 12  # of a line
 _LEAST_WIDTH = 200  # pixels of a panel, for its title: smaller images are enlarged
 _GAP = 8
 _LINES = 1.25  # height of a line of text in units of the letters' size
@@ -200,7 +201,15 @@ def write_maps(
 
 
 def draw_row(panels: Sequence[Panel]) -> np.ndarray:
-    """Panels of equal sizes beside each other, each under its title: (H, W, 3) pixels of 8 bits."""
+    """Panels of equal sizes beside each other, each under its title: (H, W, 3) pixels of 8 bits.
+
+    More than `_MOST_PANELS` go on in further lines.
+    """
+    lines = [panels[start : start + _MOST_PANELS] for start in range(0, len(panels), _MOST_PANELS)]
+    return _draw_line(panels) if len(lines) == 1 else np.asarray(stack_rows([_draw_line(line) for line in lines]))
+
+
+def _draw_line(panels: Sequence[Panel]) -> np.ndarray:
     height, width = panels[0].pixels.shape[:2]
     enlarged = -(-_LEAST_WIDTH // width)
     height, width = height * enlarged, width * enlarged

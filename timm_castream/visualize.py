@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -227,6 +228,7 @@ def explain(
     grid_paths = [_free_path(folder, 'grid', taken) for _ in range(0, len(images), ROWS_PER_GRID)]
     done = Explained([], [], {}, [], {})
     root = os.path.commonpath([os.path.abspath(path.parent) for path in images]) if root is None else root
+    alike = Counter((path.parent, path.stem.casefold()) for path in images)  # a.jpg and a.png
     strips: list[np.ndarray] = []
     caption = EARLY_STAGES if any('stream' in method.needs for method in rows_of_methods) else ''
 
@@ -255,16 +257,18 @@ def explain(
             for pooling, classes in top.items()
         }
         place = _subfolder(folder, path, root)
+        is_taken = alike[path.parent, path.stem.casefold()] > 1 or _path_key(place / f'{path.stem}.png') in taken
+        stem = path.name if is_taken else path.stem  # a.jpg.png tells its image, a_2.png does not
         strips.append(draw_row(result.panels))
-        done.pictures.append(save(stack_rows(strips[-1:], caption), _free_path(place, path.stem, taken)))
+        done.pictures.append(save(stack_rows(strips[-1:], caption), _free_path(place, stem, taken)))
         if save_maps:
-            maps = _free_path(place, f'{path.stem}_maps', taken, '')
+            maps = _free_path(place, f'{stem}_maps', taken, '')
             facts = {'image': str(path), 'top': top, 'explained': result.explained}
             write_maps(maps, image, crop, result.maps, facts, opacity, colours)
             done.maps.append(maps)
         if identity:
             figure = draw_identity(model, x, *predictor.normalisation(x))
-            done.pictures.append(save(figure, _free_path(place, f'{path.stem}_identity', taken)))
+            done.pictures.append(save(figure, _free_path(place, f'{stem}_identity', taken)))
         if len(strips) == ROWS_PER_GRID:
             save_grid()
     if strips:

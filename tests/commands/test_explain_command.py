@@ -62,6 +62,21 @@ def test_the_folders_of_images_stay_and_their_classes_are_printed(images, model,
         assert line.startswith(f'{path}: ') and line.endswith(f': {expected}')
 
 
+def test_images_that_differ_in_their_endings_keep_them(images, explain, tmp_path):
+    image = Image.open(images / 'a/im9.png')
+    image.save(images / 'a/im9.jpg')
+    image.save(images / 'a/IM9.bmp')
+    assert explain('--images', str(images), '--save-maps') == 0
+    written = {path.relative_to(tmp_path / 'out').as_posix() for path in (tmp_path / 'out').rglob('*.png')}
+    assert written == {'a/im9.png.png', 'a/im9.jpg.png', 'a/IM9.bmp.png', 'a/im10.png', 'b/im9.png', 'grid.png'}
+    assert (tmp_path / 'out/a/im9.jpg_maps').is_dir() and (tmp_path / 'out/a/im10_maps').is_dir()
+
+
+def test_the_picture_of_an_image_in_the_output_folder_has_its_name(images, explain, tmp_path):
+    assert explain(str(images / 'b/im9.png'), '--output', str(images / 'b')) == 0
+    assert {path.name for path in (images / 'b').iterdir()} == {'im9.png', 'im9.png.png'}
+
+
 @pytest.mark.parametrize('output', ['images/out', 'images', '.'])
 def test_pictures_of_an_earlier_call_are_no_images(images, explain, tmp_path, capsys, output):
     told = []

@@ -82,3 +82,8 @@ def move_files(source: Path, target: Path) -> None:
 def printable(name: str | Path) -> str:
     """A file name with a question mark for each byte that is not UTF-8."""
     return str(name).encode('utf-8', 'replace').decode()
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f'{count} {noun}' if count == 1 else f'{count} {noun}s'

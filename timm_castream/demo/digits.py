@@ -23,7 +23,7 @@ from timm.task import ClassificationTask
 from torch import nn
 from tqdm import tqdm
 
-from .._utils.files import make_folder, move_files
+from .._utils.files import counted, make_folder, move_files
 from ..attach import POOLINGS, forward_both
 from ..attribution.methods import TABLE_METHODS
 from ..backbones.image_settings import image_loader
@@ -234,9 +234,10 @@ def saliency_in_box(model: nn.Module, scenes: DigitScenes, batch_size: int, seed
 def _report_text(report: Report, facts: dict[str, Any], output: Path, minutes: float) -> str:
     accuracy, shares, settings = facts['accuracy'], facts['saliency_in_box'], facts['settings']
     quick = ' --quick' if settings == asdict(QUICK) else ''
+    threads = counted(torch.get_num_threads(), 'thread')
     return f"""# CA-Stream and global average pooling on handwritten digits
 
-`castream demo --train --seed {facts['seed']}{quick}`: {minutes:.1f} minutes with {torch.get_num_threads()} threads on
+`castream demo --train --seed {facts['seed']}{quick}`: {minutes:.1f} minutes with {threads} on
 {platform.machine()}, torch {torch.__version__}, timm {timm.__version__}, timm_castream {__version__}.
 
 A `test_resnet` was trained on {settings['train_images']} images of digits on photographs, 64 x 64 pixels, for

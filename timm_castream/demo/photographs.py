@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import nn
 
-from .._utils.files import make_folder, move_files
+from .._utils.files import counted, make_folder, move_files
 from ..attach import POOLINGS, forward_both
 from ..attribution.methods import method_title
 from ..backbones.image_settings import image_loader
@@ -134,7 +134,7 @@ def _classes(model: Any, files: Sequence[Path]) -> dict[str, dict[str, tuple[str
 
 
 def _report_text(report: Report, facts: dict[str, Any], seconds: float) -> str:
-    model = facts['model']
+    model, threads = facts['model'], counted(torch.get_num_threads(), 'thread')
     rows = '\n'.join(
         f'| [{name}](pictures/{Path(name).stem}.png) | '
         + ' | '.join(f'{label} {100 * value:.0f} %' for label, value in (found[pooling] for pooling in POOLINGS))
@@ -143,7 +143,7 @@ def _report_text(report: Report, facts: dict[str, Any], seconds: float) -> str:
     )
     return f"""# Where does {model} look?
 
-`castream demo`: {seconds:.0f} seconds with {torch.get_num_threads()} threads on {platform.machine()}, torch
+`castream demo`: {seconds:.0f} seconds with {threads} on {platform.machine()}, torch
 {torch.__version__}, timm {timm.__version__}, timm_castream {__version__}.
 
 ![Each photograph, the attention of the last stage, Grad-CAM under both poolings, the attention of the early stages](pictures/grid.png)
