@@ -80,6 +80,17 @@ class CrossAttention(nn.Module):
             if linear is not None:
                 nn.init.xavier_uniform_(linear.weight)
 
+    def keys(self, features: Tensor) -> Tensor:
+        """What the query is compared with at every location: F, or F W^K. The stream itself never computes it.
+
+        Args:
+            features: (B, D, H, W).
+
+        Returns:
+            (B, D, H, W).
+        """
+        return features if self.key is None else self.key(features.movedim(1, -1)).movedim(-1, 1)
+
     def attention_logits(self, query: Tensor, features: Tensor) -> Tensor:
         """F q for every location, before the scale and the softmax: a class agnostic CAM with weights q, eq. (5).
 

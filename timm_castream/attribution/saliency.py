@@ -192,9 +192,7 @@ def attention_identity(model: nn.Module, x: Tensor) -> Identity:
         query, maps = query_of(features), backbone.pooled_stage.to_nchw(features, x.shape[-2:])
         block: Any = backbone.castream.blocks[-1]
         logits = block.attention_logits(query, maps).sum(1).unflatten(1, maps.shape[2:])
-        if block.key is not None:
-            maps = block.key(maps.movedim(1, -1)).movedim(-1, 1)
-        return Identity(logits, (query[:, :, None, None] * maps).sum(1))
+        return Identity(logits, (query[:, :, None, None] * block.keys(maps)).sum(1))
 
 
 def _of_pooling(target: Target, pooling: str) -> Classes:
