@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -247,42 +247,6 @@ def masked_prob(maps: MapGroup) -> Tensor:
     return maps.predict_each(lambda index: maps.mask(index, maps.saliency[index]))
 
 
-@measurement
-def insertion_curve(maps: MapGroup) -> Tensor:
-    """(T, n + 1, Q) from the blurred image to the image."""
-    return perturbed(maps, 'blurred', 'image')
-
-
-@measurement
-def deletion_curve(maps: MapGroup) -> Tensor:
-    """(T, n + 1, Q) from the image to the mean colour."""
-    return perturbed(maps, 'image', 'zeros')
-
-
-@measurement
-def insertion_black_curve(maps: MapGroup) -> Tensor:
-    """(T, n + 1, Q) from black to the image."""
-    return perturbed(maps, 'black', 'image')
-
-
-@measurement
-def insertion_mean_curve(maps: MapGroup) -> Tensor:
-    """(T, n + 1, Q) from the mean colour to the image."""
-    return perturbed(maps, 'zeros', 'image')
-
-
-@measurement
-def deletion_black_curve(maps: MapGroup) -> Tensor:
-    """(T, n + 1, Q) from the image to black."""
-    return perturbed(maps, 'image', 'black')
-
-
-@measurement
-def deletion_blur_curve(maps: MapGroup) -> Tensor:
-    """(T, n + 1, Q) from the image to the blurred image."""
-    return perturbed(maps, 'image', 'blurred')
-
-
 @measurement_of_one_pooling
 def pixel_shares(maps: MapGroup) -> Tensor:
     """(T, n + 1) the share of the pixels that has changed at each point of a curve."""
@@ -332,6 +296,18 @@ def perturbed(maps: MapGroup, start: str, finish: str) -> Tensor:
         image=maps.image,
         ends=(maps.reference_prob(start), maps.reference_prob(finish)),
     )
+
+
+# Curves, (T, n + 1, Q), by their first and last image.
+for _name, _start, _finish in (
+    ('insertion_curve', 'blurred', 'image'),
+    ('deletion_curve', 'image', 'zeros'),
+    ('insertion_black_curve', 'black', 'image'),
+    ('insertion_mean_curve', 'zeros', 'image'),
+    ('deletion_black_curve', 'image', 'black'),
+    ('deletion_blur_curve', 'image', 'blurred'),
+):
+    MEASUREMENTS[_name] = partial(perturbed, start=_start, finish=_finish)
 
 
 def measure(names: Collection[str], groups: Mapping[str, MapGroup]) -> dict[str, dict[str, Tensor]]:

@@ -79,8 +79,9 @@ def _of_top_half(value: Callable[[Tensor, Tensor], Tensor]) -> Values:
     return lambda m: value(m.prob, m.top_half_prob)
 
 
-def _over_shares(curve: str) -> Values:
-    return lambda m: area_over_shares(getattr(m, curve), m.pixel_shares)
+def _over_shares(curve: str) -> tuple[frozenset[str], Values]:
+    """The needs and the values of a curve over the share of the pixels."""
+    return frozenset({curve, 'pixel_shares'}), lambda m: area_over_shares(getattr(m, curve), m.pixel_shares)
 
 
 def _with_randomised(compare: Callable[[Tensor, Tensor], Tensor]) -> Values:
@@ -190,28 +191,15 @@ METRICS: dict[str, MetricRow] = {
             _of_top_half(average_increase),
         ),
         MetricRow(
-            'insertion_share',
-            'Insertion over the true share',
-            'I share',
-            True,
-            frozenset({'insertion_curve', 'pixel_shares'}),
-            _over_shares('insertion_curve'),
+            'insertion_share', 'Insertion over the true share', 'I share', True, *_over_shares('insertion_curve')
         ),
-        MetricRow(
-            'deletion_share',
-            'Deletion over the true share',
-            'D share',
-            False,
-            frozenset({'deletion_curve', 'pixel_shares'}),
-            _over_shares('deletion_curve'),
-        ),
+        MetricRow('deletion_share', 'Deletion over the true share', 'D share', False, *_over_shares('deletion_curve')),
         MetricRow(
             'insertion_black',
             'Insertion into black',
             'I black',
             True,
-            frozenset({'insertion_black_curve', 'pixel_shares'}),
-            _over_shares('insertion_black_curve'),
+            *_over_shares('insertion_black_curve'),
             curve='insertion_black_curve',
         ),
         MetricRow(
@@ -219,8 +207,7 @@ METRICS: dict[str, MetricRow] = {
             'Insertion into the mean colour',
             'I mean',
             True,
-            frozenset({'insertion_mean_curve', 'pixel_shares'}),
-            _over_shares('insertion_mean_curve'),
+            *_over_shares('insertion_mean_curve'),
             curve='insertion_mean_curve',
         ),
         MetricRow(
@@ -228,8 +215,7 @@ METRICS: dict[str, MetricRow] = {
             'Deletion to black',
             'D black',
             False,
-            frozenset({'deletion_black_curve', 'pixel_shares'}),
-            _over_shares('deletion_black_curve'),
+            *_over_shares('deletion_black_curve'),
             curve='deletion_black_curve',
         ),
         MetricRow(
@@ -237,8 +223,7 @@ METRICS: dict[str, MetricRow] = {
             'Deletion to the blurred image',
             'D blur',
             False,
-            frozenset({'deletion_blur_curve', 'pixel_shares'}),
-            _over_shares('deletion_blur_curve'),
+            *_over_shares('deletion_blur_curve'),
             curve='deletion_blur_curve',
         ),
         MetricRow(
