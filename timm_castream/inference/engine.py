@@ -35,8 +35,8 @@ TOLERANCE = 1e-5  # of probabilities
 # An export takes as long as some hundred forwards of 224 x 224 pixels. Below so many `auto` does not try it.
 WORTH_AN_EXPORT = 1000
 _PACKAGES = ('onnxruntime', 'onnx', 'onnxscript')
-# Two images of 224 x 224 a call are as fast as many, and need little memory.
-_PIXELS_OF_A_CALL = 2 * 224 * 224
+# One image of 224 x 224 a call is as fast as many, and needs the least memory.
+_PIXELS_OF_A_CALL = 224 * 224
 # Calls for a batch, and of a thread at least: at its end the threads wait for each other and for the next masks.
 _CALLS = 16
 _CALLS_OF_A_THREAD = 2
