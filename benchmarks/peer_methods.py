@@ -54,14 +54,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         title: (Predictor(timm.create_model(name, num_classes=10, **kwargs).eval()), torch.randn(1, 3, side, side))
         for title, (name, kwargs, side) in NETWORKS.items()
     }
-    command = 'python benchmarks/peer_methods.py' + ('' if args.costs else ' --no-costs')
+    command = 'python benchmarks/peer_methods.py' + (f' --side {args.side}' if args.costs else ' --no-costs')
     versions = f'{platform.machine()}, torch {torch.__version__}, timm {timm.__version__}, seed {SEED}.'
     what = 'A method marked "yes" has run on a small network of that kind, unless it takes a forward a channel.'
     where = f'`{command}`: {args.threads} thread of 2 CPU cores, {versions}'
     cost = None
     if args.costs:
         cost = Cost(timm.create_model(args.model).eval(), torch.randn(1, 3, args.side, args.side))
-        what += ' "Forwards" is the CPU time of one map, divided by that of a forward of one image.'
+        what += (
+            ' "Forwards" is the CPU time of one map in forwards of one image, on a machine with other work: read it as an '
+            'order of magnitude.'
+        )
         where = (
             f'`{command}`: {args.model} at {args.side} pixels, {1000 * cost.forward:.0f} ms a forward, '
             f'{args.threads} thread of 2 CPU cores, {versions}'
@@ -95,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             cells = ['no' if problem else 'yes' for problem in problems.values()]
             lines.append(f'| {row.name} | {" | ".join(cells)} |')
             if cost:
-                lines[-1] += ' |' if all(problems.values()) else f' {cost(name):.1f} |'
+                many = re.search(r'\d+ forwards a channel', row.costly)  # minutes an image: not measured
+                lines[-1] += ' |' if all(problems.values()) else f' {many[0] if many else f"{cost(name):.1f}"} |'
             print(lines[-1], flush=True)
         lines += ['', 'Refused:', '']
         lines += [f'- {", ".join(f"`{name}`" for name in names)}: {why}.' for why, names in reasons.items()]

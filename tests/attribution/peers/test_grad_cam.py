@@ -13,7 +13,8 @@ from by_hand import grad_cam_maps, seed
 from torch import Tensor, nn
 
 from timm_castream.attribution import attribute
-from timm_castream.attribution.peers import LIBRARIES
+from timm_castream.attribution.peers import LIBRARIES, why_not
+from timm_castream.inference.predictor import Predictor
 
 TARGET = torch.tensor([7, 2])
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -29,11 +30,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     'SESS': {'num_scales': 2, 'smooth': False},
 }  # fmt: skip
 # ShapleyCAM reshapes neither the maps that it weighs nor the class token away, and AblationCAM ablates the class token.
-# By hand, FullGrad stops at biases that are no images, and HiResCAM of a class token is rounding noise (test_cam).
+# FullGrad is refused where it misses most biases, and HiResCAM of a class token is rounding noise (test_cam).
 NOT_BY_HAND = {
     ('swin', 'ShapleyCAM'),
     ('test_vit', 'ShapleyCAM'),
     ('test_vit', 'AblationCAM'),
+    ('test_convnext', 'FullGrad'),
     ('swin', 'FullGrad'),
     ('test_vit', 'FullGrad'),
     ('test_vit', 'HiResCAM'),
@@ -118,3 +120,24 @@ def test_every_method_of_this_pytorch_grad_cam_works_or_has_a_reason() -> None:
     helpers = {'AblationLayer', 'AblationLayerVit', 'AblationLayerFasterRCNN', 'ActivationsAndGradients'}
     classes = {name for name, value in vars(pytorch_grad_cam).items() if isinstance(value, type)}
     assert classes - helpers == set(LIBRARIES['grad-cam'].methods)
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'fits'),
+    [
+        ('test_resnet', True),
+        ('test_convnext', False),
+        ('test_vit', False),
+        ('swin', False),
+        ('test_efficientnet', False),
+    ],
+)
+def test_full_grad_is_refused_where_the_library_misses_most_biases(
+    backbone: str, fits: bool, make_model: Callable[..., nn.Module]
+) -> None:
+    predictor = Predictor(make_model(backbone))
+    counted = len(pytorch_grad_cam.FullGrad(predictor.backbone, []).bias_data)
+    biases = len([name for name, _ in predictor.backbone.named_parameters() if name.endswith('bias')])
+    problem = why_not('grad-cam:FullGrad', predictor, torch.randn(1, 3, 64, 64))
+    assert (problem == '') == fits == (2 * counted > biases)
+    assert fits or f'{biases - counted} of the {biases} layers with a bias are others' in problem

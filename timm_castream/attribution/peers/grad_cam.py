@@ -8,13 +8,26 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ...inference.predictor import Predictor
 from .hookable import HookableNetwork
 from .library import Library, PeerMethod
 
 _LAYERS = 'it multiplies the maps of several layers, and an evaluation has one'
+
+
+def _without_biases(predictor: Predictor) -> str:
+    """FullGrad adds a map for each bias. The library finds those of layers of exactly two types."""
+    with_bias = [m for m in predictor.backbone.modules() if isinstance(getattr(m, 'bias', None), nn.Parameter)]
+    others = [m for m in with_bias if type(m) not in (nn.Conv2d, nn.BatchNorm2d)]
+    if 2 * len(others) <= len(with_bias):
+        return ''
+    return (
+        f'it adds the parts of the biases of nn.Conv2d and nn.BatchNorm2d alone, and {len(others)} of the '
+        f'{len(with_bias)} layers with a bias are others'
+    )
 
 
 class GradCam(Library):
@@ -49,7 +62,7 @@ class GradCam(Library):
             PeerMethod('FEM'),
             PeerMethod('ShapleyCAM'),
             PeerMethod('FinerCAM'),
-            PeerMethod('FullGrad', layer=False),
+            PeerMethod('FullGrad', layer=False, unfit=_without_biases),
             PeerMethod('RandomCAM', random=True),
             PeerMethod('AblationCAM', forward_a_channel=True),
             PeerMethod('ScoreCAM', alone=True, forward_a_channel=True),
