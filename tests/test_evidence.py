@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks.evidence import __main__ as program
 from benchmarks.evidence import pieces
 from benchmarks.evidence.choice import take
-from benchmarks.evidence.page import MARKS, page_text, readme_text, wrap
+from benchmarks.evidence.page import MARKS, render, wrap
 from benchmarks.evidence.results import Difference, Results, Table, compare
 from benchmarks.evidence.setup import Setup, ranks_in_class
 from timm_castream.evaluation.bootstrap import Estimate
@@ -163,14 +163,14 @@ def results():
 
 
 def test_the_page_is_made_from_the_committed_values(results):
-    assert PAGE.read_text(encoding='utf-8') == page_text(results)
+    assert PAGE.read_text(encoding='utf-8') == render('page.md.j2', results) + '\n'
 
 
 def test_the_readme_shows_the_figures_of_the_page(results):
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
     if MARKS[0] in text:
         table = text.partition(MARKS[0])[2].partition(MARKS[1])[0].strip()
-        assert table == readme_text(results)
+        assert table == render('readme.md.j2', results)
 
 
 def column(piece: str, name: str) -> list[float]:

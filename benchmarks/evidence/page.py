@@ -15,12 +15,11 @@ from timm_castream.attribution.methods import METHODS
 from timm_castream.metrics import METRICS
 
 from .. import pretrained
+from .pieces import METRICS as GROUPS
 from .plots import plot_differences, plot_growth
 from .results import Difference, Results
 
 MARKS = ('<!-- evidence: written by make evidence -->', '<!-- end of evidence -->')
-MASKED = ('average_drop', 'average_gain', 'average_increase')
-CURVES = ('insertion', 'deletion')
 
 
 def write_page(results: Results, page: Path, readme: Path | None = None) -> None:
@@ -41,26 +40,16 @@ def write_page(results: Results, page: Path, readme: Path | None = None) -> None
         plot_differences(differences, page.with_name(f'{page.stem}_differences.png'))
     plot_growth(results, page.with_name(f'{page.stem}_growth.png'))
     with write_whole(page) as file:
-        file.write(page_text(results, page.stem))
+        file.write(render('page.md.j2', results, page.stem) + '\n')
     text = readme.read_text(encoding='utf-8') if readme is not None and readme.is_file() else ''
     if readme is not None and all(mark in text for mark in MARKS):
         before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
         with write_whole(readme) as file:
-            file.write(f'{before}{MARKS[0]}\n{readme_text(results)}\n{MARKS[1]}{after}')
+            file.write(f'{before}{MARKS[0]}\n{render("readme.md.j2", results)}\n{MARKS[1]}{after}')
 
 
-def page_text(results: Results, stem: str = 'evidence') -> str:
-    """The page; the names of its pictures begin with `stem`."""
-    return render('page.md.j2', results, stem) + '\n'
-
-
-def readme_text(results: Results) -> str:
-    """The README's part: the answer, the main differences, and what augmentation did."""
-    return render('readme.md.j2', results, '')
-
-
-def render(template: str, results: Results, stem: str) -> str:
-    """Fills a template of this folder. A table without rows says that it has not run."""
+def render(template: str, results: Results, stem: str = 'evidence') -> str:
+    """Fills a template of this folder; names of pictures begin with `stem`. A table without rows has not run."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -77,7 +66,7 @@ def render(template: str, results: Results, stem: str) -> str:
         columns=main_columns(),
         methods=METHODS,
         metrics=METRICS,
-        masked=MASKED,
+        masked=GROUPS['masked'],
         changes=changes_of_recipe(results.choices.get('gap_start', {})),
         pretrained=pretrained.table(),
         seconds=sum(facts['seconds'] for facts in (*results.facts.values(), *results.streams.values())),
@@ -94,7 +83,7 @@ def main_columns() -> list[tuple[str, str, str, str]]:
     columns = [('', 'accuracy ↑', 'main', 'accuracy'), ('', 'probability', 'main', 'prob')]
     for method in ('grad_cam', 'grad_cam_pp', 'score_cam'):
         tables = ('score_cam', 'score_cam') if method == 'score_cam' else ('main', 'curves')
-        for table, names in zip(tables, (MASKED, CURVES), strict=True):
+        for table, names in zip(tables, (GROUPS['masked'], GROUPS['curves']), strict=True):
             columns += [(METHODS[method].title, METRICS[name].heading, table, f'{method}/{name}') for name in names]
     return columns
 

@@ -95,21 +95,14 @@ class Table:
         means = [float(np.nanmean(run[column])) for run in runs if column in run]
         return f'{sum(means) / len(means):.1f}' if means else ''
 
-    def changes(self, column: str, stream: str = STREAM, gap_column: str | None = None) -> Values:
+    def changes(self, column: str, stream: str = STREAM) -> Values:
         """CA - GAP of a column by seed, (N,) paired by image, for the seeds that have run."""
-        gap = (self.gap or {}).get(gap_column or column)
-        seeds = self.streams.get(stream, {}) if gap is not None else {}
-        return {seed: values[column] - gap for seed, values in seeds.items() if column in values}
+        seeds = self.streams.get(stream, {}) if self.gap and column in self.gap else {}
+        return {seed: values[column] - self.gap[column] for seed, values in seeds.items() if column in values}
 
-    def difference(self, column: str, stream: str = STREAM, gap_column: str | None = None) -> Difference | None:
-        """CA - GAP of a column, or None where one of them has not run.
-
-        Args:
-            column: `accuracy`, `prob`, or `METHOD/METRIC`.
-            stream: Kind of stream.
-            gap_column: Another column of GAP to compare with.
-        """
-        runs = self.changes(column, stream, gap_column)
+    def difference(self, column: str, stream: str = STREAM) -> Difference | None:
+        """CA - GAP of a column, `accuracy`, `prob` or `METHOD/METRIC`, or None where one of them has not run."""
+        runs = self.changes(column, stream)
         return compare(runs.values(), direction(column)) if runs else None
 
     def excess(self, baselines: Table, baseline: str, metric: str, stream: str = STREAM) -> Difference | None:
@@ -125,10 +118,12 @@ class Table:
         runs = [ours[seed][: len(theirs[seed])] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
         return compare(runs, direction(metric)) if runs else None
 
-    def against(self, metric: str, baseline: str) -> Difference:
-        """A metric of the attention minus that of a baseline map under CA, paired by image."""
+    def against(self, metric: str, other: str, pooling: str) -> Difference:
+        """A metric of the attention minus that of another method under a pooling, paired by image."""
         runs = self.streams[STREAM].values()
-        return compare(run[f'attention/{metric}'] - run[f'{baseline}/{metric}'] for run in runs)
+        return compare(
+            run[f'attention/{metric}'] - (self.gap if pooling == 'gap' else run)[f'{other}/{metric}'] for run in runs
+        )
 
 
 def direction(column: str) -> bool | None:
