@@ -235,18 +235,16 @@ def _is_imagenet(cfg: Mapping[str, Any], num_classes: int | None) -> bool:
 
 def _wordnet_texts(names: Sequence[str]) -> dict[str, str]:
     """Texts of the names that are WordNet ids of the largest ImageNet."""
-    if not any(_WORDNET_ID.fullmatch(name) for name in names):
-        return {}
-    texts = _wordnet()
-    return {name: texts[name] for name in names if name in texts}
-
-
-@cache
-def _wordnet() -> dict[str, str]:
+    missing = {name for name in names if _WORDNET_ID.fullmatch(name)}
     texts: dict[str, str] = {}
-    for subset in ('imagenet-22k', 'imagenet-1k'):  # one class of the smaller is not in the larger
-        info = _imagenet(subset)
-        texts |= {name: info.label_name_to_description(name) for name in info.label_names()}
+    for subset in (
+        'imagenet-1k',
+        'imagenet-22k',
+    ):  # one class of the smaller is not in the larger, which is slow to read
+        if missing:
+            info = _imagenet(subset)
+            texts |= {name: info.label_name_to_description(name) for name in missing.intersection(info.label_names())}
+            missing -= texts.keys()
     return texts
 
 
