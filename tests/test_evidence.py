@@ -173,6 +173,18 @@ def test_the_readme_shows_the_figures_of_the_page(results):
         assert table == render('readme.md.j2', results)
 
 
+def test_the_opening_of_the_readme_has_the_figures_of_its_table():
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    opening = ' '.join(text.partition('**Why a stream?**')[2].partition('\n\n')[0].split())
+    shown = {cells[1].strip(): cells[4].split()[0] for line in text.splitlines() if len(cells := line.split('|')) == 9}
+    for figure, sentence in (
+        ('Grad-CAM, AG ↑', "Grad-CAM's Average Gain rises by {} points"),
+        ('accuracy ↑', '{} points of accuracy there'),
+        ('Grad-CAM, D ↓', 'a Deletion worse by {} points'),
+    ):
+        assert sentence.format(shown[figure].lstrip('+-')) in opening
+
+
 def column(piece: str, name: str) -> list[float]:
     """The committed values of every image, read without the program."""
     with gzip.open(RESULTS / 'pieces' / f'{piece}.csv.gz', 'rt') as file:
