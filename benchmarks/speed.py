@@ -63,6 +63,7 @@ class Row:
         rounds: Runs that count.
         options: More of the job.
         other: The peer's job, which runs on the new side too.
+        passes: How often a run takes each image.
     """
 
     group: str
@@ -74,6 +75,7 @@ class Row:
     rounds: int
     options: dict[str, Any] = field(default_factory=dict)
     other: str = ''
+    passes: int = 1
 
 
 def protocol(
@@ -93,8 +95,8 @@ ROWS = (
     Row('scorecam', "Score-CAM, both poolings, beside pytorch-grad-cam's", 'at least 6', LITE0, 'score_cam', 1, 2,
         other='peer_score_cam'),
     Row('curves', "Insertion and Deletion beside torch-cam's", 'at least 3', LITE0, 'curves', 8, 5, other='peer_curves'),
-    Row('model', 'ten forwards with a stream', 'at least 0.98', 'resnet18', 'forward', 8, 9),
-    Row('model', 'five training steps of a stream', 'at least 0.98', 'resnet18', 'step', 8, 9),
+    Row('model', 'ten forwards with a stream', 'at least 0.98', 'resnet18', 'forward', 8, 9, passes=10),
+    Row('model', 'five training steps of a stream', 'at least 0.98', 'resnet18', 'step', 8, 9, passes=5),
 )  # fmt: skip
 GROUPS = (*dict.fromkeys(row.group for row in ROWS), 'start', 'agreement')
 
@@ -169,7 +171,7 @@ def measure(row: Row, old: Path, weights: str, images: str) -> list[str]:
             pairs.append(answers)
     seconds = [[answer['seconds'] for answer in side] for side in zip(*pairs, strict=True)]
     ratio = statistics.median(a / b for a, b in zip(*seconds, strict=True))
-    rates = [row.count / statistics.median(side) for side in seconds]
+    rates = [row.count * row.passes / statistics.median(side) for side in seconds]
     memory = pairs[-1][1]['peak_mb'] / pairs[-1][0]['peak_mb']
     return [
         row.title,
