@@ -491,9 +491,13 @@ def test_sigterm_closes_the_server_before_the_files_of_the_page_are_removed(monk
             close()
 
         monkeypatch.setattr(app.server, 'close', recorded_close)
-        threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return served
 
+    def wait() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait()
+
+    monkeypatch.setattr('timm_castream.commands.app.wait', wait)
     monkeypatch.setattr('timm_castream.app.serve', serve_until_sigterm)
     for variable in ('GRADIO_TEMP_DIR', 'GRADIO_ANALYTICS_ENABLED'):
         monkeypatch.setenv(variable, '')

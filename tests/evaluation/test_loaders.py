@@ -87,7 +87,8 @@ def test_a_sampler_that_plays_no_part_is_told_in_one_sentence(
     ):
         caplog.clear()
         report = evaluate(model, loader, methods, **arguments)
-        assert len(caplog.records) == bool(told) and told in caplog.text
+        ours = [record.getMessage() for record in caplog.records if record.name.startswith('timm_castream')]
+        assert len(ours) == bool(told) and told in ''.join(ours)
         # The maps of the data set's order are right whatever the sampler, and every image counts once.
         for key, estimate in expected.figures.items():
             assert report[key].value == pytest.approx(estimate.value, abs=1e-4)

@@ -36,7 +36,7 @@ def run_elsewhere(hub: Hub, home: Path, code: str, **environment: str) -> str:
         'OMP_NUM_THREADS': '1',
         **environment,
     }
-    done = subprocess.run([sys.executable, '-c', code], env=environ, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, '-c', code], env=environ, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -131,7 +131,7 @@ def test_help_ends_quietly_when_its_reader_stops(script):
     os.close(read)
     process = run_in_a_process('--timm-script', str(script.path), '--help', stdout=write)
     os.close(write)
-    assert process.communicate(timeout=100)[1] == ''
+    assert process.communicate(timeout=500)[1] == ''
     assert process.returncode in (0, 141)  # argparse itself may hide the error
 
 
@@ -141,17 +141,17 @@ def test_a_script_that_hides_an_interruption_ends_with_130(number, script, tmp_p
     open(os.environ['SEEN'], 'w').close()
     try:
         import time
-        time.sleep(100)
+        time.sleep(1000)
     except KeyboardInterrupt:
         pass
 """
     script.path.write_text(script.path.read_text().replace('def main():\n', f'def main():{waiting}    return\n'))
     process = run_in_a_process('--timm-script', str(script.path), '--dataset', 'digits', stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 100
-    while not (tmp_path / 'seen.json').exists() and time.monotonic() < deadline:
+    while not (tmp_path / 'seen.json').exists():
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    assert 'castream train: interrupted' in process.communicate(timeout=100)[1]
+    assert 'castream train: interrupted' in process.communicate(timeout=500)[1]
     assert process.returncode == 130
 
 
