@@ -635,6 +635,12 @@ def test_a_network_without_a_trained_classifier_is_refused(colours: Path, tmp_pa
         timm_castream.fit(timm.create_model('test_resnet', num_classes=0), colours, output=tmp_path / 'none', **FAST)
 
 
+def test_a_network_of_one_logit_is_refused_where_it_should_predict_the_labels(colours: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'answers by one number .*two classes or more.*labels='):
+        timm_castream.fit(network_of(num_classes=1), colours, output=tmp_path / 'out', **FAST)
+    assert not (tmp_path / 'out').exists()
+
+
 def test_few_images_are_warned_about(colours: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     timm_castream.fit(network_of(), colours, output=tmp_path / 'out', epochs=1, lr=1e-3, stream_start=4, **FAST)
     assert '60 images are few' in caplog.text

@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wording = _FORMATTER.wording = Wording(parser, getattr(command, 'PHRASES', None))
     handler = logging.StreamHandler()
     handler.setFormatter(_FORMATTER)
+    handler.addFilter(lambda record: not record.name.startswith('huggingface_hub'))  # prints by itself
     logging.basicConfig(handlers=[handler])
     logging.getLogger('timm_castream').setLevel(logging.INFO)  # not the HTTP client's requests
     try:

@@ -213,7 +213,7 @@ def explain(
     )
     rows_of_methods = resolve_methods(methods)
     check_maps(rows_of_methods, len(paths), predictor.poolings)
-    choose = _Choice([class_index(predictor.backbone, word) for word in classes], top_k)
+    choose = _Choice([class_index(predictor.backbone, word, predictor.num_classes) for word in classes], top_k)
     config = image_settings(predictor.backbone, input_size, img_size, crop_pct, mean=mean, std=std)
     transform = create_transform(**config, is_training=False)
     mode = image_mode(config['input_size'][0])
@@ -225,10 +225,11 @@ def explain(
     images = [Path(path) for path in paths]
     taken = {_path_key(path) for path in images}
     taken |= {_path_key(path.parent) for path in images}  # no folder of maps holds an image
+    inputs = frozenset(taken)
     grid_paths = [_free_path(folder, 'grid', taken) for _ in range(0, len(images), ROWS_PER_GRID)]
     done = Explained([], [], {}, [], {})
     root = os.path.commonpath([os.path.abspath(path.parent) for path in images]) if root is None else root
-    alike = Counter((path.parent, path.stem.casefold()) for path in images)  # a.jpg and a.png
+    alike = Counter((path.parent, path.stem.casefold()) for path in set(images))  # a.jpg and a.png
     strips: list[np.ndarray] = []
     caption = EARLY_STAGES if any('stream' in method.needs for method in rows_of_methods) else ''
 
@@ -257,7 +258,7 @@ def explain(
             for pooling, classes in top.items()
         }
         place = _subfolder(folder, path, root)
-        is_taken = alike[path.parent, path.stem.casefold()] > 1 or _path_key(place / f'{path.stem}.png') in taken
+        is_taken = alike[path.parent, path.stem.casefold()] > 1 or _path_key(place / f'{path.stem}.png') in inputs
         stem = path.name if is_taken else path.stem  # a.jpg.png tells its image, a_2.png does not
         strips.append(draw_row(result.panels))
         done.pictures.append(save(stack_rows(strips[-1:], caption), _free_path(place, stem, taken)))

@@ -233,3 +233,39 @@ def test_the_seed_and_the_masked_images_at_a_time_are_those_of_evaluate(images, 
     with pytest.raises(SystemExit):
         explain(str(images / 'a/im9.png'), '--mask-batch-size', '0')
     assert "--mask-batch-size: '0' is out of range" in capsys.readouterr().err
+
+
+def test_both_answers_of_one_logit_can_be_asked_for(images, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=1).eval()
+    torch.save(model.state_dict(), tmp_path / 'one.pth')
+    options = [
+        '--model',
+        'test_resnet',
+        '--checkpoint',
+        str(tmp_path / 'one.pth'),
+        '--num-classes',
+        '1',
+        '--device',
+        'cpu',
+    ]
+    argv = ['explain', str(images / 'a/im9.png'), *options, '--img-size', '32', '--methods', 'random', '--save-maps']
+    for target in (0, 1):
+        out = tmp_path / f'out{target}'
+        assert cli.main([*argv, '--target', str(target), '--output', str(out)]) == 0
+        explanation = json.loads((out / 'im9_maps/explanation.json').read_text())
+        assert explanation['explained'] == {'gap': [target]}
+    assert cli.main([*argv, '--target', '2', '--output', str(tmp_path / 'out2')]) == 2
+    assert 'the model has the classes 0 to 1' in capsys.readouterr().err
+    cfg = model.pretrained_cfg
+    transform = create_transform(32, mean=cfg['mean'], std=cfg['std'], crop_pct=cfg['crop_pct'],
+                                 interpolation=cfg['interpolation'])  # fmt: skip
+    with torch.no_grad():
+        yes = model(transform(Image.open(images / 'a/im9.png').convert('RGB'))[None]).sigmoid().item()
+    found = {entry['index']: entry['probability'] for entry in explanation['top']['gap']}
+    assert found == pytest.approx({1: yes, 0: 1 - yes}, abs=1e-4)
+
+
+def test_an_image_that_is_named_twice_keeps_its_name(images, explain, tmp_path):
+    assert explain(*[str(images / 'b/im9.png')] * 2) == 0
+    assert {path.name for path in (tmp_path / 'out').iterdir()} == {'im9.png', 'im9_2.png', 'grid.png'}

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -216,3 +217,12 @@ def test_a_flat_folder_with_one_image_in_a_subfolder_is_not_measured_by_that_ima
         Image.new('RGB', (8, 8)).save(tmp_path / name)
     with pytest.raises(ValueError, match='2 images beside its folders and 1 in them'):
         create_dataset('', str(tmp_path), split='validation')
+
+
+def test_a_file_that_is_no_archive_is_one_sentence(tmp_path):
+
+    write(tmp_path, 'a/0.png')
+    with zipfile.ZipFile(tmp_path / 'data.zip', 'w') as archive:
+        archive.write(tmp_path / 'a/0.png', 'a/0.png')
+    with pytest.raises(ValueError, match=r'data\.zip is no folder and no tar archive of images: unpack it'):
+        create_dataset('', tmp_path / 'data.zip')

@@ -114,6 +114,29 @@ class TestCheckpoints:
             open_model('test_resnet', tmp_path / 'x.pth')
         assert len(str(error.value)) < 300
 
+    def test_a_prefix_of_a_model_with_a_stream_is_named_too(self, tmp_path):
+        state_dict = {f'model.{key}': value for key, value in snapshot(make_model()).items()}
+        torch.save({'state_dict': state_dict}, tmp_path / 'lightning.ckpt')
+        with pytest.raises(ValueError, match=r"lightning\.ckpt does not fit this model: its keys begin with 'model\.'"):
+            open_model('test_resnet_castream', tmp_path / 'lightning.ckpt')
+
+    def test_an_averaged_model_of_torch_is_taken_without_its_count(self, tmp_path):
+        model = make_model('test_resnet')
+        averaged = torch.optim.swa_utils.AveragedModel(model)
+        averaged.update_parameters(model)
+        torch.save(averaged.state_dict(), tmp_path / 'swa.pth')
+        assert same(snapshot(open_model('test_resnet', tmp_path / 'swa.pth')), snapshot(model))
+
+    @pytest.mark.parametrize('share', [0.1, 0.5, 0.99])
+    def test_a_file_that_is_cut_off_is_one_sentence(self, share, tmp_path):
+        path = tmp_path / 'cut.pth'
+        torch.save(snapshot(make_model('test_resnet')), path)
+        path.write_bytes(path.read_bytes()[: round(share * path.stat().st_size)])
+        with pytest.raises(ValueError, match=r'cut\.pth is damaged'):
+            open_model('test_resnet', path)
+        with pytest.raises(ValueError, match=r'cut\.pth is damaged'):
+            make_model(backbone_checkpoint=str(path))
+
     @pytest.mark.parametrize('content', [{'epoch': 3, 'weights': {}}, {}, {'state_dict': None}])
     def test_a_file_without_weights_names_its_keys(self, content, tmp_path):
         torch.save(content, tmp_path / 'x.pth')

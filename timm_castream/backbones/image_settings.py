@@ -96,7 +96,13 @@ def set_image_settings(
     elif size != tuple(cfg.get('input_size', ())):
         settings |= dict.fromkeys(_OTHER_SIZES)
         if cfg.get('fixed_input_size') and hasattr(model, 'set_input_size'):
-            model.set_input_size(img_size=size[1:])  # timm resamples the position embeddings
+            try:
+                model.set_input_size(img_size=size[1:])  # timm resamples the position embeddings
+            except (AssertionError, RuntimeError, ValueError) as error:
+                height, width = size[1:]
+                raise ValueError(
+                    f'{type(model).__name__} takes no images of {height} x {width} pixels: {error}'
+                ) from error
     if crop_pct is not None:
         settings['test_crop_pct'] = None
     model.pretrained_cfg = model.default_cfg = {**cfg, **settings}

@@ -136,6 +136,9 @@ def find_stage(model: nn.Module, name: str) -> Stage:
         ValueError: If there is no such module, it does not run once before the pooling, or it gives no feature map.
     """
     kind = type(model).__name__
+    if not isinstance(name, str):
+        named = next((f': {own!r}' for own, module in model.named_modules() if own and module is name), '')
+        raise ValueError(f'layer takes the name of a module of {kind}, not a {type(name).__name__}{named}.')
     if not has_module(model, name):
         children = ', '.join(child for child, _ in model.named_children())
         raise ValueError(f'layer {name!r} is no module of {kind}; it has {children} and their submodules.')

@@ -29,6 +29,9 @@ from .options import (
 PHRASES = {
     'set dataset.boxes with timm_castream.datasets.read_boxes': 'name them with --boxes',
     'give the targets its indices by timm_castream.datasets.align_classes': 'give the folders its indices with --class-map',
+    "give the index of its class or a vector of all classes, or explain the predicted classes with target='predicted'": (
+        'explain the predicted classes with --target predicted'
+    ),
     "give pairs (image, label), or explain the predicted classes with target='predicted'": (
         'explain the predicted classes with --target predicted'
     ),

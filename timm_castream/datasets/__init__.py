@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import tarfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -142,6 +143,8 @@ def _image_folder(options: dict[str, Any], label_names: Sequence[str] | None) ->
     kwargs = {key: value for key, value in options['kwargs'].items() if value is not None}
     kwargs |= {key: options[key] for key in ('load_bytes', 'input_img_mode')}
     if os.path.isfile(root):  # an archive of images, which timm reads
+        if not tarfile.is_tarfile(root):
+            raise ValueError(f'{root} is no folder and no tar archive of images: unpack it, or name a folder.')
         dataset = _opened_by_us(timm_create_dataset('', root, class_map=options['class_map'], **kwargs))
         if label_names is not None:
             align_classes(dataset, label_names, f'The file {root}')

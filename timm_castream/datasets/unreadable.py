@@ -83,29 +83,44 @@ class SeparatingCollate:
 
     Args:
         collate_fn: Makes a batch of items: timm's `fast_collate`, torch's `default_collate` or the like.
+        ignores_labels: Whether every item gets the label `folders.NO_TARGET`. One whose label is None gets it in any
+            case.
 
     Returns:
         When called with a list of items: what `collate_fn` makes of the readable ones, or None if there are none, and
         the list of the `Unreadable` ones.
     """
 
-    def __init__(self, collate_fn: Callable[[list], Any]) -> None:
+    def __init__(self, collate_fn: Callable[[list], Any], ignores_labels: bool = False) -> None:
         self.collate_fn = collate_fn
+        self.ignores_labels = ignores_labels
 
     def __call__(self, items: list) -> tuple[Any, list[Unreadable]]:
-        readable = [item for item in items if not isinstance(item, Unreadable)]
+        readable = [self._labelled(item) for item in items if not isinstance(item, Unreadable)]
         unreadable = [item for item in items if isinstance(item, Unreadable)]
         return self.collate_fn(readable) if readable else None, unreadable
 
+    def _labelled(self, item: Any) -> Any:
+        """The item, with a label that can be collated where it has none or none that counts."""
+        if isinstance(item, Mapping):
+            labels = {
+                key: NO_TARGET for key in _LABEL_KEYS if key in item and (self.ignores_labels or item[key] is None)
+            }
+            return {**item, **labels} if labels else item
+        if isinstance(item, (tuple, list)) and len(item) > 1 and (self.ignores_labels or item[1] is None):
+            return item[0], NO_TARGET
+        return item
+
 
 def read_batches(
-    loader: Any, batches: Sequence[Sequence[int]]
+    loader: Any, batches: Sequence[Sequence[int]], ignores_labels: bool = False
 ) -> Iterator[tuple[list[int], Any, Any, list[Unreadable]]]:
     """Reads chosen items of a loader's data set as the loader reads its own, without substitutes.
 
     Args:
         loader: A `DataLoader`, or timm's `PrefetchLoader` around one. It is left as it is.
         batches: The indices of the items of each batch.
+        ignores_labels: Whether all targets are `folders.NO_TARGET`, whatever the items have.
 
     Returns:
         An iterator with an element a batch: the indices of its readable items, their inputs, their targets (both None
@@ -117,7 +132,7 @@ def read_batches(
         without_substitutes(inner.dataset),
         batch_sampler=[list(indices) for indices in batches],
         num_workers=inner.num_workers,
-        collate_fn=SeparatingCollate(inner.collate_fn),
+        collate_fn=SeparatingCollate(inner.collate_fn, ignores_labels),
         pin_memory=inner.pin_memory,
         timeout=inner.timeout,
         worker_init_fn=inner.worker_init_fn,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -117,10 +118,37 @@ class ImageSource:
                         f'The data set gives a {type(item).__name__} without a label for an image: give pairs (image, '
                         "label), or explain the predicted classes with target='predicted'."
                     )
-                return image, NO_TARGET if label is None else label
+                if isinstance(image, Image.Image):
+                    raise ValueError(
+                        'The data set gives images of Pillow, and an evaluation takes normalised tensors (C, H, W): give '
+                        'it the transform of timm.data.create_transform.'
+                    )
+                return image, self._usable(label)
             first = first or item
         assert first is not None
         raise ValueError(f'None of the images can be read. The first is {first.name}: {first.reason}')
+
+    def _usable(self, label: Any) -> Any:
+        """The label, or `NO_TARGET` where the labels are none that an evaluation reads and none is needed.
+
+        Raises:
+            ValueError: If a label is needed.
+        """
+        if label is None:
+            return NO_TARGET
+        is_number = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
+        if is_number or isinstance(label, (np.ndarray, Tensor)):
+            return label
+        given = f'The label of an image is {label!r}' if isinstance(label, (str, float)) else ''
+        given = given or f'The label of an image is a {type(label).__name__}'
+        if self._needs_labels:
+            raise ValueError(
+                f'{given}: give the index of its class or a vector of all classes, or explain the predicted classes with '
+                "target='predicted'."
+            )
+        _logger.warning('%s, no index of a class, so no accuracy is measured.', given)
+        self._ignores_labels = True
+        return NO_TARGET
 
     @property
     def input_size(self) -> tuple[int, ...]:
@@ -139,12 +167,16 @@ class ImageSource:
 
     def read(self, batches: Sequence[Sequence[int]]) -> Iterator[ImageBatch]:
         """Reads batches of indices as the loader reads its own, the next ones while the network works on this one."""
-        items = read_batches(self.loader, batches)
+        _ = self.first_item  # it tells whether the labels count
+        items = read_batches(self.loader, batches, self._ignores_labels)
         if not getattr(self.loader, 'loader', self.loader).num_workers:  # workers read ahead in any case
             items = read_ahead(items)
         for indices, images, labels, unreadable in items:
-            if self._ignores_labels and labels is not None:
-                labels = torch.full((len(indices),), NO_TARGET)
+            if images is not None and not (isinstance(images, Tensor) and images.is_floating_point()):
+                kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+                raise ValueError(
+                    f'The loader gives images of {kind}, and an evaluation takes normalised ones in floats.'
+                )
             yield ImageBatch(indices, images, labels, unreadable)
 
     def some_images(self, count: int) -> Tensor:
@@ -187,10 +219,8 @@ class ImageSource:
         reader: Any = getattr(dataset, 'reader', None)
         is_folder = isinstance(reader, FolderReader)
         if is_folder and not reader.class_to_idx:
-            return (
-                f'The images of {reader.root} lie in no folders of classes: explain the predicted classes '
-                '(--target predicted).'
-            )
+            way_out = '' if target == 'predicted' else ': explain the predicted classes (--target predicted)'
+            return f'The images of {reader.root} lie in no folders of classes{way_out}.'
         own, count = label_names_of(dataset), count_classes(dataset)
         if not count:
             return None

@@ -98,6 +98,11 @@ def run(
     """See `fit.fit`."""
     if not cache_size >= 0:
         raise ValueError(f'cache_size must be at least 0 gigabytes, got {cache_size!r}.')
+    if getattr(model, 'num_classes', None) == 1 and settings.labels == 'predicted':
+        raise ValueError(
+            f'This {type(model).__name__} answers by one number (num_classes is 1), and a fit needs the scores of two '
+            "classes or more: fit a classifier with labels='folders'."
+        )
     if getattr(model, 'num_classes', None) == 0 and settings.labels == 'predicted':
         raise ValueError(
             f'This {type(model).__name__} has no classifier (num_classes is 0), so it predicts no labels: name trained '

@@ -52,7 +52,7 @@ class Recipe:
     label_smoothing: float = 0.0
 
     def __str__(self) -> str:
-        return f'stream_start {self.stream_start}, epochs {self.epochs}, lr {self.lr:g}'
+        return f'stream start {self.stream_start}, epochs {self.epochs}, lr {self.lr:g}'
 
 
 @dataclass

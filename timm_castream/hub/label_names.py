@@ -172,15 +172,20 @@ def label_texts(model: nn.Module) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text != name}
 
 
-def class_index(model: nn.Module, word: str | int) -> int:
+def class_index(model: nn.Module, word: str | int, num_classes: int | None = None) -> int:
     """The index of a class from its name, a word of its description, or the number itself.
 
     A name precedes a number of the same letters.
 
+    Args:
+        model: The model.
+        word: A name or a number.
+        num_classes: Where the model has other classes than outputs: two for one logit.
+
     Raises:
         ValueError: There is no such class, or there are several.
     """
-    num_classes = getattr(model, 'num_classes', None) or 0
+    num_classes = num_classes or getattr(model, 'num_classes', None) or 0
     names = label_names(model) or []
     word = unicodedata.normalize('NFC', str(word))
     found = [index for index, name in enumerate(names) if unicodedata.normalize('NFC', name) == word]

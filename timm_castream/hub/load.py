@@ -25,6 +25,7 @@ from .stream_file import (
     StreamHeader,
     backbone_name,
     check_fit,
+    check_prefix,
     plain_stream,
     stream_state_dict,
     write_safetensors,
@@ -163,6 +164,7 @@ def _open_file(name: str, path: Path, use_ema: bool, kwargs: dict[str, Any]) -> 
         return model
     model = _create_model(name, **args)
     if isinstance(model, CAStreamMixin) and not weights.stream:
+        check_prefix(weights.state_dict, model.state_dict(), weights.origin)
         raise ValueError(
             f'{path} holds a model without a CA-Stream: open it as {backbone_name(model)}, or pass it as '
             'backbone_checkpoint.'

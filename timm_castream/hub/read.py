@@ -30,6 +30,8 @@ from .wheels import read_wheel, wheel_of
 _WEIGHTS_KEYS = ('state_dict', 'model')
 _AVERAGED_KEYS = ('state_dict_ema', 'model_ema')
 
+_COUNT_OF_AVERAGES = 'n_averaged'  # of torch.optim.swa_utils.AveragedModel, beside the weights
+
 _logger = logging.getLogger(__name__)
 
 
@@ -140,7 +142,9 @@ def read_file(path: str | Path, origin: str | None = None) -> Weights:
         return Weights(state_dict, origin, metadata)
     try:
         return Weights(timm.models.load_state_dict(str(path), weights_only=True), origin)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # it could not be opened; torch raises others on a file that is cut off
         raise ValueError(
             f'{origin} is damaged or no checkpoint: more than tensors and plain data is not unpickled.'
         ) from error
@@ -169,7 +173,9 @@ def read_checkpoint(path: str | Path, use_ema: bool | None = False) -> Weights:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # it could not be opened; torch raises others on a file that is cut off
         raise ValueError(
             f"{path} is damaged, or no checkpoint of timm's train.py: more than tensors and plain data is "
             'not unpickled.'
@@ -184,7 +190,7 @@ def read_checkpoint(path: str | Path, use_ema: bool | None = False) -> Weights:
         **(train_args.get('model_kwargs') or {}),
     }
     return Weights(
-        clean_state_dict(state_dict),
+        {key: value for key, value in clean_state_dict(state_dict).items() if key != _COUNT_OF_AVERAGES},
         str(path),
         train_args=train_args,
         model_args={name: value for name, value in model_args.items() if value is not None},

@@ -275,14 +275,23 @@ def check_fit(
         if keys
     ]
     if problems:
-        prefix = _other_prefix(unknown, state_dict, own)
-        if prefix:
-            problems = [f'its keys begin with {prefix!r}: save the state dict of the model under that name']
+        check_prefix(state_dict, own, origin)
         raise ValueError(f'{origin} does not fit this model: {"; ".join(problems)}.')
 
 
-def _other_prefix(unknown: list[str], state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """The prefix, `model.` or the like, under which most keys of a model stand in another state dict, or ''."""
-    parts = unknown[0].split('.') if unknown else []
-    prefixes = ('.'.join(parts[:count]) + '.' for count in range(1, len(parts)))
-    return next((p for p in prefixes if sum(p + key in state_dict for key in own) > len(own) / 2), '')
+def check_prefix(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], origin: str) -> None:
+    """Raises ValueError where most keys of a model stand under a prefix, such as `model.` of a wrapper.
+
+    Args:
+        state_dict: Tensors by key.
+        own: Those of the model.
+        origin: Where the tensors come from.
+    """
+    unknown = next((key for key in state_dict if key not in own), '').split('.')
+    prefixes = ('.'.join(unknown[:count]) + '.' for count in range(1, len(unknown)))
+    prefix = next((p for p in prefixes if sum(p + key in state_dict for key in own) > len(own) / 2), '')
+    if prefix:
+        raise ValueError(
+            f'{origin} does not fit this model: its keys begin with {prefix!r}: save the state dict of the model under '
+            'that name.'
+        )
