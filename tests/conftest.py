@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -24,18 +21,6 @@ SWIN_ARGS = {
     'window_size': 2,
     'drop_path_rate': 0.0,
 }
-
-
-@pytest.fixture(autouse=True)
-def the_tests_before_do_not_matter() -> Iterator[None]:
-    """Random numbers and the level of the log are the same at the start of every test."""
-    torch.manual_seed(0)
-    np.random.seed(0)
-    random.seed(0)
-    logger = logging.getLogger('timm_castream')  # a command sets its level
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 @torch.no_grad()
