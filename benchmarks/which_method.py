@@ -1,13 +1,14 @@
 """Which saliency method? Every method that runs, every metric, on real photographs; and the page docs/which-method.md.
 
-    python benchmarks/which_method.py run imagenet --data DIR/tiny-imagenet-200 --images 50
-    python benchmarks/which_method.py run digits --images 100
+    python benchmarks/which_method.py run lite0 --data DIR --images 0 100 --metrics masked
+    python benchmarks/which_method.py collect lite0
     python benchmarks/which_method.py page
 
-`run` measures one network and resumes after an interruption. It writes the values of every image to
-benchmarks/which_method_results, and `collect` those of the batches that are finished so far. `page` reads these alone: every number of the page is computed from them.
+`run` measures some metrics of one network on a range of the photographs, and resumes after an interruption. `collect`
+writes the values of every photograph to benchmarks/which_method_results, from all runs of a network, finished or not.
+`page` reads these alone: every number of the page is computed from them. What DIR holds is in which_method_networks.py.
 
-Methods whose maps are equal on this network are measured once.
+Methods whose maps are equal on the network are measured once. `--methods slow` takes those of more than 20 forwards.
 """
 
 from __future__ import annotations
@@ -27,164 +28,157 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.data import ImageNetInfo, create_loader
+from timm.data import create_loader
 from torch import Tensor, nn
 from torch.nn import functional as F
+from which_method_networks import NETWORKS, SEED, Network, drawn
 
-import timm_castream  # noqa: F401 it registers the networks with a stream
 from timm_castream.attribution import METHODS, attribute_all
 from timm_castream.attribution.peers import LIBRARIES, peers_that_work
-from timm_castream.datasets import create_dataset
 from timm_castream.evaluate import evaluate
-from timm_castream.hub.load import open_model
 from timm_castream.inference.predictor import Predictor
 from timm_castream.metrics.table import METRICS
 
 RESULTS = Path(__file__).with_name('which_method_results')
 PAGE = Path(__file__).parent.parent / 'docs' / 'which-method.md'
-# `castream demo --train` writes such a network. The committed values are those of the one that version 0.2 shipped.
-DIGITS = Path('demo_output/model')
-BASELINES = ('random', 'centre')
-REFERENCE = 'grad_cam'
 # Maps of values in [0, 1] at the size of the image. Libraries resize on their own, with rounding.
 EQUAL = 0.01
-RESAMPLES = 10_000
-SEED = 0
+SLOW = 20  # forwards of one map
+PROBED = 3  # photographs on which maps are compared and timed
+BATCH = 4
 
+# Values that an earlier version of this program measured, see git show 8c737c3:benchmarks/which_method.py.
+EARLIER = ('imagenet', 'digits')
 
-# The networks
-
-
-def imagenet(data: str, side: int) -> tuple[nn.Module, Any]:
-    """tf_efficientnet_lite0 with its published weights, the 200 rows of its classifier that Tiny ImageNet has."""
-    model: Any = open_model('tf_efficientnet_lite0_castream', pretrained=True)
-    dataset = create_dataset('tiny_imagenet', data, split='validation')
-    names = sorted(Path(data, 'wnids.txt').read_text(encoding='utf-8').split())
-    rows = [ImageNetInfo().label_names().index(name) for name in names]
-    weight, bias = model.classifier.weight.detach()[rows], model.classifier.bias.detach()[rows]
-    model.reset_classifier(len(rows))
-    model.classifier.weight.data, model.classifier.bias.data = weight.clone(), bias.clone()
-    return model.eval(), dataset
-
-
-def digits(data: str, side: int) -> tuple[nn.Module, Any]:
-    """The small ResNet that `castream demo --train` trains on digits on photographs."""
-    return open_model(f'local-dir:{DIGITS}', pretrained=True).eval(), create_dataset('digits', split='validation')
-
-
-TITLES = {
-    'imagenet': '`tf_efficientnet_lite0_castream` with its published weights',
-    'digits': 'the `test_resnet_castream` that version 0.2 shipped, trained on digits as `castream demo --train` does',
+# Names of sets of metrics. max_box_acc_v2 has no value for an image, so it cannot be paired.
+SETS = {
+    'masked': (
+        *('average_drop', 'average_gain', 'average_increase'),
+        *('average_drop_top50', 'average_gain_top50', 'average_increase_top50', 'complexity'),
+    ),
+    'curves': ('insertion', 'deletion', 'insertion_share', 'deletion_share'),
+    'road': ('road_morf', 'road_lerf'),
+    'again': ('coherency', 'adcc', 'randomisation', 'randomisation_ssim', 'stability'),
+    'ends': ('insertion_black', 'insertion_mean', 'deletion_black', 'deletion_blur'),
+    'boxes': ('pointing_game', 'energy_pointing_game', 'localization_error'),
 }
-NETWORKS = {'imagenet': (imagenet, 128), 'digits': (digits, 64)}
-
-
-# run
 
 
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    make, side = NETWORKS[args.network]
-    model, dataset = make(args.data, args.side or side)
-    side = args.side or side
-    cfg = model.pretrained_cfg
-    loader = create_loader(
-        dataset,
-        (3, side, side),
-        args.batch_size,
+    network = NETWORKS[args.network]
+    model = network.make(args.data, args.work)
+    folder = args.work / args.network
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / 'facts.json').is_file():  # all runs of a network keep the first timings
+        facts = probe(model, loader_of(args, model, (0, PROBED)), args)
+        write_json(folder / 'facts.json', facts | described(network, args))
+    facts = json.loads((folder / 'facts.json').read_text(encoding='utf-8'))
+    slow = [name for name in facts['methods'] if facts['forwards'][name] > SLOW]
+    methods = slow if args.methods == 'slow' else [name for name in facts['methods'] if name not in slow]
+    methods = methods if args.methods != 'slow' or 'grad_cam' in methods else ['grad_cam', *methods]
+    poolings = args.poolings or facts['poolings']
+    words = [args.methods, *args.metrics, *poolings, *map(str, args.images)]
+    place = folder / '_'.join(words)
+    place.mkdir(exist_ok=True)
+    write_json(place / 'run.json', {'command': command(args), 'start': args.images[0]})
+    evaluate(
+        model,
+        loader_of(args, model, args.images),
+        {name: name for name in methods},
+        poolings,
+        metrics=[metric for name in args.metrics for metric in SETS[name]],
+        seed=SEED,
+        engine=args.engine,
+        output_dir=place,
+        progress=True,
+    )
+
+
+def loader_of(args: argparse.Namespace, model: Any, images: Sequence[int]) -> Any:
+    """Some of the photographs, in batches."""
+    network = NETWORKS[args.network]
+    return create_loader(
+        drawn(network.images(model, args.data, args.work), *images),
+        (3, network.side, network.side),
+        BATCH,
         crop_pct=1.0,
-        interpolation=cfg['interpolation'],
-        mean=cfg['mean'],
-        std=cfg['std'],
+        interpolation=model.pretrained_cfg['interpolation'],
+        mean=model.pretrained_cfg['mean'],
+        std=model.pretrained_cfg['std'],
         num_workers=0,
         device=torch.device('cpu'),
         use_prefetcher=False,
     )
-    few = torch.stack([item(loader, i) for i in range(0, len(dataset), len(dataset) // args.probe)][: args.probe])
-    predictor = Predictor(model)
-    methods = [name for name in METHODS if predictor.has_stream or 'stream' not in METHODS[name].needs]
-    methods += peers_that_work(predictor, few[:1])
-    left_out = [name for name in methods if args.no_channel_methods and a_forward_a_channel(name)]
-    methods = [name for name in methods if name not in left_out]
-    poolings = args.poolings or list(predictor.poolings)
-    folder = Path(args.work, args.network)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / 'facts.json').is_file():  # an interrupted run keeps its first timings
-        equal, seconds, forward = probe(model, few, methods, poolings)
-        facts = {
-            'name': args.network,
-            'network': type(model).__name__ if args.network not in TITLES else TITLES[args.network],
-            'command': command(args),
-            'machine': f'{platform.machine()}, {args.threads} thread{"s" * (args.threads > 1)} of 2 CPU cores',
-            'versions': {'torch': torch.__version__, 'timm': timm.__version__}
-            | {library.package: library.version for library in LIBRARIES.values() if library.installed},
-            'seed': SEED,
-            'side': side,
-            'poolings': poolings,
-            'methods': [name for name in methods if name not in equal],
-            'equal': equal,
-            'left_out': left_out,
-            'forward_seconds': round(forward, 4),
-            'forwards': {name: round(value / forward, 1) for name, value in seconds.items()},
-        }
-        (folder / 'facts.json').write_text(json.dumps(facts, indent=1) + '\n', encoding='utf-8')
-    facts = json.loads((folder / 'facts.json').read_text(encoding='utf-8'))
-    evaluate(
-        model,
-        loader,
-        {name: name for name in facts['methods']},
-        poolings,
-        metrics=[name for name in METRICS if name not in ('max_box_acc_v2', *args.without)],
-        num_samples=args.images,
-        seed=SEED,
-        output_dir=folder,
-        progress=True,
-    )
-    collect(args)
-
-
-def collect(args: argparse.Namespace) -> None:
-    """Writes the results of the batches that are finished."""
-    folder = Path(args.work, args.network)
-    facts = json.loads((folder / 'facts.json').read_text(encoding='utf-8'))
-    columns: dict[str, list[float]] = {}
-    for path in sorted(folder.glob('finished.*.jsonl')):
-        for line in filter(None, path.read_text(encoding='utf-8').splitlines()):
-            record = json.loads(line)
-            # Every image is explained for one class, so that images and pairs are the same rows.
-            for name, values in {**record['images'], **record['pairs']}.items():
-                columns.setdefault(name, []).extend(values)
-    measured = {name.split('/')[2] for name in columns if name.count('/') == 2}
-    facts['images'] = len(columns['image'])
-    facts['metrics'] = {
-        name: {'symbol': row.symbol, 'title': row.title, 'higher': row.higher_is_better}
-        for name, row in METRICS.items()
-        if name in measured
-    }
-    for fact, column in (('accuracy', 'accuracy'), ('confidence', 'prob')):
-        scale = 100 if column == 'prob' else 1
-        facts[fact] = {p: round(scale * float(np.mean(columns[f'{p}/{column}'])), 2) for p in facts['poolings']}
-    kept = ['image', *(name for name in columns if name.count('/') == 2 and name.split('/')[2] in facts['metrics'])]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(kept)
-    writer.writerows([shortened(value) for value in row] for row in zip(*(columns[name] for name in kept), strict=True))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f'{args.network}.csv.gz').write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
-    (RESULTS / f'{args.network}.json').write_text(json.dumps(facts, indent=1) + '\n', encoding='utf-8')
-
-
-def item(loader: Any, index: int) -> Tensor:
-    """An image of the loader's data set, normalised."""
-    return loader.dataset[index][0]
 
 
 def command(args: argparse.Namespace) -> str:
-    words = ['python benchmarks/which_method.py run', args.network, f'--images {args.images}']
-    words += [f'--side {args.side}'] if args.side else []
-    words += [f'--poolings {" ".join(args.poolings)}'] if args.poolings else []
-    words += [f'--without {" ".join(args.without)}'] if args.without else []
-    return ' '.join([*words, *(['--no-channel-methods'] if args.no_channel_methods else [])])
+    """The command line, without folders and what does not change values."""
+    words = ['python benchmarks/which_method.py run', args.network, '--images', *map(str, args.images)]
+    words += ['--metrics', *args.metrics]
+    words += ['--leave-out', *args.leave_out] if args.leave_out else []
+    words += ['--methods slow'] if args.methods == 'slow' else []
+    return ' '.join([*words, *(['--poolings', *args.poolings] if args.poolings else [])])
+
+
+def probe(model: nn.Module, loader: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Which methods work, which give the maps of an earlier one under every pooling, and what a map costs."""
+    x = torch.cat([images for images, _ in loader])
+    predictor = Predictor(model)
+    poolings = list(predictor.poolings)
+    methods = [name for name in METHODS if predictor.has_stream or 'stream' not in METHODS[name].needs]
+    methods += peers_that_work(predictor, x[:1])
+    left_out = [name for name in methods if (':' in name and a_forward_a_channel(name)) or name in args.leave_out]
+    for library in LIBRARIES.values():
+        library.method_class(next(iter(library.methods)))  # imports it
+    with torch.no_grad():
+        target = model(x).argmax(1)
+        model(x[:1])
+        started = time.process_time()
+        for _ in range(5):
+            model(x[:1])
+        forward = (time.process_time() - started) / 5
+    seen: dict[str, Tensor] = {}
+    equal, forwards = {}, {}
+    for name in methods:
+        if name in left_out:
+            continue
+        count = 1 if a_forward_a_channel(name) else len(x)
+        started = time.process_time()
+        maps = attribute_all(model, x[:count], {name: name}, target[:count], poolings)
+        seconds = (time.process_time() - started) / (count * len(poolings))
+        forwards[name] = round(seconds / forward, 1)
+        stacked = torch.stack([resized(value, x.shape[2:]) for value in maps.values()])
+        same = [other for other, value in seen.items() if (value[:, :count] - stacked).abs().max() < EQUAL]
+        if same:
+            equal[name] = same[0]
+        else:
+            seen[name] = stacked
+        print(f'{name}: {forwards[name]} forwards{", equal to " + same[0] if same else ""}', flush=True)
+    return {
+        'machine': f'{platform.machine()}, {args.threads} thread{"s" * (args.threads > 1)} of 2 CPU cores',
+        'versions': {'torch': torch.__version__, 'timm': timm.__version__}
+        | {library.package: library.version for library in LIBRARIES.values() if library.installed},
+        'seed': SEED,
+        'probed': len(x),
+        'poolings': poolings,
+        'methods': list(seen),
+        'equal': equal,
+        'left_out': left_out,
+        'forward_seconds': round(forward, 4),
+        'forwards': forwards,
+    }
+
+
+def described(network: Network, args: argparse.Namespace) -> dict[str, Any]:
+    """What the page says about a network."""
+    return {
+        'name': args.network,
+        'network': network.title,
+        'heading': network.heading,
+        'photographs': network.photographs,
+        'side': network.side,
+    }
 
 
 def a_forward_a_channel(name: str) -> bool:
@@ -194,93 +188,69 @@ def a_forward_a_channel(name: str) -> bool:
     return LIBRARIES[prefix].methods[method].forward_a_channel
 
 
-def probe(
-    model: nn.Module, x: Tensor, methods: Sequence[str], poolings: Sequence[str]
-) -> tuple[dict[str, str], dict[str, float], float]:
-    """Which methods give the maps of an earlier one under every pooling, and CPU seconds an image of each.
-
-    Returns:
-        {method: the earlier method}, {method: seconds of one map}, seconds of one forward of an image.
-    """
-    for library in LIBRARIES.values():
-        library.method_class(next(iter(library.methods)))  # imports it
-    with torch.no_grad():
-        logits = model(x)
-        started = time.process_time()
-        for _ in range(3):
-            model(x)
-        forward = (time.process_time() - started) / (3 * len(x))
-    target = logits.argmax(1)
-    seen: dict[str, Tensor] = {}
-    equal, seconds = {}, {}
-    for name in methods:
-        started = time.process_time()
-        maps = attribute_all(model, x, {name: name}, target, poolings)
-        seconds[name] = (time.process_time() - started) / (len(x) * len(poolings))
-        stacked = torch.stack([resized(value, x.shape[2:]) for value in maps.values()])
-        same = [other for other, value in seen.items() if (value - stacked).abs().max() < EQUAL]
-        if same:
-            equal[name] = same[0]
-        else:
-            seen[name] = stacked
-        print(f'{name}: {seconds[name] / forward:.1f} forwards{", equal to " + same[0] if same else ""}', flush=True)
-    return equal, seconds, forward
-
-
 def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
     maps = F.interpolate(maps[:, None].float(), tuple(size), mode='bilinear', align_corners=False)[:, 0]
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return torch.where(high > low, (maps - low) / (high - low), 0.0)
 
 
-def shortened(value: float | None) -> str:
-    """Four digits after the point, and nothing where there is no value."""
-    return '' if value is None or math.isnan(value) else f'{value:.4f}'.rstrip('0').rstrip('.')
+def collect(args: argparse.Namespace) -> None:
+    """Writes the values of all runs of a network, of the batches that are finished."""
+    folder = args.work / args.network
+    facts = json.loads((folder / 'facts.json').read_text(encoding='utf-8'))
+    facts['commands'] = []
+    rows: dict[int, dict[str, float]] = {}
+    for path in sorted(folder.glob('*/run.json')):
+        about = json.loads(path.read_text(encoding='utf-8'))
+        facts['commands'] += [about['command']] if about['command'] not in facts['commands'] else []
+        for file in sorted(path.parent.glob('finished.*.jsonl')):
+            for line in filter(None, file.read_text(encoding='utf-8').splitlines()):
+                record = json.loads(line)
+                # Every image is explained for one class, so that images and pairs are the same rows.
+                columns = {**record['images'], **record['pairs']}
+                for position, image in enumerate(columns['image']):
+                    row = rows.setdefault(about['start'] + image, {})
+                    row |= {name: values[position] for name, values in columns.items() if name != 'image'}
+    names = list(dict.fromkeys(name for _, row in sorted(rows.items()) for name in row))
+    measured = {name.split('/')[2] for name in names if name.count('/') == 2}
+    facts['metrics'] = {
+        name: {'symbol': row.symbol, 'title': row.title, 'higher': row.higher_is_better}
+        for name, row in METRICS.items()
+        if name in measured
+    }
+    for fact, column in (('accuracy', 'accuracy'), ('confidence', 'prob')):
+        scale = 100 if column == 'prob' else 1
+        facts[fact] = {
+            p: round(
+                scale * float(np.mean([row[f'{p}/{column}'] for row in rows.values() if f'{p}/{column}' in row])), 2
+            )
+            for p in facts['poolings']
+        }
+    kept = [
+        name
+        for name in names
+        if name.count('/') == 2
+        and name.split('/')[1] in facts['methods']
+        and name.split('/')[2] in (*facts['metrics'], 'constant')
+    ]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(['image', *kept])
+    writer.writerows([image, *(shortened(row.get(name)) for name in kept)] for image, row in sorted(rows.items()))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f'{args.network}.csv.gz').write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+    write_json(RESULTS / f'{args.network}.json', facts)
 
 
-# page
+def shortened(value: float | bool | None) -> str:
+    """Two digits after the point, and nothing where there is no value."""
+    if value is None or math.isnan(value):
+        return ''
+    return f'{float(value):.2f}'.rstrip('0').rstrip('.')
 
 
-class Result:
-    """Committed values of one network."""
-
-    def __init__(self, name: str) -> None:
-        self.facts = json.loads((RESULTS / f'{name}.json').read_text(encoding='utf-8'))
-        text = gzip.decompress((RESULTS / f'{name}.csv.gz').read_bytes()).decode()
-        self.rows = list(csv.DictReader(io.StringIO(text)))
-        self.methods: list[str] = self.facts['methods']
-        self.metrics: dict[str, Any] = self.facts['metrics']
-
-    def values(self, pooling: str, method: str, metric: str) -> np.ndarray:
-        """(N,) values of the images in percent, NaN where an image has none."""
-        column = f'{pooling}/{method}/{metric}'
-        return np.array([float(row[column] or 'nan') for row in self.rows])
-
-    def mean(self, pooling: str, method: str, metric: str) -> float:
-        return float(np.nanmean(self.values(pooling, method, metric)))
-
-    def against(self, pooling: str, method: str, metric: str, other: str = REFERENCE) -> tuple[float, float, float]:
-        """Mean difference to another method, paired by image, positive where the method is better, and its interval."""
-        sign = 1 if self.metrics[metric]['higher'] else -1
-        pairs = sign * (self.values(pooling, method, metric) - self.values(pooling, other, metric))
-        pairs = pairs[~np.isnan(pairs)]
-        picks = np.random.default_rng(SEED).integers(len(pairs), size=(RESAMPLES, len(pairs)))
-        low, high = np.percentile(pairs[picks].mean(1), (2.5, 97.5))
-        return float(pairs.mean()), float(low), float(high)
-
-    def ranks(self, pooling: str, metric: str) -> np.ndarray:
-        """Means of the methods, higher better."""
-        sign = 1 if self.metrics[metric]['higher'] else -1
-        return np.array([sign * self.mean(pooling, method, metric) for method in self.methods])
-
-    def verdicts(self, pooling: str) -> dict[str, dict[str, int]]:
-        """By method and metric: 1 better than Grad-CAM, -1 worse, 0 not told apart."""
-        found: dict[str, dict[str, int]] = {}
-        for method in self.methods:
-            for metric in self.metrics:
-                _, low, high = self.against(pooling, method, metric)
-                found.setdefault(method, {})[metric] = int(low > 0) - int(high < 0)
-        return found
+def write_json(path: Path, facts: dict[str, Any]) -> None:
+    path.write_text(json.dumps(facts, indent=1) + '\n', encoding='utf-8')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -288,19 +258,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest='command', required=True)
     measure = commands.add_parser('run')
     measure.add_argument('network', choices=NETWORKS)
-    measure.add_argument('--data', default='tiny-imagenet-200')
-    measure.add_argument('--images', type=int, default=50)
-    measure.add_argument('--side', type=int, help='pixels of the images')
+    measure.add_argument('--data', type=Path, default=Path('data'), help='folder of the photographs')
+    measure.add_argument('--images', type=int, nargs=2, metavar=('START', 'STOP'), default=(0, 100))
+    measure.add_argument('--metrics', nargs='+', choices=SETS, default=['masked'])
+    measure.add_argument('--methods', choices=('quick', 'slow'), default='quick')
     measure.add_argument('--poolings', nargs='+', choices=('gap', 'ca'))
-    measure.add_argument('--probe', type=int, default=2, help='images on which maps are compared and timed')
-    measure.add_argument('--batch-size', type=int, default=5)
+    measure.add_argument('--leave-out', nargs='+', default=[], metavar='METHOD', help='in the first run of a network')
+    measure.add_argument('--engine', default='onnxruntime')
     measure.add_argument('--threads', type=int, default=1)
-    measure.add_argument('--without', nargs='*', default=[], help='metrics to leave out')
-    measure.add_argument('--no-channel-methods', action='store_true', help='leave out those of a forward a channel')
     gather = commands.add_parser('collect', help='write the results of the batches that are finished')
     gather.add_argument('network', choices=NETWORKS)
     for command_parser in (measure, gather):
-        command_parser.add_argument('--work', default='which_method_work', help='folder of unfinished evaluations')
+        command_parser.add_argument('--work', type=Path, default=Path('which_method_work'), help='unfinished runs')
     commands.add_parser('page')
     args = parser.parse_args(argv)
     if args.command == 'run':
@@ -308,9 +277,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.command == 'collect':
         collect(args)
     else:
-        from which_method_page import write
+        from which_method_page import Result, write
 
-        write([Result(name) for name in NETWORKS if (RESULTS / f'{name}.json').is_file()], PAGE)
+        write([Result(name) for name in (*NETWORKS, *EARLIER) if (RESULTS / f'{name}.json').is_file()], PAGE)
 
 
 if __name__ == '__main__':
