@@ -496,8 +496,6 @@ def _agreement(results: Sequence[Result]) -> Iterable[str]:
         'value. Methods that some metric did not measure are left out.'
     )
     yield ''
-    yield '| network | pooling | AD and AD50 | AD and I | AD and D | I and D | AD and ROAD LeRF | AD and EP | methods |'
-    yield '| --- | --- |' + ' ---: |' * 7
     pairs = (
         ('average_drop', 'average_drop_top50'),
         ('average_drop', 'insertion'),
@@ -506,6 +504,11 @@ def _agreement(results: Sequence[Result]) -> Iterable[str]:
         ('average_drop', 'road_lerf'),
         ('average_drop', 'energy_pointing_game'),
     )
+    shown = {p: q for result in results for p, q in ((m, row['symbol']) for m, row in result.facts['metrics'].items())}
+    pairs = tuple(pair for pair in pairs if set(pair) <= shown.keys())
+    heads = ' | '.join(f'{shown[one]} and {shown[other]}' for one, other in pairs)
+    yield f'| network | pooling | {heads} | methods |'
+    yield '| --- | --- |' + ' ---: |' * (len(pairs) + 1)
     for result in results:
         for pooling in result.poolings:
             cells = []
