@@ -504,7 +504,7 @@ def _agreement(results: Sequence[Result]) -> Iterable[str]:
         ('average_drop', 'road_lerf'),
         ('average_drop', 'energy_pointing_game'),
     )
-    shown = {p: q for result in results for p, q in ((m, row['symbol']) for m, row in result.facts['metrics'].items())}
+    shown = {name: row['symbol'] for result in results for name, row in result.facts['metrics'].items()}
     pairs = tuple(pair for pair in pairs if set(pair) <= shown.keys())
     heads = ' | '.join(f'{shown[one]} and {shown[other]}' for one, other in pairs)
     yield f'| network | pooling | {heads} | methods |'
