@@ -189,7 +189,7 @@ def card(name: str, settings: dict[str, Any]) -> str:
     if before:
         repeats = 'fits one to other images'
         copies = 'A few copies of the photographs that are measured on may be among them.'
-        seen = 'The settings were chosen among tries on these photographs and others.'
+        seen = 'Photographs that the fit did not draw. The settings were chosen among tries on some of them.'
     lines = table().splitlines()
     measured = '\n'.join([*lines[:2], *(line for line in lines if line.startswith(f'| `{name}` '))])
     return f"""# {name}_castream
@@ -208,14 +208,14 @@ Fingerprint of the backbone's weights: `{header['fingerprint']}`
 
 {sources}
 
-{copies} No image is in the package. We do not know whether the
-terms of the images bind weights that were fitted on them: read them before commercial use.
+{copies} No image is in the package.
+We do not know whether the terms of the images bind weights that were fitted on them: read them before commercial use.
 
 ## Measured on
 
 {seen} *samples*: the classes with an odd index of
-imagenet-sample-images, one photograph each, from the training images of the backbone. CA - GAP, paired by image, with 95 % intervals; AD, AG and AI are of Grad-CAM.
-*AG less random*: the difference of AG less that of random maps.
+imagenet-sample-images, one photograph each, from the training images of the backbone. CA - GAP, paired by image, with
+95 % intervals; AD, AG and AI are of Grad-CAM. *AG less random*: the difference of AG less that of random maps.
 
 {measured}
 
