@@ -98,6 +98,50 @@ def test_a_map_that_says_nothing_is_called_constant(model: nn.Module, one: Tenso
     assert np.array_equal(row[1].pixels, row[0].pixels)
 
 
+@pytest.mark.parametrize('colours', ['viridis', 'jet'])
+def test_a_map_with_nan_is_named_and_drawn_as_nothing(
+    model: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, colours: str
+) -> None:
+    photograph(64, 64, 3).save(tmp_path / 'one.png')
+    maps = np.ones((1, 4, 4))
+    maps[0, 1, 2] = np.nan
+    rows: list[list[Panel]] = []
+    monkeypatch.setattr('timm_castream.visualize.draw_row', lambda panels: rows.append(panels) or draw_row(panels))
+    methods = {'broken': maps, 'grad_cam': 'grad_cam'}
+    done = explain(model, [tmp_path / 'one.png'], methods, tmp_path, ['ca'], save_maps=True, colours=colours)
+    image, broken, good = rows[0]
+    assert broken.title.endswith('\nmap with NaN') and 'NaN' not in good.title
+    assert np.array_equal(broken.pixels, image.pixels) and not np.array_equal(good.pixels, image.pixels)
+    assert caplog.text.count('1 map with NaN drawn as nothing: one.png broken_ca.') == 1
+    facts = json.loads((done.maps[0] / 'explanation.json').read_text())['maps']
+    assert [facts[name]['nan'] for name in ('broken_ca', 'grad_cam_ca')] == [True, False]
+
+
+def test_a_function_that_gives_nan_has_maps_with_nan(model: nn.Module, one: Tensor, tmp_path: Path) -> None:
+    photograph(64, 64, 3).save(tmp_path / 'one.png')
+    done = explain(
+        model, [tmp_path / 'one.png'], ['grad_cam'], tmp_path, ['ca'], save_maps=True, target=lambda y: y[0] * np.nan
+    )
+    assert json.loads((done.maps[0] / 'explanation.json').read_text())['maps']['grad_cam_ca']['nan']
+
+
+@pytest.mark.parametrize(
+    ('target', 'classes'),
+    [('cat', [0]), ('dog', [1]), (3, [3]), (np.int64(2), [2]), (['dog', 2], [1, 2]), (torch.tensor([4]), [4])],
+)
+def test_a_single_name_or_index_is_explained(model: nn.Module, tmp_path: Path, target: Any, classes: list[int]) -> None:
+    photograph(64, 64, 3).save(tmp_path / 'one.png')
+    done = explain(model, [tmp_path / 'one.png'], ['random'], tmp_path, ['ca'], save_maps=True, target=target)
+    assert json.loads((done.maps[0] / 'explanation.json').read_text())['explained']['ca'] == classes
+
+
+@pytest.mark.parametrize('target', [0.5, True, [1.5], [object]])
+def test_a_target_that_is_no_class_is_one_sentence(model: nn.Module, tmp_path: Path, target: Any) -> None:
+    photograph(64, 64, 3).save(tmp_path / 'one.png')
+    with pytest.raises(ValueError, match='target must be a name or an index of a class, several of them, or a func'):
+        explain(model, [tmp_path / 'one.png'], ['random'], tmp_path, ['ca'], target=target)
+
+
 def test_explaining_writes_a_picture_an_image_and_a_grid_and_reports_the_unreadable(
     model: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ._utils.checks import ChannelNumbers
 from .attribution.method_hash import architecture
 from .attribution.methods import DEFAULT_METHODS
 from .attribution.user_methods import UserMethod, check_maps, resolve_methods
@@ -61,8 +62,8 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     channels_last: bool = False,
     torchcompile: bool = False,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: ChannelNumbers | None = None,
+    std: ChannelNumbers | None = None,
     temperature: str | Mapping[str, float] | None = None,
     keep_curves: bool = False,
     output_dir: str | Path | None = None,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ._utils.checks import ChannelNumbers, channel_numbers
+
 if TYPE_CHECKING:
     from .fitting.run import Fitted
 
@@ -34,8 +36,8 @@ def fit(
     input_size: Sequence[int] | None = None,
     crop_pct: float | None = None,
     crop_mode: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: ChannelNumbers | None = None,
+    std: ChannelNumbers | None = None,
     cache_size: float = 20.0,
     cache: str | Path | None = None,
     workers: int = 0,
@@ -84,7 +86,8 @@ def fit(
         input_size: Channels, height and width of the input, in place of `img_size`.
         crop_pct: Share of the image in the crop, which the model keeps. None: that of its `pretrained_cfg`.
         crop_mode: `'center'`, `'squash'` or `'border'`, which the model keeps. None: that of its `pretrained_cfg`.
-        mean, std: Of pixels in [0, 1], one number a channel, which the model keeps. None: those of its `pretrained_cfg`.
+        mean, std: Of pixels in [0, 1], one number or one per channel, which the model keeps. None: those of its
+            `pretrained_cfg`.
         cache_size: Most gigabytes of maps to keep on disk. 0 keeps none.
         cache: Folder for the maps, which stays for other fits of the same images and network. None: in the output
             folder until the fit is finished.
@@ -118,8 +121,8 @@ def fit(
             'input_size': None if input_size is None else list(input_size),
             'crop_pct': crop_pct,
             'crop_mode': crop_mode,
-            'mean': None if mean is None else list(mean),
-            'std': None if std is None else list(std),
+            'mean': None if mean is None else channel_numbers('mean', mean),
+            'std': None if std is None else channel_numbers('std', std),
         },
     )
     return run(model, images, Path(output), settings, cache_size, cache, workers, progress)

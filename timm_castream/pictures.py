@@ -57,15 +57,20 @@ def check_style(colours: str, opacity: float) -> None:
         raise ValueError(f'opacity must lie in [0, 1], got {opacity}.')
 
 
+def map_note(saliency: Tensor) -> str:
+    """What a title says of a map that shows nothing: `'map with NaN'`, `'constant map'`, or `''` for other maps."""
+    return 'map with NaN' if saliency.isnan().any() else '' if saliency.any() else 'constant map'
+
+
 def heat_map(saliency: Tensor, size: Sequence[int], colours: str = COLOURS[0]) -> np.ndarray:
     """The colours of a saliency map with their opacity.
 
     `'viridis'` (from violet to yellow) and `'inferno'` (from black to yellow) are perceptually uniform, and as opaque as
     the map is salient, so the image shows where the map is low. `'jet'` (from blue to red) covers the whole image
-    evenly, as in the papers.
+    evenly, as in the papers. A map with NaN is transparent everywhere.
 
     Args:
-        saliency: (h, w) in [0, 1]; it is resized as the metrics do it, by `images.resize_saliency`.
+        saliency: (h, w) in [0, 1] or NaN; it is resized as the metrics do it, by `images.resize_saliency`.
         size: (H, W).
         colours: One of `COLOURS`.
 
@@ -76,6 +81,8 @@ def heat_map(saliency: Tensor, size: Sequence[int], colours: str = COLOURS[0]) -
         ValueError: If the colours are unknown.
     """
     check_names('colours', (colours,), COLOURS)
+    if saliency.isnan().any():
+        return np.zeros((*size, 4), np.uint8)
     resized = resize_saliency(saliency[None], size)[0].cpu().numpy()
     return _table(colours)[np.minimum(resized * 256, 255).astype(np.uint8)]
 
@@ -191,7 +198,12 @@ def write_maps(
         'photograph': {'width': photograph.width, 'height': photograph.height},
         'crop': crop._asdict(),
         'maps': {
-            name: {'shape': list(values.shape), 'constant': not values.any().item()} for name, values in maps.items()
+            name: {
+                'shape': list(values.shape),
+                'constant': map_note(values) == 'constant map',
+                'nan': map_note(values) == 'map with NaN',
+            }
+            for name, values in maps.items()
         },
     }
     paths.append(folder / 'explanation.json')

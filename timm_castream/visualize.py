@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, count
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +23,8 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ._utils.checks import check_count
-from ._utils.files import make_folder, printable
+from ._utils.checks import ChannelNumbers, check_count
+from ._utils.files import counted, make_folder, printable
 from .attach import attention_maps
 from .attribution.cam import scale_maps
 from .attribution.methods import METHODS, PAPER_METHODS, Batch, Method
@@ -44,6 +46,7 @@ from .pictures import (
     draw_grid,
     draw_row,
     heat_map,
+    map_note,
     overlay,
     save,
     stack_rows,
@@ -82,6 +85,7 @@ EARLY_STAGES = (
 _LABEL_LETTERS, _NAME_LETTERS = 22, 30
 _LEAST_SEEN = 0.5  # of a side
 _MAX_STEM_BYTES = 200
+_MAX_NAMED = 3
 
 _logger = logging.getLogger(__name__)
 
@@ -156,12 +160,12 @@ def explain(
     colours: str = COLOURS[0],
     opacity: float = OPACITY,
     save_maps: bool = False,
-    target: Sequence[str | int] | Score | None = None,
+    target: str | int | Sequence[str | int] | Score | None = None,
     top_k: int | None = None,
     root: str | Path | None = None,
     seed: int = 0,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: ChannelNumbers | None = None,
+    std: ChannelNumbers | None = None,
 ) -> Explained:
     """Writes a row of overlays for each image as a PNG, and a grid of all rows, with a progress bar on a terminal.
 
@@ -187,15 +191,15 @@ def explain(
         save_maps: Write a folder for each image too: every map as an array (`.npy`, (h, w) in [0, 1], of the crop that
             the network gets) and over the whole photograph (`.jpg`), and `explanation.json` with the most probable
             classes and the crop in pixels of the photograph.
-        target: Names or indices of the classes to explain. None: the class predicted under each pooling, or, under a
+        target: Name or index of the class to explain, or several. None: the class predicted under each pooling, or, under a
             sigmoid, every class of at least 0.5. A function gets the output for one image, (C,), and gives the one
             number that is explained; titles name the function and the number.
         top_k: Explain so many of the most probable classes under each pooling.
         root: A folder. Pictures lie in the folders that their images lie in below it. None: the folder that all images
             share.
         seed: Of methods that draw random numbers.
-        mean, std: Normalisation of the images, of pixels in [0, 1], one number a channel. None: those of the model's
-            `pretrained_cfg`.
+        mean, std: Normalisation of the images, of pixels in [0, 1], one number or one per channel. None: those of the
+            model's `pretrained_cfg`.
 
     Raises:
         ValueError: If there are no paths, an argument does not fit or the model has no stream.
@@ -207,7 +211,7 @@ def explain(
         check_count('top_k', top_k)
         if callable(target):
             raise ValueError(f'top_k {top_k} chooses classes, and target is a function: leave one of them out.')
-    score, classes = (target, ()) if callable(target) else (None, target or ())
+    score, classes = (target, ()) if callable(target) else (None, _classes(target))
     predictor = Predictor(
         model, poolings, layer=layer, activation=activation, batch_size=batch_size, mean=mean, std=std, score=score
     )
@@ -231,6 +235,7 @@ def explain(
     root = os.path.commonpath([os.path.abspath(path.parent) for path in images]) if root is None else root
     alike = Counter((path.parent, path.stem.casefold()) for path in set(images))  # a.jpg and a.png
     strips: list[np.ndarray] = []
+    with_nan: list[str] = []
     caption = EARLY_STAGES if any('stream' in method.needs for method in rows_of_methods) else ''
 
     def save_grid() -> None:
@@ -252,6 +257,7 @@ def explain(
             predictor, x, rows_of_methods, printable(path.name), index, colours, opacity, choose, seed
         )
         top = _named(result.top, lambda label: _label(predictor, label))
+        with_nan += [f'{printable(path.name)} {name}' for name, values in result.maps.items() if values.isnan().any()]
         titles = predictor.pooling_names
         done.classes[path] = {
             titles[pooling]: [(entry['name'], entry['probability']) for entry in classes]
@@ -274,6 +280,9 @@ def explain(
             save_grid()
     if strips:
         save_grid()
+    if with_nan:
+        named = ', '.join(with_nan[:_MAX_NAMED]) + (', ...' if len(with_nan) > _MAX_NAMED else '')
+        _logger.warning('%s with NaN drawn as nothing: %s.', counted(len(with_nan), 'map'), named)
     return done
 
 
@@ -344,8 +353,8 @@ def _explain_one(
 
     def add(file_name: str, title: str, values: Tensor) -> None:
         maps[re.sub(r'[^\w.+-]+', '_', file_name)] = values
-        note = '' if values.any() else '\nconstant map'
-        panels.append(Panel(title + note, overlay(image, values, opacity, colours)))
+        note = map_note(values)
+        panels.append(Panel(f'{title}\n{note}' if note else title, overlay(image, values, opacity, colours)))
 
     title = METHODS['attention'].title
     attention = {
@@ -364,6 +373,25 @@ def _explain_one(
     for stage in reversed([stage for stage in attention if stage not in last]):
         add(f'attention_{stage}', f'{title}\n{stage}, early', attention[stage])
     return _Result(panels, maps, top, explained)
+
+
+def _classes(target: Any) -> list[str | int]:
+    """The classes that a target names, which is no function.
+
+    Raises:
+        ValueError: It is no name, index or sequence of them.
+    """
+    words: Any = [target] if isinstance(target, (str, Integral)) else [] if target is None else target
+    try:
+        fits = not any(isinstance(word, bool) for word in words)
+        classes = [word if isinstance(word, str) else operator.index(word) for word in words]
+    except TypeError:
+        fits, classes = False, []
+    if not fits:
+        raise ValueError(
+            f'target must be a name or an index of a class, several of them, or a function, got {target!r}.'
+        )
+    return classes
 
 
 def _tell_crop(path: Path, image: Image.Image, crop: Box) -> None:
@@ -422,10 +450,7 @@ def _label(predictor: Predictor, index: int) -> str:
 
 
 def denormalised(
-    model: nn.Module,
-    x: Tensor,
-    mean: Sequence[float] | Tensor | None = None,
-    std: Sequence[float] | Tensor | None = None,
+    model: nn.Module, x: Tensor, mean: ChannelNumbers | None = None, std: ChannelNumbers | None = None
 ) -> np.ndarray:
     """Pixels, (B, H, W, 3) of 8 bits, of (B, C, H, W) normalised images.
 
@@ -441,10 +466,7 @@ def denormalised(
 
 
 def draw_identity(
-    model: nn.Module,
-    x: Tensor,
-    mean: Sequence[float] | Tensor | None = None,
-    std: Sequence[float] | Tensor | None = None,
+    model: nn.Module, x: Tensor, mean: ChannelNumbers | None = None, std: ChannelNumbers | None = None
 ) -> Any:
     """Eq. (5) for one image: attention logits F a, the class agnostic CAM sum_k a_k F^k, and their difference.
 

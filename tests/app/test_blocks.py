@@ -377,6 +377,12 @@ def test_a_map_that_says_nothing_is_called_constant(opened: PageModel, folder: P
     assert page.maps(explained, METHODS, 1, flat, COLOURS).count('a constant map') == 2
 
 
+def test_a_map_with_nan_is_named_in_the_page_and_in_its_picture(opened: PageModel, folder: Path) -> None:
+    explained = explain_image(opened, photograph(folder))
+    broken = {(name, 'grad_cam'): torch.full((4, 4), torch.nan) for name in ('gap', 'ca')}
+    assert page.maps(explained, METHODS, 1, broken, COLOURS).count('a map with NaN, which says nothing') == 2
+
+
 def test_other_colours_change_the_maps_and_the_attention(user: User, folder: Path) -> None:
     first = user.explain(photograph(folder))
     predicted = first['Class to explain']['value']

@@ -1,5 +1,6 @@
 """Settings of a network's images, against timm's own."""
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -7,6 +8,7 @@ from timm.data import resolve_model_data_config
 
 from timm_castream.backbones.image_settings import image_settings, set_image_settings
 from timm_castream.hub.load import open_model
+from timm_castream.inference.images import normalisation
 
 
 @pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'tf_efficientnet_lite0', 'vit_tiny_patch16_224'])
@@ -61,12 +63,27 @@ def test_another_mean_and_std_are_those_of_the_transform():
 @pytest.mark.parametrize(
     ('options', 'words'),
     [
-        ({'mean': [0.5]}, '3 channels, --mean has 1'),
-        ({'mean': [0.5, 0.5, 123.7]}, '--mean 123.7 .* from 0 to 1'),
-        ({'std': [0.5, 0.5, 0.0]}, '--std 0 .* above 0'),
-        ({'std': [0.5, 0.5, float('nan')]}, '--std nan'),
+        ({'mean': [0.5, 0.5]}, '^mean must hold one number or one per channel, got 2 for images of 3 channels'),
+        ({'mean': []}, '^mean must hold one number or one per channel, got 0'),
+        ({'mean': 'grey'}, "^mean must hold numbers, got 'grey'"),
+        ({'std': [0.5, 0.5, 0.0]}, '^std must hold positive numbers'),
+        ({'std': [0.5, 0.5, float('nan')]}, '^std must hold positive numbers'),
     ],
 )
-def test_a_mean_or_std_that_is_none_of_the_pixels_is_refused(options, words):
+def test_a_mean_or_std_that_is_none_of_the_channels_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         set_image_settings(timm.create_model('test_resnet'), **options)
+
+
+@pytest.mark.parametrize('mean', [0.25, (0.25,), [0.25] * 3, np.full(3, 0.25), torch.full((3,), 0.25)])
+def test_a_mean_and_a_std_are_a_number_or_one_per_channel_of_any_kind(mean):
+    model = timm.create_model('test_resnet')
+    set_image_settings(model, mean=mean, std=mean)
+    assert model.pretrained_cfg['mean'] == model.pretrained_cfg['std'] == (0.25, 0.25, 0.25)
+    x = torch.ones(1, 3, 4, 4)
+    for offset in normalisation({}, x, mean, mean):
+        assert (x * offset).eq(0.25).all()
+
+
+def test_a_mean_may_be_negative():
+    assert image_settings(timm.create_model('test_resnet'), mean=(-0.5, 0, 0.5))['mean'] == (-0.5, 0, 0.5)

@@ -88,6 +88,34 @@ def test_names_that_do_not_fit_are_refused(
     assert message in capsys.readouterr().err
 
 
+def test_one_logit_has_the_names_of_its_two_classes(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path('names.txt').write_text('cat\neel\n')
+    evaluate = 'evaluate --data-dir images -j 0 --methods random --metrics average_drop --class-names'
+    assert run(f'{evaluate} names.txt', 1) == 0
+    with open('evaluation/images.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert {row['file'].partition('/')[0]: int(row['gap/class']) for row in rows} == {'cat': 0, 'eel': 1}
+    capsys.readouterr()
+    assert run(f'{EXPLAIN} --class-names names.txt --target eel cat', 1) == 0
+    assert 'class ' not in capsys.readouterr().out
+
+
+def test_one_name_for_one_logit_is_no_name_of_two_folders(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    Path('names.txt').write_text('cat\n')
+    evaluate = 'evaluate --data-dir images -j 0 --methods random --metrics average_drop --class-names'
+    assert run(f'{evaluate} names.txt', 1) == 2
+    assert "the class 'eel' that is not known: the known classes are 'cat'" in capsys.readouterr().err
+    assert run(f'{evaluate} names.txt --target predicted', 1) == 0
+    assert "The model names 'cat' alone, and its one logit has two classes" in caplog.text
+    Path('three.txt').write_text('cat\neel\nowl\n')
+    assert run(f'{evaluate} three.txt', 1) == 2
+    assert 'three.txt has 3 names, the model has one logit: two classes, 0 (no) and 1 (yes).' in capsys.readouterr().err
+
+
 def test_folders_are_compared_with_the_names_and_a_repository_has_them(run: Callable[..., int]) -> None:
     evaluate = 'evaluate --data-dir images -j 0 --methods random --metrics average_drop --class-names names.txt'
     assert run(evaluate) == 0

@@ -193,7 +193,11 @@ def with_transform(side: int = 64, mean: float = 0.5) -> DataLoader:
         ({}, {'loader': with_transform(mean=0.4)}, r'loader_normalisation=\[\[0\.5'),
         ({}, {'mean': (0.4,) * 3}, r'mean=\[0\.5, 0\.5, 0\.5\], this one has mean=\[0\.4'),
         ({}, {'std': (0.4,) * 3}, r'std=\[0\.5, 0\.5, 0\.5\], this one has std=\[0\.4'),
-        ({'methods': {'mine': first_channel}}, {'methods': {'mine': all_channels}}, 'user_methods='),
+        (
+            {'methods': {'mine': first_channel}},
+            {'methods': {'mine': all_channels}},
+            "another function or other maps for 'mine' than this one: name another",
+        ),
     ],
 )
 def test_another_input_or_method_of_the_user_is_refused_in_the_same_folder(
@@ -703,5 +707,5 @@ def test_a_function_of_the_user_resumes_with_batches_of_the_same_size_alone(mode
     methods = {'mine': lambda x, target: x.sum(1) / x.std()}
     evaluate(model, DataLoader(Six(), 2), methods, **arguments)
     evaluate(model, DataLoader(Six(), 2), methods, **arguments)
-    with pytest.raises(ValueError, match='images_at_a_time'):
+    with pytest.raises(ValueError, match='batch_size'):
         evaluate(model, DataLoader(Six(), 3), methods, **arguments)

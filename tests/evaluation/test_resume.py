@@ -152,3 +152,31 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / 'file').write_text('')
     with pytest.raises(ValueError, match='file is a file: name a folder'):
         Journal(tmp_path / 'file', 0)
+
+
+LONG = [f'a_long_name_{i}' for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ('one', 'other', 'said'),
+    [
+        ({'metrics': LONG}, {'metrics': LONG[1:]}, ["metrics=['a_long_name_0', ", ', ...]', "metrics=['a_long_name_1', "]),
+        ({'kwargs': {'a': 'x' * 80}}, {}, ["kwargs={'a': 'xxx", "xxx...'}", 'this one has kwargs=None: name']),
+        ({'path': 'p' * 80}, {'path': 'q'}, ["...', this one has path='q'"]),
+        ({'transform': 'Compose(\n Resize' * 9}, {'transform': 'b'}, ['an evaluation with another transform than this one:']),
+        ({'transform': 'a', 'img_size': 32, 'input_size': [3, 32, 32]}, {'transform': 'b', 'img_size': 64, 'input_size': [3, 64, 64]}, ['with img_size=32, this one has img_size=64: name']),
+        ({'user_methods': {'f': 'a', 'g': 'b'}, 'seed': 1}, {'user_methods': {'f': 'a', 'g': 'c'}, 'seed': 2}, ["with seed=1, this one has seed=2 and another function or other maps for 'g': name"]),
+        ({'images_at_a_time': 2}, {'images_at_a_time': 3}, ['with batch_size=2, this one has batch_size=3: name']),
+    ],
+)  # fmt: skip
+def test_other_settings_are_told_in_words_whose_brackets_and_quotes_close(
+    tmp_path: Path, one: dict[str, Any], other: dict[str, Any], said: list[str]
+) -> None:
+    write(tmp_path, record(0), settings={'methods': ['a'], **one})
+    with pytest.raises(ValueError, match='holds an evaluation') as caught:
+        read(tmp_path, settings={'methods': ['a'], **other})
+    message = str(caught.value)
+    assert [part for part in said if part not in message] == []
+    assert len(message) < len(str(tmp_path)) + 300 and message.count("'") % 2 == 0
+    for opened, closed in ('[]', '{}'):
+        assert message.count(opened) == message.count(closed)

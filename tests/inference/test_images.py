@@ -73,8 +73,14 @@ def test_normalisation_is_that_of_the_cfg() -> None:
     [
         (nn.Linear(1, 1), 'Linear has no mean for its images: pass mean='),
         ({'mean': (0.5,)}, 'dict has no std for its images: pass std='),
-        ({'mean': (0.5, 0.5), 'std': (0.5, 0.5)}, 'mean has 2 channels, the images have 3'),
-        ({'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5)}, 'std has 2 channels, the images have 3'),
+        (
+            {'mean': (0.5, 0.5), 'std': (0.5, 0.5)},
+            'mean must hold one number or one per channel, got 2 for images of 3 channels',
+        ),
+        (
+            {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5)},
+            'std must hold one number or one per channel, got 2 for images of 3 channels',
+        ),
         ({'mean': (0.5,), 'std': (0, 0, 0)}, r'std must hold positive numbers, got \(0\.0, 0\.0, 0\.0\)'),
         ({'mean': (math.nan,), 'std': (0.5,)}, r'mean must hold finite numbers, got \(nan,\)'),
     ],

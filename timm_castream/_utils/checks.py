@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .near import did_you_mean
+
+ChannelNumbers = float | Sequence[float] | np.ndarray | Tensor
+"""A mean or std of images: one number for all channels, or one per channel."""
 
 
 def check_names(kind: str, names: Sequence[str], valid: Sequence[str], near: Iterable[str] = ()) -> None:
@@ -41,6 +46,32 @@ def check_count(name: str, value: int) -> None:
     """Raises ValueError unless the value is a positive int."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f'{name} must be a positive int, got {value!r}.')
+
+
+def channel_numbers(name: str, given: Any, channels: int | None = None) -> list[float]:
+    """A mean or std of images as numbers: one for all channels, or one per channel.
+
+    Args:
+        name: `'mean'`, or `'std'`, which is positive.
+        given: A number, a sequence, an array or a tensor.
+        channels: Of the images, or None where they are not known.
+
+    Raises:
+        ValueError: It holds something else than finite numbers, or another number of them.
+    """
+    try:
+        numbers = torch.as_tensor(given, dtype=torch.float64).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f'{name} must hold numbers, got {given!r}.') from None
+    if not all(math.isfinite(number) and (number > 0 or name == 'mean') for number in numbers):
+        kind = 'finite' if name == 'mean' else 'positive'
+        raise ValueError(f'{name} must hold {kind} numbers, got {tuple(numbers)}.')
+    if not numbers or (channels is not None and len(numbers) not in (1, channels)):
+        raise ValueError(
+            f'{name} must hold one number or one per channel, got {len(numbers)}'
+            + (f' for images of {channels} channels.' if channels else '.')
+        )
+    return numbers
 
 
 def check_unit_range(name: str, value: Tensor) -> None:

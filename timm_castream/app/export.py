@@ -38,8 +38,8 @@ def draw_explanation(
     original = Panel(opened.name[:40], explanation.pixels)
 
     def panel(title: str, values: Tensor) -> Panel:
-        note = '' if values.any() else '\nconstant map'
-        return Panel(title + note, overlay(explanation.pixels, values, opacity, colours))
+        note = pictures.map_note(values)
+        return Panel(f'{title}\n{note}' if note else title, overlay(explanation.pixels, values, opacity, colours))
 
     rows = []
     for name in opened.predictor.poolings if methods else ():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..attribution.user_methods import resolve_methods
 from ..metrics.table import METRICS
+from ..pictures import map_note
 from ..visualize import EARLY_STAGES, heat_map
 from .explanation import NUM_TOP, Explanation, MapScores
 from .export import draw_scores
@@ -226,7 +227,8 @@ def _pictures(figures: str, columns: int) -> str:
 def _overlay(explanation: Explanation, saliency: Tensor, caption: str, alternative: str, colours: str) -> str:
     """The colours of a map over the image. The browser blends them, so the opacity needs no request."""
     heat = _image_url(heat_map(saliency, explanation.pixels.shape[:2], colours))
-    note = '' if saliency.any() else ': a constant map, which says nothing'
+    note = map_note(saliency)
+    note = f': a {note}, which says nothing' if note else ''
     return (
         f'<figure><div class="cs-picture"><img src="{heat}" alt="{escape(alternative)}"></div>'
         f'<figcaption>{escape(caption + note)}</figcaption></figure>'

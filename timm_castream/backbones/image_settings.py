@@ -7,6 +7,8 @@ from typing import Any
 
 from timm.data import create_loader, resolve_data_config
 
+from .._utils.checks import ChannelNumbers, channel_numbers
+
 _OTHER_SIZES = ('test_input_size', 'pool_size', 'test_pool_size')
 
 
@@ -16,8 +18,8 @@ def image_settings(
     img_size: int | None = None,
     crop_pct: float | None = None,
     crop_mode: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: ChannelNumbers | None = None,
+    std: ChannelNumbers | None = None,
 ) -> dict[str, Any]:
     """What timm's `create_transform` and `create_loader` need to know of a network's images.
 
@@ -27,28 +29,31 @@ def image_settings(
         img_size: Its H and W, if they are equal.
         crop_pct: Share of the image in the crop, in place of the model's own.
         crop_mode: `'center'`, `'squash'` or `'border'`, in place of the model's own.
-        mean, std: Of pixels in [0, 1], one number a channel, in place of the model's own.
+        mean, std: Of pixels in [0, 1], one number or one per channel, in place of the model's own.
 
     Returns:
         `input_size`, `mean`, `std`, `interpolation`, `crop_pct` and `crop_mode`. The channels are those that the model
         was created with. As in timm's loader, another number of channels than mean and std have gets their average.
 
     Raises:
-        ValueError: The model takes images of another number of channels, or `mean` or `std` is none of theirs.
+        ValueError: The model takes images of another number of channels, or `mean` or `std` is refused by
+            `channel_numbers`.
     """
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     own = (cfg.get('input_size') or (3,))[0]
     channels = getattr(model, 'in_chans', None) or own
     if input_size is not None and input_size[0] != channels:
         raise ValueError(f'The model takes images of {channels} channels, --input-size has {input_size[0]}.')
-    _check_normalisation(channels, mean, std)
+    given = {
+        name: None if values is None else channel_numbers(name, values, channels)
+        for name, values in (('mean', mean), ('std', std))
+    }
     options = {
         'input_size': input_size and tuple(input_size),
         'img_size': img_size,
         'crop_pct': crop_pct,
         'crop_mode': crop_mode,
-        'mean': mean and tuple(mean),
-        'std': std and tuple(std),
+        **{name: None if numbers is None else tuple(numbers) for name, numbers in given.items()},
     }
     config = resolve_data_config(options, model=model)
     config['input_size'] = (channels, *config['input_size'][1:])
@@ -81,8 +86,8 @@ def set_image_settings(
     img_size: int | None = None,
     crop_pct: float | None = None,
     crop_mode: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: ChannelNumbers | None = None,
+    std: ChannelNumbers | None = None,
 ) -> None:
     """Writes the settings into the model's `pretrained_cfg`, and makes a network of a fixed size take the new one.
 
@@ -106,16 +111,3 @@ def set_image_settings(
     if crop_pct is not None:
         settings['test_crop_pct'] = None
     model.pretrained_cfg = model.default_cfg = {**cfg, **settings}
-
-
-def _check_normalisation(channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    """Raises ValueError unless those that are given have a number a channel in [0, 1]; a std is above 0."""
-    for name, values in (('mean', mean), ('std', std)):
-        if values is None:
-            continue
-        if len(values) != channels:
-            raise ValueError(f'The model takes images of {channels} channels, --{name} has {len(values)} numbers.')
-        for value in values:
-            if not 0 <= value <= 1 or (name == 'std' and value == 0):
-                valid = 'above 0 and up to 1' if name == 'std' else 'from 0 to 1'
-                raise ValueError(f'--{name} {value:g} is out of range, valid ones lie {valid}: pixels do too.')

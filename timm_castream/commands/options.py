@@ -100,10 +100,10 @@ def add_normalisation_options(parser: argparse._ActionsContainer) -> None:
     for name in ('mean', 'std'):
         parser.add_argument(
             f'--{name}',
-            type=float,
+            type=_of_pixels,
             nargs='+',
             metavar='X',
-            help="of pixels in [0, 1], one number a channel, for weights trained with others than the model's",
+            help="of pixels in [0, 1], one number or one per channel, for weights trained with others than the model's",
         )
 
 
@@ -148,10 +148,24 @@ def count_or_none(text: str) -> int:
     return count(text, 0)
 
 
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is no number') from None
+
+
 def _share(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f'{value} is no share, valid ones lie above 0 and up to 1')
+        raise argparse.ArgumentTypeError(f'{value:g} is no share, valid ones lie above 0 and up to 1')
+    return value
+
+
+def _of_pixels(text: str) -> float:
+    value = _number(text)
+    if not -1 <= value <= 1:
+        raise argparse.ArgumentTypeError(f'{value:g} is out of range: pixels lie in [0, 1], so divide by 255')
     return value
 
 

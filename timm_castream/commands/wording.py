@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 # Arguments of `attach` that a message advises. A command takes them by --model-kwargs.
 _MODEL_KWARGS = ('backbone_checkpoint', 'backbone_pretrained')
-_VALUE = r"""=(?:'[^']*'|"[^"]*"|\[[^\]]*\]|[\w.+-]*\w|(?=[\s.,;:)]|$))"""
+_QUOTED = r"""'[^']*'|"[^"]*\""""
+_VALUE = rf"""=(?:{_QUOTED}|\[(?:[^]'"]|{_QUOTED})*\]|[\w.+-]*\w|(?=[\s.,;:)]|$))"""
 _NOT_A_WORD_BEFORE = r"""(?<![\w./'"=-])"""
 
 
@@ -51,9 +52,9 @@ class Wording:
             return option if is_keyword else whole
         if value in ('=', '=True'):
             return option
-        if value == '=False':
+        if value in ('=False', '=None'):
             return f'no {option}'
-        return f'{option} {re.sub(r"[][,]", "", value[1:]) if value[1] == "[" else value[1:]}'.replace("'", '')
+        return f'{option} {value[2:-1].replace(",", "") if value[1] == "[" else value[1:]}'.replace("'", '')
 
 
 class Formatter(logging.Formatter):

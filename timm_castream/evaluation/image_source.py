@@ -230,6 +230,11 @@ class ImageSource:
         has_map = is_folder and not reader.present
         present = present_classes(dataset) or []
         names = known_names(model, present) if own and not has_map else None
+        if own and names and len(names) < num_classes:
+            return (
+                f'The model names {names[0]!r} alone, and its one logit has two classes: name both, 0 (no) and 1 (yes), '
+                'with --class-names.'
+            )
         if own and names:
             wrong = [i for i, name in enumerate(own) if name in present and not same_name(name, names[i])]
             if wrong:

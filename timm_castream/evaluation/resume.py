@@ -18,6 +18,18 @@ from .values import ImageValues
 
 _MAX_VALUE_CHARS = 60  # characters of one value in an error
 
+# What has no value that a person could read, in words.
+_WORDS = {'images': 'other images (their names, sizes or times)', 'transform': 'another transform'}
+_KEYWORDS = {'images_at_a_time': 'batch_size'}
+# What follows from the others.
+_FOLLOWS = {
+    'transform': ('input_size', 'img_size', 'crop_pct', 'crop_mode', 'mean', 'std', 'loader_normalisation'),
+    'loader_normalisation': ('mean', 'std'),
+    'input_size': ('img_size',),
+    'images_at_a_time': ('user_methods',),
+    'user_methods': ('methods',),
+}
+
 
 class Journal:
     """Values of finished batches in a folder.
@@ -111,11 +123,21 @@ class Journal:
                 f'The images have changed since the evaluation in {self.folder} began (their names, sizes '
                 'or times): name another folder.'
             )
+        wrong = [key for key in wrong if not set(_FOLLOWS.get(key, ())) & set(wrong)]
         if wrong:
-            theirs, ours = (_shown(side, wrong) for side in (found, wanted))
-            raise ValueError(
-                f'{self.folder} holds an evaluation with {theirs}, this one has {ours}: name another folder.'
-            )
+            words = [_WORDS[key] for key in wrong if key in _WORDS]
+            if 'user_methods' in wrong:
+                before, now = (side.get('user_methods') or {} for side in (found, wanted))
+                changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
+                words.append(f'another function or other maps for {", ".join(map(repr, sorted(changed)))}')
+            keys = [key for key in wrong if key not in _WORDS and key != 'user_methods']
+            others = ' and '.join(words)
+            if keys:
+                others = f' and {others}' if others else ''
+                difference = f'{_shown(found, keys)}, this one has {_shown(wanted, keys)}{others}'
+            else:
+                difference = f'{others} than this one'
+            raise ValueError(f'{self.folder} holds an evaluation with {difference}: name another folder.')
 
 
 def recorded_engine(folder: str | Path | None) -> str:
@@ -146,8 +168,26 @@ def _parse(path: Path, number: int, line: bytes) -> ImageValues | None:
 
 
 def _shown(settings: Mapping[str, Any], keys: list[str]) -> str:
-    shown = []
-    for key in keys[:3]:
-        text = repr(settings.get(key))
-        shown.append(f'{key}={text if len(text) <= _MAX_VALUE_CHARS else text[: _MAX_VALUE_CHARS - 3] + "..."}')
+    shown = [f'{_KEYWORDS.get(key, key)}={_value(settings.get(key))}' for key in keys[:3]]
     return ', '.join(shown) + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')
+
+
+def _value(value: Any) -> str:
+    """The value in few characters. Quotes and brackets that open also close."""
+    text = repr(value)
+    if len(text) <= _MAX_VALUE_CHARS:
+        return text
+    if isinstance(value, str):
+        return repr(f'{value[: _MAX_VALUE_CHARS - 3]}...')
+    if not isinstance(value, (list, dict)):
+        return f'{text[: _MAX_VALUE_CHARS - 3]}...'
+    parts = (
+        [f'{key!r}: {_value(v)}' for key, v in value.items()] if isinstance(value, dict) else list(map(_value, value))
+    )
+    kept = parts[:1]
+    for part in parts[1:]:
+        if len(', '.join([*kept, part])) > _MAX_VALUE_CHARS:
+            kept.append('...')
+            break
+        kept.append(part)
+    return f'{text[0]}{", ".join(kept)}{text[-1]}'

@@ -20,6 +20,8 @@ from typing import Any
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
+from .._utils.files import counted
+
 _IMAGENET_TAG = re.compile(r'(^|_)in(1k|12k|21k|22k)($|_)')
 _WORDNET_ID = re.compile(r'n\d{8}')
 _MAX_SHOWN = 5
@@ -42,7 +44,12 @@ def label_names(model: Any) -> list[str] | None:
     if isinstance(names, Mapping):  # keys of a mapping that went through JSON are strings
         by_index = {int(index): str(name) for index, name in names.items()}
         names = [by_index.get(index, f'class {index}') for index in range(max(num_classes or 0, *by_index, 0))]
-    return [str(name) for name in names] if names and len(names) == num_classes else None
+    return [str(name) for name in names] if names and len(names) in _numbers_of_names(num_classes) else None
+
+
+def _numbers_of_names(num_classes: int | None) -> tuple[int | None, ...]:
+    """How many names the classes may have: one logit is one label, or the two classes 0 (no) and 1 (yes)."""
+    return (1, 2) if num_classes == 1 else (num_classes,)
 
 
 def set_label_names(model: Any, names: Sequence[str], descriptions: Mapping[str, str] | None = None) -> None:
@@ -76,7 +83,7 @@ def give_names(model: Any, source: str | Path) -> None:
         ValueError: There are other numbers of names and classes, or a name is repeated.
         FileNotFoundError: There is no such file.
     """
-    if str(source) == 'imagenet':
+    if str(source).casefold() == 'imagenet' and not Path(source).is_file():
         names = imagenet_names(model)
         if names is None:
             raise ValueError(f'There is no ImageNet of {model.num_classes} classes: name a file with the names.')
@@ -84,8 +91,11 @@ def give_names(model: Any, source: str | Path) -> None:
         raise FileNotFoundError(f"There is no file {source} with names of classes; 'imagenet' gives those of ImageNet.")
     else:
         names = [line.strip() for line in Path(source).read_text(encoding='utf-8').splitlines() if line.strip()]
-    if len(names) != model.num_classes:
-        raise ValueError(f'{source} has {len(names)} names, the model has {model.num_classes} classes.')
+    if len(names) not in _numbers_of_names(model.num_classes):
+        classes = (
+            'one logit: two classes, 0 (no) and 1 (yes)' if model.num_classes == 1 else f'{model.num_classes} classes'
+        )
+        raise ValueError(f'{source} has {counted(len(names), "name")}, the model has {classes}.')
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
         raise ValueError(f'{source} has the name {repeated!r} twice.')

@@ -5,7 +5,6 @@ Letters: B images of C channels and H x W pixels, h x w the size of a saliency m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._utils.checks import check_unit_range
+from .._utils.checks import ChannelNumbers, channel_numbers, check_unit_range
 
 
 def mask_image(model_or_cfg: nn.Module | Mapping[str, Any], x: Tensor, saliency: Tensor) -> Tensor:
@@ -52,8 +51,8 @@ def resize_saliency(saliency: Tensor, size: Sequence[int]) -> Tensor:
 def normalisation(
     model_or_cfg: nn.Module | Mapping[str, Any],
     x: Tensor,
-    mean: Sequence[float] | Tensor | None = None,
-    std: Sequence[float] | Tensor | None = None,
+    mean: ChannelNumbers | None = None,
+    std: ChannelNumbers | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean and std with which images were normalised, on the device of x.
 
@@ -78,18 +77,8 @@ def normalisation(
                 f'{type(model_or_cfg).__name__} has no {name} for its images: pass {name}=, or set it in '
                 'pretrained_cfg.'
             )
-        numbers = torch.as_tensor(given, dtype=torch.float64).flatten().tolist()
-        kind = 'finite' if name == 'mean' else 'positive'
-        if not all(math.isfinite(number) and (number > 0 or name == 'mean') for number in numbers):
-            raise ValueError(f'{name} must hold {kind} numbers, got {tuple(numbers)}.')
-        value = torch.as_tensor(given, dtype=x.dtype, device=x.device).view(-1, 1, 1)
-        if len(value) not in (1, x.shape[1]):
-            raise ValueError(
-                f'{name} has {len(value)} channels, the images have {x.shape[1]}: set model.pretrained_cfg'
-                "['mean'] and ['std'] to one number or to one a channel, or pass mean= and std= where the "
-                'function has them.'
-            )
-        values.append(value)
+        numbers = channel_numbers(name, given, x.shape[1])
+        values.append(torch.tensor(numbers, dtype=x.dtype, device=x.device).view(-1, 1, 1))
     return values[0], values[1]
 
 

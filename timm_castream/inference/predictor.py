@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._utils.checks import check_count, check_names
+from .._utils.checks import ChannelNumbers, check_count, check_names
 from ..attach import POOLINGS, both_logits, pooling
 from ..backbones.freezing import is_norm
 from ..backbones.layout import Stage
@@ -91,8 +91,8 @@ class Predictor:
         batch_size: int | None = None,
         channels_last: bool = False,
         torchcompile: bool = False,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: ChannelNumbers | None = None,
+        std: ChannelNumbers | None = None,
         temperatures: Mapping[str, float] | None = None,
         score: Score | None = None,
     ) -> None:
