@@ -3,8 +3,8 @@
     python benchmarks/peer_methods.py
     python benchmarks/peer_methods.py --no-costs  # half a minute: the page without what a method costs
 
-Networks with random weights tell where a method runs. The cost is CPU time of one map on resnet18 at 224 pixels, in
-forwards of one image.
+Networks with random weights tell where a method runs. The cost is CPU time of one map on resnet18 at 224 pixels,
+divided by that of one forward pass of one image.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     command = 'python benchmarks/peer_methods.py' + (f' --side {args.side}' if args.costs else ' --no-costs')
     versions = f'{platform.machine()}, torch {torch.__version__}, timm {timm.__version__}, seed {SEED}.'
-    what = 'A method marked "yes" has run on a small network of that kind, unless it takes a forward a channel.'
+    what = 'A method marked "yes" has run on a small network of that kind. One that needs one forward pass per channel was not run.'
     where = f'`{command}`: {args.threads} thread of 2 CPU cores, {versions}'
     cost = None
     if args.costs:
         cost = Cost(timm.create_model(args.model).eval(), torch.randn(1, 3, args.side, args.side))
         what += (
-            ' "Forwards" is the CPU time of one map in forwards of one image, on a machine with other work: read it as an '
-            'order of magnitude.'
+            ' "Forwards" is the CPU time of one map divided by that of one forward pass of one image, on a machine with other '
+            'work: read it as an order of magnitude.'
         )
         where = (
             f'`{command}`: {args.model} at {args.side} pixels, {1000 * cost.forward:.0f} ms a forward, '
@@ -113,7 +113,7 @@ def reason(problem: str) -> str:
 
 
 class Cost:
-    """CPU time of one map in forwards of one image."""
+    """CPU time of one map, divided by that of one forward pass of one image."""
 
     def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
         self.model, self.x = model, x

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from ._utils.interrupts import interruptible
+from ._utils.near import did_you_mean
 from .commands import COMMANDS
 from .commands.wording import Formatter, Wording, sentence
 from .version import __version__
@@ -102,6 +103,9 @@ def _parse_command(argv: Sequence[str]) -> str:
         epilog='castream COMMAND --help shows the options of a command and an example.',
     )
     parser.add_argument('--version', action='version', version=f'timm_castream {__version__}, timm {version("timm")}')
+    if argv and not argv[0].startswith('-'):
+        hint = did_you_mean(argv[0], COMMANDS)
+        parser.error(f'command {argv[0]!r} is unknown{hint}, valid ones: {", ".join(COMMANDS)}')
     commands = parser.add_subparsers(metavar='COMMAND', dest='command', required=True)
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text)

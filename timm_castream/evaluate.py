@@ -164,7 +164,7 @@ def evaluate(
         settings['images_at_a_time'] = max(map(len, source.batches))
     processes.check_same_weights(settings['weights'])
     warn_of_another_normalisation(loader, settings['mean'], settings['std'])
-    warn_of_sampler(loader, any('saved maps' in method.needs for method in plan.methods))
+    warn_of_sampler(loader, any('saved maps' in method.needs for method in plan.methods), num_samples)
     if engine == 'auto':
         engine = processes.on_main(lambda: recorded_engine(output_dir)) or engine
     predictor, settings['engine'] = _accelerated(engine, predictor, plan, source, settings, processes)

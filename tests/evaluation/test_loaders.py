@@ -19,7 +19,7 @@ from torchvision import transforms
 
 from timm_castream.datasets import create_dataset
 from timm_castream.evaluate import evaluate
-from timm_castream.evaluation.loaders import normalisation_of
+from timm_castream.evaluation.loaders import normalisation_of, warn_of_sampler
 
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 WARNING = 'The loader normalises by mean'
@@ -67,9 +67,13 @@ def test_a_loader_of_another_normalisation_is_warned_about_once(
     assert WARNING not in caplog.text
 
 
-def test_a_sampler_that_plays_no_part_is_told_in_one_sentence(
-    make_model: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_sampler_beside_a_random_sample_is_told_with_the_size_of_the_sample(caplog: pytest.LogCaptureFixture) -> None:
+    loader = DataLoader(TensorDataset(torch.zeros(6, 1)), 2, sampler=SubsetRandomSampler([0, 3]))
+    warn_of_sampler(loader, False, 4)
+    assert 'SubsetRandomSampler of the loader is ignored: 4 of the 6 images of its data set' in caplog.text
+
+
+def test_a_sampler_that_is_ignored_is_told_in_one_sentence(make_model: Any, caplog: pytest.LogCaptureFixture) -> None:
     model, images = make_model('test_resnet'), torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     dataset = TensorDataset(images, torch.arange(6))
     maps = images.sum(1).numpy()
@@ -82,7 +86,11 @@ def test_a_sampler_that_plays_no_part_is_told_in_one_sentence(
         (shuffled, {'mine': maps}, shuffles),
         (shuffled, {'mine': lambda x, target: x.sum(1)}, ''),
         (DataLoader(dataset, 2, sampler=SubsetRandomSampler([0, 3])), {'mine': maps}, 'SubsetRandomSampler'),
-        (DataLoader(dataset, 2, sampler=weighted), {'mine': maps}, 'WeightedRandomSampler of the loader plays no part'),
+        (
+            DataLoader(dataset, 2, sampler=weighted),
+            {'mine': maps},
+            'WeightedRandomSampler of the loader is ignored: all',
+        ),
         (DataLoader(dataset, 2, sampler=DistributedSampler(dataset, 2, 0)), {'mine': maps}, ''),
     ):
         caplog.clear()

@@ -119,7 +119,7 @@ def test_a_map_with_nan_is_in_no_figure_of_its_method_and_the_image_stays_in_the
     assert list(report.not_finite) == ['image 1', 'image 3']
     printed = ' '.join(str(report).split())
     assert 'Maps that have NaN and are left out of their method: mine GAP 1, other GAP 1, other CA 1' in printed
-    assert 'Maps that count, of 6: mine 5, other 5;' in printed and '2 images have NaN' in printed
+    assert 'Maps without NaN, of 6: mine 5, other 5;' in printed and '2 images have NaN' in printed
     assert '4 of 6 maps, those without NaN in both methods' in compared(report, 'mine', 'other')
     with open(tmp_path / 'table.csv', newline='') as file:
         rows = {(row['method'], row['pooling']): row for row in csv.DictReader(file)}
@@ -153,3 +153,11 @@ def test_nan_on_every_image_is_one_sentence(model) -> None:
     methods = {'mine': lambda x, target: x.sum(1) * math.nan}
     with pytest.raises(ValueError, match='No image has finite maps and scores: mine under gap gives NaN'):
         evaluate(model, DataLoader(Six(), 2), methods, metrics=('average_drop',))
+
+
+def test_a_method_without_values_has_a_dash_in_latex_as_in_text(model) -> None:
+    methods = {'none': lambda x, target: x.sum(1) * math.nan, 'good': lambda x, target: x.sum(1)}
+    report = evaluate(model, DataLoader(Six(), 2), methods, metrics=('average_drop',))
+    for intervals in (True, False):
+        rows = [line for line in report.to_latex(intervals).splitlines() if line.endswith(r'\\')][1:]
+        assert [line.removesuffix(r' \\').split(' & ')[2] == '-' for line in rows] == [True] * 3 + [False] * 3

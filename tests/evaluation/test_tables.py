@@ -73,7 +73,7 @@ def test_a_method_that_is_worse_than_a_baseline_and_equal_methods_are_named(repo
     for name in 'abc':
         assert f'{name}, GAP, is worse than the baseline Random in AG' in text
     assert 'in AD' not in text
-    assert 'a and b are the same here under GAP' in text and 'a and b and c' not in text
+    assert 'a and b have the same values under GAP' in text and 'a, b and c' not in text
     assert '24 pairs of methods' in text  # 6 pairs, 2 metrics, 2 poolings
 
 

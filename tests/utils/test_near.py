@@ -33,3 +33,8 @@ def test_an_unknown_name_is_refused_with_a_near_one_that_need_not_be_among_those
         ValueError, match=r"^metric 'insert' is unknown \(did you mean 'insertion'\?\), valid ones: 'x'\.$"
     ):
         check_names('metric', ['insert'], ('x',), ['insertion'])
+
+
+def test_a_beginning_stands_for_the_whole_name() -> None:
+    assert did_you_mean('onnx', ['torch', 'onnxruntime']) == " (did you mean 'onnxruntime'?)"
+    assert did_you_mean('on', ['torch', 'onnxruntime']) == ''

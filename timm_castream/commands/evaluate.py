@@ -36,6 +36,13 @@ PHRASES = {
         'explain the predicted classes with --target predicted'
     ),
 }
+# The same in Python's words would name what was not typed.
+PHRASES |= {
+    "engine 'onnxruntime' takes": '--engine onnxruntime takes',
+    ": choose 'torch'": ': choose --engine torch',
+    'and amp_dtype is ': 'and --amp runs it in ',
+    'and torchcompile is on': 'and --torchcompile is on',
+}
 EXAMPLE = 'castream evaluate --model resnet50_castream --checkpoint last.pth.tar --data-dir /data/imagenet'
 
 _logger = logging.getLogger(__name__)
@@ -185,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
             temperature=args.temperature,
             keep_curves=args.plot and has_curves,
             output_dir=args.output,
-            arguments={name: getattr(args, name) for name in _RECORDED},
+            arguments={name: _plain_path(getattr(args, name)) for name in _RECORDED},
             progress=True,
             on_batch=CoresHint(min(args.num_samples or len(dataset), len(dataset))) if alone else None,
         )
@@ -200,7 +207,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class CoresHint:
-    """Logs once how to run a process a core, where there are several cores and the evaluation is long.
+    """Logs once how to run one process per core, where there are several cores and the evaluation is long.
 
     It is called after each batch; the second one tells the time of an image.
 
@@ -225,7 +232,7 @@ class CoresHint:
             if num_cores > 1 and minutes >= _MANY_MINUTES:
                 _logger.info(
                     'About %.0f minutes are left with one process on %d cores. The threads of a small network wait for '
-                    'one another; a process a core: torchrun --standalone --nproc-per-node %d -m timm_castream.cli '
+                    'one another. One process per core: torchrun --standalone --nproc-per-node %d -m timm_castream.cli '
                     'evaluate ... with the same options, which resumes here.',
                     minutes,
                     num_cores,
@@ -267,6 +274,11 @@ def _amp_dtype(args: argparse.Namespace, device: Any) -> Any:
     if device.type == 'cpu':
         _logger.warning('Mixed precision on a CPU was 6 times as slow as float32 where it was tried.')
     return getattr(torch, args.amp_dtype or 'bfloat16')
+
+
+def _plain_path(value: Any) -> Any:
+    """The value of an option, a path without detours: `a/../b` and `./b` are `b`."""
+    return os.path.normpath(value) if isinstance(value, str) and os.path.exists(value) else value
 
 
 def formatted(report: Any, kind: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import SKIPPED
+from .names import names
 from .options import (
     add_method_options,
     add_model_options,
@@ -17,6 +18,7 @@ from .options import (
     count_or_none,
     device_of,
     methods_from,
+    one_of,
     open_from,
 )
 
@@ -47,7 +49,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help='write each map as .npy and over the whole photograph too, with the classes as JSON',
     )
     pictures.add_argument(
-        '--colours', default='viridis', metavar='NAME', help='viridis, inferno or jet (default: %(default)s)'
+        '--colours',
+        type=one_of('colours', names('pictures', 'COLOURS')),
+        default='viridis',
+        metavar='NAME',
+        help='viridis, inferno or jet (default: %(default)s)',
     )
     pictures.add_argument(
         '--opacity', type=float, default=0.8, metavar='X', help='of the most salient pixels (default: %(default)s)'
@@ -79,12 +85,12 @@ def run(args: argparse.Namespace) -> int:
     if not paths:
         raise ValueError('Name images, or a folder of them with --images.')
     root = args.images if not args.paths else _root(args.paths)
-    names = [os.path.relpath(path, args.images).replace(os.sep, '/') for path in found]
+    image_names = [os.path.relpath(path, args.images).replace(os.sep, '/') for path in found]
     model = open_from(args).to(device_of(args)).eval()
     done = explain(
         model,
         paths,
-        methods_from(args, model, [*args.paths, *names]),
+        methods_from(args, model, [*args.paths, *image_names]),
         args.output,
         args.poolings,
         args.layer,

@@ -226,7 +226,8 @@ def add_method_options(parser: argparse.ArgumentParser, methods: Sequence[str]) 
         nargs='+',
         metavar='METHOD',
         help=f'all, or of {", ".join(rows("attribution/methods", "Method"))}, captum:NAME, grad-cam:NAME, torchcam:NAME with ,key=value arguments of the library, or '
-        f'LABEL=NAME or LABEL=package.module:function (default: {" ".join(methods)}; without '
+        f'LABEL=NAME or LABEL=package.module:function, which gets (x, target), and the network in a parameter of the '
+        f'name model (default: {" ".join(methods)}; without '
         'attention for a model without a stream)',
     )
     parser.set_defaults(default_methods=tuple(methods))
@@ -250,7 +251,8 @@ def add_method_options(parser: argparse.ArgumentParser, methods: Sequence[str]) 
 def methods_from(args: argparse.Namespace, model: nn.Module, images: Sequence[str]) -> dict[str, UserMethod]:
     """The methods of `--methods` and `--maps`.
 
-    A function gets (x, target) as in `evaluate.evaluate`, and the model too if it has a parameter `model`.
+    A function gets (x, target) as in `evaluate.evaluate`, and the model too if it has a parameter of the name `model`,
+    in the place of that parameter.
 
     Args:
         args: The options.
@@ -261,7 +263,7 @@ def methods_from(args: argparse.Namespace, model: nn.Module, images: Sequence[st
         ValueError: If a label is repeated, or a function or a file is not there.
     """
     from ..attribution.methods import METHODS
-    from ..attribution.peers import is_peer
+    from ..attribution.peers import is_peer, peer_names
     from ..attribution.saved_maps import read_maps
     from ..inference.predictor import has_stream
 
@@ -287,6 +289,11 @@ def methods_from(args: argparse.Namespace, model: nn.Module, images: Sequence[st
             methods[label] = read_maps(source, images)
         elif source in METHODS or is_peer(source):
             methods[label] = source
+        elif ':' in word and not equals and not did_you_mean(word, (*METHODS, *peer_names())):
+            name = word.rpartition(':')[2].rpartition('.')[2] or 'LABEL'
+            raise ValueError(
+                f'--methods takes a function as LABEL=package.module:function, got {word!r}: write {name}={word}.'
+            )
         elif equals:
             methods[label] = _import_function(word, source, model)
         else:
@@ -325,10 +332,19 @@ def _import_function(word: str, source: str, model: nn.Module) -> Callable[..., 
         raise ValueError(f'{source} of --methods cannot be imported: {error}') from error
     if not callable(function):
         raise ValueError(f'{source} of --methods is no function.')
-    if 'model' not in inspect.signature(function).parameters:
+    parameters = inspect.signature(function).parameters
+    if 'model' not in parameters:
         return function
-    bound = functools.partial(function, model=model)
-    return functools.update_wrapper(bound, function)
+    place = list(parameters).index('model')
+    if place > 1 or parameters['model'].kind is inspect.Parameter.KEYWORD_ONLY:
+        return functools.update_wrapper(functools.partial(function, model=model), function)
+
+    def with_model(x: Any, target: Any) -> Any:
+        arguments = [x, target]
+        arguments.insert(place, model)
+        return function(*arguments)
+
+    return functools.update_wrapper(with_model, function)
 
 
 def add_engine(parser: argparse._ActionsContainer) -> None:
@@ -336,9 +352,11 @@ def add_engine(parser: argparse._ActionsContainer) -> None:
     engines = names('inference/engine', 'ENGINES')
     parser.add_argument(
         '--engine',
-        choices=engines,
+        type=one_of('engine', engines),
         default=engines[0],
-        help='what runs the forwards of masked images; auto: ONNX Runtime where it is faster (default: %(default)s)',
+        metavar='NAME',
+        help=f'what runs the forwards of masked images: {", ".join(engines)}; auto takes ONNX Runtime where it is faster '
+        '(default: %(default)s)',
     )
 
 

@@ -145,7 +145,12 @@ def _image_folder(options: dict[str, Any], label_names: Sequence[str] | None) ->
     if os.path.isfile(root):  # an archive of images, which timm reads
         if not tarfile.is_tarfile(root):
             raise ValueError(f'{root} is no folder and no tar archive of images: unpack it, or name a folder.')
-        dataset = _opened_by_us(timm_create_dataset('', root, class_map=options['class_map'], **kwargs))
+        try:
+            dataset = _opened_by_us(timm_create_dataset('', root, class_map=options['class_map'], **kwargs))
+        except (RuntimeError, ValueError):  # of timm, for an archive without images
+            raise ValueError(
+                f'The archive {root} has no images of the kinds .png, .jpg and .jpeg: unpack it, and name the folder.'
+            ) from None
         if label_names is not None:
             align_classes(dataset, label_names, f'The file {root}')
         return dataset

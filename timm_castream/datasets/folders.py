@@ -215,7 +215,7 @@ def split_folder(root: str | os.PathLike, split: str) -> Path:
     """
     root = Path(root)
     if not root.exists():
-        raise FileNotFoundError(f'there is no folder {root}')
+        raise FileNotFoundError(f'There is no folder {root}.')
     word = split.partition('[')[0]  # as timm reads it
     if not word:
         return root

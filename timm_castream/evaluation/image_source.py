@@ -238,10 +238,10 @@ class ImageSource:
         if own and names:
             wrong = [i for i, name in enumerate(own) if name in present and not same_name(name, names[i])]
             if wrong:
-                return (
-                    f'Class {wrong[0]} is {own[wrong[0]]!r} in the data set and {names[wrong[0]]!r} in the model: give '
-                    'the targets its indices by timm_castream.datasets.align_classes.'
-                )
+                differ = f'Class {wrong[0]} is {own[wrong[0]]!r} in the data set and {names[wrong[0]]!r} in the model'
+                if target == 'predicted':
+                    return f'{differ}.'
+                return f'{differ}: give the targets its indices by timm_castream.datasets.align_classes.'
         elif count < num_classes and not has_map:
             if target == 'predicted':
                 return f'{numbers}, and they cannot be compared by name.'

@@ -49,12 +49,13 @@ def warn_of_another_normalisation(loader: Any, mean: list[float], std: list[floa
     )
 
 
-def warn_of_sampler(loader: Any, reads_saved_maps: bool) -> None:
+def warn_of_sampler(loader: Any, reads_saved_maps: bool, num_samples: int | None = None) -> None:
     """Says in one sentence where a loader's sampler is not what an evaluation does, which reads by index, in order.
 
     Args:
         loader: As of `normalisation_of`.
         reads_saved_maps: Whether a method has saved maps, whose order may be that of a shuffling loader.
+        num_samples: Size of the sample that is evaluated, or None for all images.
     """
     inner = getattr(loader, 'loader', loader)
     sampler: Any = getattr(inner, 'sampler', None)
@@ -65,10 +66,10 @@ def warn_of_sampler(loader: Any, reads_saved_maps: bool) -> None:
     chooses = length != number or getattr(sampler, 'replacement', False)
     if chooses:
         _logger.warning(
-            'The %s of the loader plays no part: all %d images of its data set are evaluated, each once; '
+            'The %s of the loader is ignored: %s images of its data set are evaluated, each once; '
             'torch.utils.data.Subset chooses some of them.',
             kind,
-            number,
+            f'all {number}' if num_samples is None else f'{num_samples} of the {number}',
         )
     elif reads_saved_maps and isinstance(sampler, RandomSampler):
         _logger.warning(

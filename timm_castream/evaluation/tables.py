@@ -126,7 +126,10 @@ def notes(report: Report) -> Iterator[str]:
     fewer = [m for m in report.methods if report.num_maps(m) < maps]
     if fewer:
         each = ', '.join(f'{method_title(m)} {report.num_maps(m)}' for m in fewer)
-        yield f'Maps that count, of {maps}: {each}; a difference of two methods counts those of both'
+        yield (
+            f'Maps without NaN, of {maps}: {each}; the results of a method are of these maps alone, and a difference of '
+            'two methods is of the maps without NaN in both'
+        )
     for lost, text in (
         (report.unreadable, 'could not be read and {are} left out'),
         (report.not_finite, '{have} NaN in a map or in the scores'),
@@ -164,8 +167,11 @@ def equal_notes(report: Report) -> Iterator[str]:
             same = [name for name in others if report.has_same_values(pooling, first, name)]
             left = [name for name in others if name not in same]
             if same:
-                titles = ' and '.join(method_title(name) for name in (first, *same))
-                yield f'{titles} are the same here under {report.pooling_name(pooling)}: count them as one method'
+                *before, last = (method_title(name) for name in (first, *same))
+                yield (
+                    f'{", ".join(before)} and {last} have the same values under {report.pooling_name(pooling)}: count '
+                    'them as one method'
+                )
 
 
 def compared(report: Report, method: str, other: str) -> str:
@@ -208,6 +214,8 @@ def to_latex(report: Report, intervals: bool = True) -> str:
     """
 
     def text(estimate: Estimate, signed: bool) -> str:
+        if math.isnan(estimate.value):
+            return '-'
         sign = '+' if signed and estimate.value > 0 else ''
         low, high = figures(estimate.low), figures(estimate.high)
         return f'${sign}{figures(estimate.value)}$' + (rf' {{\scriptsize $[{low}, {high}]$}}' if intervals else '')

@@ -95,8 +95,8 @@ def read_cfg_weights(cfg: dict[str, Any], cache_dir: str | Path | None = None, a
             raise RuntimeError(_not_published(name))
         if not repo_id:
             raise RuntimeError(
-                f'No pretrained weights exist for {name or "this model"}. Use pretrained=False for random init, or '
-                'backbone_pretrained=True for GAP weights of the backbone.'
+                f'No pretrained weights exist for {name or "this model"}: pretrained=False gives random weights, '
+                'backbone_pretrained=True the GAP weights of the backbone.'
             )
     if source == 'local-dir':  # the user names the folder, so the pickle of timm's save_for_hf is read too
         path = next((p for p in (Path(str(file), filename), Path(str(file), PICKLE_NAME)) if p.is_file()), None)

@@ -116,7 +116,8 @@ def peers_that_work(predictor: Predictor, x: Tensor) -> list[str]:
 
 
 def why_not(name: str, predictor: Predictor, x: Tensor) -> str:
-    """Why a method does not run on a network, or ''. It is tried on one image, unless it takes a forward a channel."""
+    """Why a method does not run on a network, or ''. It is tried on one image, but not if it needs one
+    forward pass per channel."""
     try:
         method = peer_method(name)
         peer = method.saliency
