@@ -175,21 +175,11 @@ def card(name: str, settings: dict[str, Any]) -> str:
     target = f' {share:.0%} of the target are its probabilities of all classes.' if share else ''
     used = f'{options["num_images"]:,} of the images' if 'num_images' in options else 'the images'
     parameters = sum(parameter.numel() for parameter in model.castream.parameters())
-    before = settings['before'].get(name)
-    counts = before or {source['name']: source['count'] for source in settings['images']}
     sources = '\n'.join(
-        f'- {source["name"]}: {counts[source["name"]]:,} images; {source["what"]}. From {source["from"]}. Terms: '
+        f'- {source["name"]}: {source["count"]:,} images; {source["what"]}. From {source["from"]}. Terms: '
         f'{source["terms"]}.'
         for source in settings['images']
-        if source['name'] in counts
     )
-    copies = 'Copies of the photographs that are measured on were left out.'
-    seen = 'Photographs that neither the fit nor the choice of its settings saw.'
-    repeats = 'repeats it'
-    if before:
-        repeats = 'fits one to other images'
-        copies = 'A few copies of the photographs that are measured on may be among them.'
-        seen = 'Photographs that the fit did not draw. The settings were chosen among tries on some of them.'
     lines = table().splitlines()
     measured = '\n'.join([*lines[:2], *(line for line in lines if line.startswith(f'| `{name}` '))])
     return f"""# {name}_castream
@@ -204,16 +194,16 @@ Fingerprint of the backbone's weights: `{header['fingerprint']}`
 
 `castream fit` on {used} below, without labels: the label of an image is the class that the network predicts for it.
 {options['epochs']} epoch of AdamW, learning rate {options['lr']:g}, seed {settings['seed']}.{target} The settings are in
-`fit.yaml`, and `python -m benchmarks.pretrained fit` {repeats}. Of the images up to 1,500 are held out.
+`fit.yaml`, and `python -m benchmarks.pretrained fit` repeats it. Of the images up to 1,500 are held out.
 
 {sources}
 
-{copies} No image is in the package.
+Copies of the photographs that are measured on were left out. No image is in the package.
 We do not know whether the terms of the images bind weights that were fitted on them: read them before commercial use.
 
 ## Measured on
 
-{seen} *samples*: the classes with an odd index of
+Photographs that neither the fit nor the choice of its settings saw. *samples*: the classes with an odd index of
 imagenet-sample-images, one photograph each, from the training images of the backbone. *val*: the validation parts of
 Imagenette and Imagewoof, classes that were trained on too. CA - GAP, paired by image, with 95 % intervals; AD, AG and AI are of Grad-CAM. *AG less random*: the difference of AG less that of random maps.
 
