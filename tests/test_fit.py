@@ -676,6 +676,18 @@ def test_the_size_and_the_normalisation_are_those_asked_for(colours: Path, tmp_p
     assert fitted.report.values.pairs['gap/prob'][0] == pytest.approx(expected, abs=5e-3)
 
 
+def test_a_mean_and_a_std_of_any_kind_are_kept_as_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(
+        'timm_castream.fitting.run.run', lambda model, images, output, settings, *rest: given.append(settings)
+    )
+    timm_castream.fit(network_of(), tmp_path, mean=0.5, std=np.full(3, 0.25))
+    kept = given[0].image_settings
+    assert (kept['mean'], kept['std']) == ([0.5], [0.25, 0.25, 0.25])
+    with pytest.raises(ValueError, match=r"^std must hold numbers, got 'grey'"):
+        timm_castream.fit(network_of(), tmp_path, std='grey')
+
+
 def test_the_command_needs_trained_weights(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ['fit', '--model', 'test_resnet', '--images', str(colours), '--output', str(tmp_path / 'out')]
     assert cli.main(command) == cli.USER_ERROR

@@ -285,6 +285,26 @@ def test_a_network_without_image_settings_is_explained_with_a_mean_and_a_std(tmp
         explain(*arguments, layer='1', img_size=32)
 
 
+def test_one_number_normalises_all_channels(model: nn.Module, tmp_path: Path) -> None:
+    photograph(64, 64, 3).save(tmp_path / 'one.png')
+    saved = []
+    for number, mean in enumerate(((0.25,) * 3, 0.25, [0.25], np.full(3, 0.25), torch.full((3,), 0.25))):
+        done = explain(
+            model,
+            [tmp_path / 'one.png'],
+            ['grad_cam'],
+            tmp_path / f'{number}',
+            ['ca'],
+            mean=mean,
+            std=mean,
+            save_maps=True,
+        )
+        saved.append(np.load(done.maps[0] / 'grad_cam_ca.npy'))
+    assert all(np.array_equal(saved[0], other) for other in saved[1:])
+    with pytest.raises(ValueError, match=r'^mean must hold one number or one per channel, got 2 for images of 3'):
+        explain(model, [tmp_path / 'one.png'], ['grad_cam'], tmp_path, mean=(0.5, 0.5))
+
+
 def test_the_picture_of_a_single_image_has_no_grid_beside_it(model: nn.Module, tmp_path: Path) -> None:
     photograph(20, 20, 3).save(tmp_path / 'a.png')
     done = explain(model, [tmp_path / 'a.png', tmp_path / 'missing.png'], ('grad_cam',), tmp_path / 'out')

@@ -28,6 +28,7 @@ from PIL import Image
 import timm_castream
 from timm_castream import cli
 from timm_castream.app import PageModel, create_app, explain_image, page, serve
+from timm_castream.app.export import draw_explanation
 from timm_castream.inference.predictor import Predictor
 from timm_castream.visualize import EARLY_STAGES, heat_map
 
@@ -381,6 +382,20 @@ def test_a_map_with_nan_is_named_in_the_page_and_in_its_picture(opened: PageMode
     explained = explain_image(opened, photograph(folder))
     broken = {(name, 'grad_cam'): torch.full((4, 4), torch.nan) for name in ('gap', 'ca')}
     assert page.maps(explained, METHODS, 1, broken, COLOURS).count('a map with NaN, which says nothing') == 2
+    explained._maps.update({(*key, 1): values for key, values in broken.items()})
+    plain = draw_explanation(explained, METHODS, 1)
+    explained._maps.update({(*key, 1): torch.zeros(4, 4) for key in broken})
+    constant = draw_explanation(explained, METHODS, 1)
+    # The same overlays, nothing over the image, under other titles: these are a small part of the rows of pixels.
+    differs = (np.asarray(plain) != np.asarray(constant)).any((1, 2))
+    assert 0 < differs.mean() < 0.2
+
+
+def test_a_map_with_nan_is_not_measured(opened: PageModel, folder: Path) -> None:
+    explained = explain_image(opened, photograph(folder))
+    explained._maps.update({(name, 'grad_cam', 1): torch.full((4, 4), torch.nan) for name in ('gap', 'ca')})
+    with pytest.raises(ValueError, match='The map of Grad-CAM under GAP has NaN, so nothing can be measured with it'):
+        explained.scores('grad_cam', 1)
 
 
 def test_other_colours_change_the_maps_and_the_attention(user: User, folder: Path) -> None:

@@ -158,12 +158,21 @@ class Explanation:
     def scores(self, method: str, target: int, progress: Progress | None = None) -> dict[str, MapScores]:
         """Measures a method's map of a class under each pooling, {pooling: measurements}.
 
-        Args, Raises: as `maps`.
+        Args: As `maps`.
+
+        Raises:
+            ValueError: As `maps`, or if a map has NaN.
         """
         if (method, target) not in self._worth:
             self.opened.accelerate(self.x)
             maps = self.maps((method,), target)
             worth = {}
+            for (name, _), values in maps.items():
+                if values.isnan().any():
+                    raise ValueError(
+                        f'The map of {method_title(method)} under {self.opened.pooling_names[name]} has NaN, so nothing can '
+                        'be measured with it: choose another method.'
+                    )
             for position, (name, _) in enumerate(maps):
                 if progress is not None:
                     progress(position / len(maps), f'{method_title(method)} under {self.opened.pooling_names[name]}')
