@@ -20,6 +20,7 @@ from ._utils.checks import ChannelNumbers
 from .attribution.method_hash import architecture
 from .attribution.methods import DEFAULT_METHODS
 from .attribution.user_methods import UserMethod, check_maps, resolve_methods
+from .backbones.probe import eval_mode
 from .backbones.stream_config import inference_args
 from .evaluation.calibration import temperatures
 from .evaluation.distributed import Processes
@@ -28,7 +29,7 @@ from .evaluation.loaders import warn_of_another_normalisation, warn_of_sampler
 from .evaluation.plan import Plan
 from .evaluation.protocol import Protocol
 from .evaluation.report import Report
-from .evaluation.resume import recorded_engine
+from .evaluation.resume import check_settings, recorded_engine
 from .evaluation.run import Run
 from .evaluation.values import ImageValues
 from .hub.label_names import label_names
@@ -157,7 +158,8 @@ def evaluate(
     )
     check_engine(engine, predictor, amp_dtype)
     num_classes = _num_classes(predictor, source)
-    _check(plan, source, predictor, num_classes)
+    with predictor.alone():
+        _check(plan, source, predictor, num_classes)
     processes = Processes.current()
     settings = {**(arguments or {}), **_settings(predictor, source), **source.settings(), **plan.settings()}
     if any(callable(method.source) for method in plan.methods):  # a function may depend on the images of its batch
@@ -165,8 +167,11 @@ def evaluate(
     processes.check_same_weights(settings['weights'])
     warn_of_another_normalisation(loader, settings['mean'], settings['std'])
     warn_of_sampler(loader, any('saved maps' in method.needs for method in plan.methods), num_samples)
+    if output_dir is not None:
+        processes.on_main(lambda: check_settings(output_dir, settings, but=('engine',)))  # before an export
     if engine == 'auto':
         engine = processes.on_main(lambda: recorded_engine(output_dir)) or engine
+        check_engine(engine, predictor, amp_dtype)
     predictor, settings['engine'] = _accelerated(engine, predictor, plan, source, settings, processes)
 
     device = predictor.device
@@ -181,13 +186,14 @@ def evaluate(
             predictor, plan, num_classes=num_classes, is_multilabel=source.is_multilabel, keep_curves=keep_curves
         )
         done = 0
-        with predictor.evaluating():
+        with eval_mode(predictor.model):
             for batch in _with_progress(source, run, processes, progress):
                 run.lose({item.name: item.reason for item in batch.unreadable})
                 if not batch.indices:
                     continue
                 x, labels = batch.images.to(device), batch.labels.to(device)
-                values = protocol.measure(batch.indices, x, labels, _find_boxes(source, batch.indices))
+                with predictor.alone():  # and not while images are read: a data set may use the network too
+                    values = protocol.measure(batch.indices, x, labels, _find_boxes(source, batch.indices))
                 run.keep(values)
                 done += len(batch.indices)
                 if on_batch is not None:

@@ -9,6 +9,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -709,3 +710,20 @@ def test_a_function_of_the_user_resumes_with_batches_of_the_same_size_alone(mode
     evaluate(model, DataLoader(Six(), 2), methods, **arguments)
     with pytest.raises(ValueError, match='batch_size'):
         evaluate(model, DataLoader(Six(), 3), methods, **arguments)
+
+
+def test_two_evaluations_of_a_model_in_two_threads_have_the_values_of_one(make_model) -> None:
+    model = make_model('test_resnet')
+    images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    loader = DataLoader(TensorDataset(images, torch.arange(8)), 2)
+
+    def values() -> list[float]:
+        report = evaluate(
+            model, loader, ('grad_cam', 'attention'), metrics=('average_drop', 'insertion'), engine='torch'
+        )
+        return [report[p, m, k].value for p in report.poolings for m in report.methods for k in report.metrics]
+
+    alone = values()
+    with ThreadPoolExecutor(2) as threads:
+        for future in [threads.submit(values) for _ in range(4)]:
+            assert future.result() == pytest.approx(alone, abs=1e-4)

@@ -248,3 +248,48 @@ def test_batch_sizes_do_not_show(model, loader):
         evaluate(model, loader, METHODS, metrics=METRICS, engine='onnxruntime', batch_size=size) for size in (3, None)
     ]
     assert values(reports[0]) == pytest.approx(values(reports[1]), abs=1e-4)
+
+
+def test_maps_of_other_weights_are_made_in_torch(model, loader):
+    """Score-CAM masks images for the network whose weights are redrawn, which the engine does not have."""
+    ours, expected = (
+        evaluate(model, loader, ('score_cam',), metrics=('randomisation', 'stability'), engine=name)
+        for name in ('onnxruntime', 'torch')
+    )
+    assert values(ours) == pytest.approx(values(expected), abs=0.01)
+
+
+def test_an_engine_is_made_anew_where_a_buffer_changed_that_no_file_holds(loader, monkeypatch):
+    class Scaled(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+            self.register_buffer('factor', torch.tensor(1.0), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) * self.factor
+
+    scaled = Scaled(Plain()).eval()
+
+    def evaluated(engine: str) -> dict[tuple[str, str, str], float]:
+        report = evaluate(
+            scaled,
+            loader,
+            ('centre',),
+            metrics=('average_drop',),
+            mean=(0.5,),
+            std=(0.5,),
+            target='predicted',
+            engine=engine,
+        )
+        return values(report)
+
+    first = evaluated('onnxruntime')
+    scaled.factor.fill_(5.0)
+    assert evaluated('onnxruntime') == pytest.approx(evaluated('torch'), abs=0.01) != pytest.approx(first, abs=0.01)
+
+
+def test_a_folder_of_other_settings_is_refused_before_an_export(model, loader, tmp_path, no_export):
+    evaluate(model, loader, METHODS, engine='torch', output_dir=tmp_path, metrics=('average_drop',))
+    with pytest.raises(ValueError, match='metrics='):
+        evaluate(model, loader, METHODS, engine='onnxruntime', output_dir=tmp_path, metrics=('average_gain',))

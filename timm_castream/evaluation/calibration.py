@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._utils.files import write_whole
+from ..backbones.probe import eval_mode
 from ..inference.predictor import Predictor
 from .image_source import ImageSource
 
@@ -88,12 +89,14 @@ def temperatures(
     chosen = sorted(source.outside[i] for i in order[:_MAX_IMAGES])
     logits: dict[str, list[Tensor]] = {name: [] for name in predictor.poolings}
     labels: list[Tensor] = []
-    with predictor.evaluating():
+    with eval_mode(predictor.model):
         for batch in source.read([chosen[i : i + _BATCH_SIZE] for i in range(0, len(chosen), _BATCH_SIZE)]):
             if not batch.indices:
                 continue
             labels.append(batch.labels.cpu())
-            for name, value in predictor.all_logits(batch.images.to(predictor.device)).items():
+            with predictor.alone():
+                of_batch = predictor.all_logits(batch.images.to(predictor.device))
+            for name, value in of_batch.items():
                 logits[name].append(value.cpu())
     if not labels:
         raise ValueError('None of the images outside the sample can be read, so no temperature can be fitted.')

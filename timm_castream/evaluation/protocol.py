@@ -8,7 +8,6 @@ Letters: B images, C classes, M methods, H x W pixels; R pairs of an image and a
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -152,7 +151,7 @@ class Protocol:
             images: (N, channels, H, W).
             index: (N,) the maps that the images belong to.
         """
-        predictor = copy.copy(self.predictor)
+        predictor = self.predictor.accelerated(None)  # other weights may be in the network than in the engine
         predictor.poolings = (pooling,)
         maps = images.new_empty(len(images), *images.shape[2:])
         method, pair = index // len(position), index % len(position)

@@ -7,7 +7,7 @@ keeps other runs out; the operating system releases it when the process ends, ho
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from .._utils.files import make_folder, write_whole
 from .values import ImageValues
 
+SETTINGS = 'settings.json'
 _MAX_VALUE_CHARS = 60  # characters of one value in an error
 
 # What has no value that a person could read, in words.
@@ -80,14 +81,12 @@ class Journal:
             for number, line in enumerate(path.read_bytes().splitlines(), start=1)
             if line.strip()
         ]
-        path = self.folder / 'settings.json'
-        wanted = json.loads(json.dumps(settings))
         if lines:
-            self._check_settings(path, wanted)
+            check_settings(self.folder, settings)
         else:
             self.temperatures_path.unlink(missing_ok=True)  # of an evaluation that finished no batch
-            with write_whole(path) as file:
-                json.dump(wanted, file, indent=2)
+            with write_whole(self.folder / SETTINGS) as file:
+                json.dump(settings, file, indent=2)
         parts: list[ImageValues] = []
         seen: set[int] = set()
         for path, number, line in lines:
@@ -103,41 +102,57 @@ class Journal:
         with open(self.path, 'ab') as file:
             file.write(b'\n' + json.dumps(values.to_json()).encode() + b'\n')
 
-    def _check_settings(self, path: Path, wanted: dict[str, Any]) -> None:
-        try:
-            found = json.loads(path.read_text(encoding='utf-8'))
-            if not isinstance(found, dict):
-                raise ValueError
-        except (OSError, ValueError):
-            raise ValueError(
-                f'{path} is missing or damaged, so the finished batches beside it cannot be used: delete '
-                f'{self.folder}, or name another folder.'
-            ) from None
-        wrong = [
-            key
-            for key in sorted(found.keys() | wanted.keys())
-            if found.get(key) != wanted.get(key) and (found.get(key) or wanted.get(key))
-        ]
-        if wrong == ['images']:
-            raise ValueError(
-                f'The images have changed since the evaluation in {self.folder} began (their names, sizes '
-                'or times): name another folder.'
-            )
-        wrong = [key for key in wrong if not set(_FOLLOWS.get(key, ())) & set(wrong)]
-        if wrong:
-            words = [_WORDS[key] for key in wrong if key in _WORDS]
-            if 'user_methods' in wrong:
-                before, now = (side.get('user_methods') or {} for side in (found, wanted))
-                changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
-                words.append(f'another function or other maps for {", ".join(map(repr, sorted(changed)))}')
-            keys = [key for key in wrong if key not in _WORDS and key != 'user_methods']
-            others = ' and '.join(words)
-            if keys:
-                others = f' and {others}' if others else ''
-                difference = f'{_shown(found, keys)}, this one has {_shown(wanted, keys)}{others}'
-            else:
-                difference = f'{others} than this one'
-            raise ValueError(f'{self.folder} holds an evaluation with {difference}: name another folder.')
+
+def check_settings(folder: str | Path, settings: Mapping[str, Any], but: Collection[str] = ()) -> None:
+    """Raises an error where a folder holds finished batches of another evaluation.
+
+    Args:
+        folder: Of an evaluation, or a place for one.
+        settings: Of this run, plain data.
+        but: Names of settings that are not known yet.
+
+    Raises:
+        ValueError: If the folder holds an evaluation with other settings, or its settings cannot be read.
+    """
+    folder = Path(folder)
+    if not any(folder.glob('finished.*.jsonl')):
+        return
+    path = folder / SETTINGS
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(found, dict):
+            raise ValueError
+    except (OSError, ValueError):
+        raise ValueError(
+            f'{path} is missing or damaged, so the finished batches beside it cannot be used: delete '
+            f'{folder}, or name another folder.'
+        ) from None
+    wanted = json.loads(json.dumps(settings))
+    wrong = [
+        key
+        for key in sorted((found.keys() | wanted.keys()) - set(but))
+        if found.get(key) != wanted.get(key) and (found.get(key) or wanted.get(key))
+    ]
+    if wrong == ['images']:
+        raise ValueError(
+            f'The images have changed since the evaluation in {folder} began (their names, sizes '
+            'or times): name another folder.'
+        )
+    wrong = [key for key in wrong if not set(_FOLLOWS.get(key, ())) & set(wrong)]
+    if wrong:
+        words = [_WORDS[key] for key in wrong if key in _WORDS]
+        if 'user_methods' in wrong:
+            before, now = (side.get('user_methods') or {} for side in (found, wanted))
+            changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
+            words.append(f'another function or other maps for {", ".join(map(repr, sorted(changed)))}')
+        keys = [key for key in wrong if key not in _WORDS and key != 'user_methods']
+        others = ' and '.join(words)
+        if keys:
+            others = f' and {others}' if others else ''
+            difference = f'{_shown(found, keys)}, this one has {_shown(wanted, keys)}{others}'
+        else:
+            difference = f'{others} than this one'
+        raise ValueError(f'{folder} holds an evaluation with {difference}: name another folder.')
 
 
 def recorded_engine(folder: str | Path | None) -> str:
@@ -145,8 +160,8 @@ def recorded_engine(folder: str | Path | None) -> str:
     if folder is None or not any(Path(folder).glob('finished.*.jsonl')):
         return ''
     try:
-        engine = json.loads(Path(folder, 'settings.json').read_text(encoding='utf-8'))['engine']
-    except (OSError, ValueError, KeyError, TypeError):  # `Journal.resume` reports it
+        engine = json.loads(Path(folder, SETTINGS).read_text(encoding='utf-8'))['engine']
+    except (OSError, ValueError, KeyError, TypeError):  # `check_settings` reports it
         return ''
     return str(engine).partition(' ')[0]
 

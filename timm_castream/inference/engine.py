@@ -166,6 +166,8 @@ def make_engine(predictor: Predictor, images: Tensor, fingerprint: str, must_be_
     size = max(1, min(_PIXELS_OF_A_CALL // pixels, predictor.torch_batch_size(images)))
     key = (fingerprint, predictor.poolings, size, tuple(images.shape[1:]), torch.get_num_threads())
     known, engine, speed = _engines.get(predictor.model, ((), None, 0.0))
+    if engine is not None and known == key and not _agrees(predictor, engine, images):
+        engine = None  # something changed that no fingerprint holds, such as a buffer that is not saved
     if engine is None or known != key:
         tried = _try(predictor, images, size)
         if tried is None:
@@ -195,6 +197,12 @@ def _try(predictor: Predictor, images: Tensor, size: int) -> tuple[Engine, float
             )
             return None
         return engine, _speed(predictor, engine, images)
+
+
+def _agrees(predictor: Predictor, engine: Engine, images: Tensor) -> bool:
+    """Whether an engine that was made before has the probabilities of the network as it is now."""
+    with predictor.evaluating():
+        return _difference(predictor, engine, images) <= TOLERANCE
 
 
 def _export(predictor: Predictor, shape: Sequence[int]) -> Engine:

@@ -9,11 +9,13 @@ Letters: B images, N images of any number, C classes, H x W pixels.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -151,9 +153,13 @@ class Predictor:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients inside, each module's own mode afterwards."""
-        with eval_mode(self.model):
+        """Evaluation mode without gradients inside, each module's own mode afterwards, and `alone`."""
+        with self.alone(), eval_mode(self.model):
             yield
+
+    def alone(self) -> AbstractContextManager[object]:
+        """Keeps other threads from the network inside: poolings and hooks are set on its modules."""
+        return _lock_of(self.backbone)
 
     @property
     def num_classes(self) -> int | None:
@@ -445,6 +451,15 @@ class Predictor:
             saliency: (N, H, W) in [0, 1].
         """
         return mask_normalised(x, saliency[:, None].to(x.dtype), *self.normalisation(x))
+
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_lock_of_locks = threading.Lock()
+
+
+def _lock_of(model: nn.Module) -> threading.RLock:
+    with _lock_of_locks:
+        return _locks.setdefault(model, threading.RLock())
 
 
 def default_poolings(model: nn.Module) -> tuple[str, ...]:
