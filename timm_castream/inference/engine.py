@@ -38,7 +38,7 @@ _PACKAGES = ('onnxruntime', 'onnx', 'onnxscript')
 # One image of 224 x 224 a call is as fast as many, and needs the least memory.
 _PIXELS_OF_A_CALL = 224 * 224
 # Calls for a batch, and of a thread at least: at its end the threads wait for each other and for the next masks.
-_CALLS = 16
+_CALLS = 32
 _CALLS_OF_A_THREAD = 2
 _SECONDS_OF_AN_EXPORT = 900
 
@@ -166,7 +166,7 @@ def make_engine(predictor: Predictor, images: Tensor, fingerprint: str, must_be_
     size = max(1, min(_PIXELS_OF_A_CALL // pixels, predictor.torch_batch_size(images)))
     key = (fingerprint, predictor.poolings, size, tuple(images.shape[1:]), torch.get_num_threads())
     known, engine, speed = _engines.get(predictor.model, ((), None, 0.0))
-    if engine is not None and known == key and not _agrees(predictor, engine, images):
+    if engine is not None and known == key and not _agrees(predictor, engine, images[:1]):
         engine = None  # something changed that no fingerprint holds, such as a buffer that is not saved
     if engine is None or known != key:
         tried = _try(predictor, images, size)
