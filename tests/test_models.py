@@ -204,7 +204,7 @@ class TestStreamOfThePackage:
 
 @pytest.mark.parametrize('name', ['test_efficientnet', 'test_vit', 'swin_tiny_patch4_window7_224'])
 def test_pretrained_without_published_weights_is_one_sentence(name):
-    message = rf'^No pretrained weights exist for {name}_castream\. .*backbone_pretrained'
+    message = rf'^No pretrained weights exist for {name}_castream: .*backbone_pretrained'
     with pytest.raises(RuntimeError, match=message) as caught:
         timm.create_model(f'{name}_castream', pretrained=True)
     assert '\n' not in str(caught.value)
@@ -305,7 +305,7 @@ def test_a_detached_model_is_saved_without_the_streams_arguments(x, tmp_path):
 
 
 def test_pretrained_says_that_there_are_no_weights_and_what_there_is():
-    with pytest.raises(RuntimeError, match=r'No pretrained weights .* test_resnet_castream\. .*backbone_pretrained'):
+    with pytest.raises(RuntimeError, match=r'No pretrained weights .* test_resnet_castream: .*backbone_pretrained'):
         timm.create_model('test_resnet_castream', pretrained=True)
 
 

@@ -316,7 +316,7 @@ def test_a_plain_timm_model_is_explained_like_one_with_a_stream_under_gap(model:
 def test_a_greyscale_network_names_what_score_cam_needs() -> None:
     network = timm.create_model('test_resnet_castream', num_classes=4, in_chans=1).eval()
     x = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(2))
-    with pytest.raises(ValueError, match=r"3 channels, the images have 1: set model\.pretrained_cfg\['mean'\]"):
+    with pytest.raises(ValueError, match=r"got 3 for images of 1 channel: set model\.pretrained_cfg\['mean'\]"):
         attribute(network, x, 'score_cam')
     network.pretrained_cfg.update(mean=(0.5,), std=(0.5,))
     assert attribute(network, x, 'score_cam').shape == (1, 2, 2)

@@ -69,7 +69,7 @@ def channel_numbers(name: str, given: Any, channels: int | None = None) -> list[
     if not numbers or (channels is not None and len(numbers) not in (1, channels)):
         raise ValueError(
             f'{name} must hold one number or one per channel, got {len(numbers)}'
-            + (f' for images of {channels} channels.' if channels else '.')
+            + (f' for images of {channels} channel{"s" * (channels > 1)}.' if channels else '.')
         )
     return numbers
 

@@ -71,13 +71,22 @@ def normalisation(
     cfg = model_or_cfg if isinstance(model_or_cfg, Mapping) else getattr(model_or_cfg, 'pretrained_cfg', None) or {}
     values = []
     for name, given in (('mean', mean), ('std', std)):
-        given = cfg.get(name) if given is None else given
+        own = given is None
+        given = cfg.get(name) if own else given
         if given is None:
             raise ValueError(
                 f'{type(model_or_cfg).__name__} has no {name} for its images: pass {name}=, or set it in '
                 'pretrained_cfg.'
             )
-        numbers = channel_numbers(name, given, x.shape[1])
+        try:
+            numbers = channel_numbers(name, given, x.shape[1])
+        except ValueError as error:
+            if not own:
+                raise
+            raise ValueError(
+                f"{str(error).removesuffix('.')}: set model.pretrained_cfg['mean'] and ['std'] to one number or one per "
+                'channel, or pass mean= and std= where the function has them.'
+            ) from None
         values.append(torch.tensor(numbers, dtype=x.dtype, device=x.device).view(-1, 1, 1))
     return values[0], values[1]
 
