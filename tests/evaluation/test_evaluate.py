@@ -18,6 +18,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from six_images import Six
 from timm.data import create_loader, create_transform, resolve_model_data_config
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
@@ -546,21 +547,6 @@ def test_options_for_speed_may_differ_when_an_evaluation_resumes(model, tmp_path
         model, DataLoader(Scenes(), 3), METHODS, output_dir=tmp_path, batch_size=3, channels_last=True, progress=True
     )
     assert_close(report, evaluate(model, DataLoader(Scenes(), 2), METHODS), atol=1e-3)
-
-
-class Six(Dataset):
-    """Six images of random pixels, without names of files."""
-
-    def __init__(self, left_out: int | None = None) -> None:
-        images = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(5))
-        self.kept = [i for i in range(6) if i != left_out]
-        self.images = images[self.kept]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], self.kept[index]
 
 
 def test_maps_that_say_nothing_are_counted_by_method_and_pooling(make_model, tmp_path) -> None:

@@ -8,8 +8,9 @@ import math
 
 import pytest
 import torch
+from six_images import Six
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from timm_castream import pooling
 from timm_castream.evaluate import evaluate
@@ -21,21 +22,6 @@ from timm_castream.evaluation.tables import compared
 @pytest.fixture
 def model(make_model) -> nn.Module:
     return make_model('test_resnet')
-
-
-class Six(Dataset):
-    """Six images of random pixels, without names of files."""
-
-    def __init__(self, left_out: int | None = None) -> None:
-        images = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(5))
-        self.kept = [i for i in range(6) if i != left_out]
-        self.images = images[self.kept]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], self.kept[index]
 
 
 def is_image(x: Tensor, image: Tensor) -> Tensor:

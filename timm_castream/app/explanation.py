@@ -141,19 +141,19 @@ class Explanation:
         Raises:
             ValueError: If a name or the class is unknown, a name is repeated, or `methods` is a string.
         """
-        if methods:
-            resolve_methods(methods)
-        predictor = self.opened.predictor
-        missing = [name for name in methods if (predictor.poolings[0], name, target) not in self._maps]
-        if missing and any('masked forwards' in row.needs for row in resolve_methods(missing)):
+        rows = resolve_methods(methods) if methods else ()
+        poolings = self.opened.predictor.poolings
+        missing = [row for row in rows if (poolings[0], row.name, target) not in self._maps]
+        if any('masked forwards' in row.needs for row in missing):
             self.opened.accelerate(self.x)
-        for position, method in enumerate(missing):
+        for position, row in enumerate(missing):
             if progress is not None:
-                progress(position / len(missing), method_title(method))
+                progress(position / len(missing), row.title)
+            predictor = self.opened.predictor  # it may have an engine by now
             with predictor.evaluating():
-                maps = saliency_maps(self.opened.predictor, self.x, resolve_methods((method,)), self._indices(target))
-            self._maps.update({(name, method, target): values[0, 0] for (name, _), values in maps.items()})
-        return {(name, method): self._maps[name, method, target] for method in methods for name in predictor.poolings}
+                maps = saliency_maps(predictor, self.x, (row,), self._indices(target))
+            self._maps.update({(name, row.name, target): values[0, 0] for (name, _), values in maps.items()})
+        return {(name, method): self._maps[name, method, target] for method in methods for name in poolings}
 
     def scores(self, method: str, target: int, progress: Progress | None = None) -> dict[str, MapScores]:
         """Measures a method's map of a class under each pooling, {pooling: measurements}.

@@ -26,6 +26,7 @@ from .options import (
     open_from,
 )
 
+# Messages of `evaluate` in the words of the command: Python's would name what was not typed.
 PHRASES = {
     'set dataset.boxes with timm_castream.datasets.read_boxes': 'name them with --boxes',
     'give the targets its indices by timm_castream.datasets.align_classes': 'give the folders its indices with --class-map',
@@ -35,9 +36,6 @@ PHRASES = {
     "give pairs (image, label), or explain the predicted classes with target='predicted'": (
         'explain the predicted classes with --target predicted'
     ),
-}
-# The same in Python's words would name what was not typed.
-PHRASES |= {
     "engine 'onnxruntime' takes": '--engine onnxruntime takes',
     ": choose 'torch'": ': choose --engine torch',
     'and amp_dtype is ': 'and --amp runs it in ',

@@ -37,7 +37,8 @@ WORTH_AN_EXPORT = 1000
 _PACKAGES = ('onnxruntime', 'onnx', 'onnxscript')
 # One image of 224 x 224 a call is as fast as many, and needs the least memory.
 _PIXELS_OF_A_CALL = 224 * 224
-# Calls for a batch, and of a thread at least: at its end the threads wait for each other and for the next masks.
+# At the end of a batch the threads wait for each other and for the next masks: a batch has at least so many calls, and so
+# many of each thread.
 _CALLS = 32
 _CALLS_OF_A_THREAD = 2
 _SECONDS_OF_AN_EXPORT = 900
@@ -48,8 +49,8 @@ _logger = logging.getLogger(__name__)
 class Engine:
     """A network in ONNX Runtime, for images of one size.
 
-    As many threads as torch has share the images of a batch. Each runs the whole network on a few images: threads that
-    share each layer wait for each other, which took a quarter longer.
+    As many threads as torch has share the images of a batch. Each thread runs the whole network on a few images, because
+    threads that share a layer wait for each other.
 
     Args:
         path: File of the graph, from `export`.
