@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,16 @@ def make_backbone(name: str, num_classes: int = 10, **kwargs: Any) -> nn.Module:
     if name in ('test_vit', 'test_vit2'):
         kwargs = {'img_size': 64, **kwargs}
     return timm.create_model(name, num_classes=num_classes, **kwargs).eval()
+
+
+def free_port() -> int:
+    """A port that no server uses.
+
+    Gradio takes the first free one from 7860, and two processes of tests may take the same at the same time.
+    """
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_backbone, sharpen
+from conftest import free_port, make_backbone, sharpen
 from PIL import Image
 
 import timm_castream
@@ -44,7 +44,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': (3, 64, 64), 'label_names': names}
         opened = PageModel(Predictor(model), 'test_resnet_castream', 'Its weights are drawn for a test.')
         app = create_app(opened, examples, choose_model=True)
-        _, address, _ = serve(app, prevent_thread_lock=True)
+        _, address, _ = serve(app, port=free_port(), prevent_thread_lock=True)
         yield address
         app.close()
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import make_backbone, sharpen
+from conftest import free_port, make_backbone, sharpen
 from PIL import Image
 
 import timm_castream
@@ -59,7 +59,7 @@ def url(opened: PageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         patch.setenv('GRADIO_TEMP_DIR', str(tmp_path_factory.mktemp('gradio')))
         patch.setenv('GRADIO_ANALYTICS_ENABLED', 'False')
         app = create_app(opened, choose_model=True)
-        _, address, _ = serve(app, prevent_thread_lock=True)
+        _, address, _ = serve(app, port=free_port(), prevent_thread_lock=True)
         yield address
         app.close()
 
@@ -329,7 +329,7 @@ def test_uploads_and_files_are_deleted(
 ) -> None:
     monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path / 'gradio'))
     app = create_app(opened)
-    _, address, _ = serve(app, prevent_thread_lock=True)
+    _, address, _ = serve(app, port=free_port(), prevent_thread_lock=True)
     user = User(address, folder)
     user.explain(photograph(folder))
     user.figures(1)
@@ -346,7 +346,7 @@ def test_a_model_without_a_stream_has_a_page(tmp_path: Path, folder: Path, monke
     torch.manual_seed(0)
     model = timm.create_model('test_resnet', num_classes=4).eval()
     app = create_app(PageModel(Predictor(model), 'test_resnet', ''), [photograph(folder)])
-    _, address, _ = serve(app, prevent_thread_lock=True)
+    _, address, _ = serve(app, port=free_port(), prevent_thread_lock=True)
     user = User(address, folder)
     result = user.explain(photograph(folder))
     text = user.call('measure', 1, 'grad_cam')['MapScores']
@@ -522,7 +522,7 @@ def test_sigterm_closes_the_server_before_the_files_of_the_page_are_removed(monk
     monkeypatch.setattr('timm_castream.app.serve', serve_until_sigterm)
     for variable in ('GRADIO_TEMP_DIR', 'GRADIO_ANALYTICS_ENABLED'):
         monkeypatch.setenv(variable, '')
-    assert cli.main(['app', '--no-browser']) == 130
+    assert cli.main(['app', '--no-browser', '--port', str(free_port())]) == 130
     assert folders == [True]
     assert not Path(os.environ['GRADIO_TEMP_DIR']).exists()
 

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import ast
 import functools
+import threading
 from pathlib import Path
 from typing import Any
+
+_parsing = threading.Lock()  # Python 3.11 raises SystemError where two threads make trees at the same time
 
 
 @functools.cache
 def _tree(module: str) -> ast.Module:
     path = Path(__file__).parent.parent / f'{module}.py'
-    return ast.parse(path.read_text(encoding='utf-8'))
+    with _parsing:
+        return ast.parse(path.read_text(encoding='utf-8'))
 
 
 def rows(module: str, row: str) -> tuple[str, ...]:
