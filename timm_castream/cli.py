@@ -12,7 +12,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from types import ModuleType
 from typing import NoReturn
@@ -36,8 +37,6 @@ EXTRAS = {
     'gradio': 'app',
 }
 
-_FORMATTER = Formatter('%(message)s')
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
@@ -57,14 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = importlib.import_module(f'.commands.{name.replace("-", "_")}', __package__)
     parser = _command_parser(name, command)
     args = parser.parse_args(argv[1:])
-    wording = _FORMATTER.wording = Wording(parser, getattr(command, 'PHRASES', None))
-    handler = logging.StreamHandler()
-    handler.setFormatter(_FORMATTER)
-    handler.addFilter(lambda record: not record.name.startswith('huggingface_hub'))  # prints by itself
-    logging.basicConfig(handlers=[handler])
-    logging.getLogger('timm_castream').setLevel(logging.INFO)  # not the HTTP client's requests
+    wording = Wording(parser, getattr(command, 'PHRASES', None))
     try:
-        with interruptible(signal.SIGTERM):
+        with _logging(wording), interruptible(signal.SIGTERM):
             code = command.run(args)
         sys.stdout.flush()
         return code
@@ -86,6 +80,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f'castream {name}: {wording(sentence(error))}', file=sys.stderr)
         return USER_ERROR
+
+
+@contextmanager
+def _logging(wording: Wording) -> Iterator[None]:
+    """Prints what the package logs inside, in the words of a command. Handlers that a program has set stay."""
+    root, package = logging.getLogger(), logging.getLogger('timm_castream')
+    handlers, level = list(root.handlers), package.level
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter('%(message)s', wording))
+    handler.addFilter(lambda record: not record.name.startswith('huggingface_hub'))  # prints by itself
+    logging.basicConfig(handlers=[handler])
+    package.setLevel(logging.INFO)  # not the HTTP client's requests
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        package.setLevel(level)
 
 
 class _Parser(argparse.ArgumentParser):

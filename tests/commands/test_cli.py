@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import csv
 import json
+import logging
 import os
 import pkgutil
 import re
@@ -213,6 +214,19 @@ def test_the_commands_are_the_modules_and_each_is_in_the_help(capsys):
 
 
 @pytest.mark.slow
+def test_the_log_of_the_process_is_as_before_afterwards(capsys, monkeypatch):
+    root, package = logging.getLogger(), logging.getLogger('timm_castream')
+    mine = logging.NullHandler()
+    for handlers in ([], [mine]):
+        monkeypatch.setattr(root, 'handlers', list(handlers))
+        package.setLevel(logging.ERROR)
+        try:
+            assert cli.main(['explain', 'nothing.jpg']) == 2
+            assert (root.handlers, package.level) == (handlers, logging.ERROR)
+        finally:
+            package.setLevel(logging.NOTSET)
+
+
 def test_a_reader_that_stops_early_is_no_error():
     done = subprocess.run(
         f'{sys.executable} -m timm_castream.cli list | head -n 1; echo ${{PIPESTATUS[0]}}',

@@ -51,8 +51,9 @@ def probabilities(model, path):
         return model(transform(Image.open(path).convert('RGB'))[None]).softmax(1)[0]
 
 
-def test_the_folders_of_images_stay_and_their_classes_are_printed(images, model, explain, tmp_path, capsys):
-    assert explain('--images', str(images)) == 0
+@pytest.mark.parametrize('option', [('--images',), ()])
+def test_the_folders_of_images_stay_and_their_classes_are_printed(option, images, model, explain, tmp_path, capsys):
+    assert explain(*option, str(images)) == 0
     written = {path.relative_to(tmp_path / 'out').as_posix() for path in (tmp_path / 'out').rglob('*.png')}
     assert written == {'a/im9.png', 'a/im10.png', 'b/im9.png', 'grid.png'}
     lines = capsys.readouterr().out.splitlines()
@@ -94,6 +95,14 @@ def test_images_named_below_this_folder_keep_their_folders(images, explain, tmp_
     assert explain('a/im9.png') == explain('b/im9.png') == 0
     assert {path.relative_to(tmp_path / 'out').as_posix() for path in (tmp_path / 'out').rglob('*.png')} == {
         'a/im9.png', 'b/im9.png'}  # fmt: skip
+
+
+def test_folders_among_images_are_read_in_natural_order(images, explain, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(images)
+    assert explain('b/im9.png', 'a') == 0
+    explained = [line.partition(':')[0] for line in capsys.readouterr().out.splitlines() if ': GAP: ' in line]
+    assert explained == ['b/im9.png', 'a/im9.png', 'a/im10.png']
+    assert (tmp_path / 'out' / 'a' / 'im10.png').is_file()
 
 
 @pytest.mark.parametrize(('options', 'expected'), [

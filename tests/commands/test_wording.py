@@ -62,8 +62,7 @@ def test_a_keyword_becomes_the_option_and_other_words_stay(wording: Wording, mes
 
 
 def test_log_messages_are_said_in_the_same_words(wording: Wording) -> None:
-    formatter = Formatter('%(message)s')
-    formatter.wording = wording
+    formatter = Formatter('%(message)s', wording)
     record = logging.LogRecord('timm_castream', logging.INFO, __file__, 1, 'with num_samples %d', (5,), None)
     assert formatter.format(record) == 'with --num-samples 5'
 

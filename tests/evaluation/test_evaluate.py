@@ -159,7 +159,7 @@ def test_a_folder_of_another_network_is_refused(model, make_model, tmp_path) -> 
         evaluate(two_heads, DataLoader(Scenes(), 2), METHODS, output_dir=tmp_path)
     with torch.no_grad():
         model.castream.cls_token[0, 0] += 1
-    with pytest.raises(ValueError, match='holds an evaluation with weights='):
+    with pytest.raises(ValueError, match='holds an evaluation with other weights than this one: name'):
         evaluate(model, DataLoader(Scenes(), 2), METHODS, output_dir=tmp_path)
 
 
@@ -170,7 +170,7 @@ def test_the_same_weights_in_another_architecture_are_refused(tmp_path) -> None:
 
     arguments = {'methods': ('centre',), 'metrics': ('average_drop',), 'output_dir': tmp_path}
     evaluate(dilated(32), DataLoader(Scenes(), 2), **arguments)
-    with pytest.raises(ValueError, match='holds an evaluation with architecture='):
+    with pytest.raises(ValueError, match='holds an evaluation with another architecture than this one: name'):
         evaluate(dilated(8), DataLoader(Scenes(), 2), **arguments)
 
 

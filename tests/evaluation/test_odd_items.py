@@ -98,3 +98,36 @@ def test_images_that_are_not_normalised_tensors_are_one_sentence(item_of: Any, m
 def test_a_module_in_place_of_its_name_is_answered_with_the_name(model: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"^layer takes the name of a module of \w+, not a Sequential: 'layer3'\.$"):
         evaluate(model, DataLoader(Items(lambda i: (IMAGES[i], 1)), 2), ('grad_cam',), layer=model.layer3)
+
+
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_images_of_different_sizes_are_named_and_measured_one_by_one(num_workers: int, model: nn.Module) -> None:
+    def item_of(index: int) -> tuple[Any, int]:
+        return IMAGES[index][:, : 64 - 16 * (index == 3)], index
+
+    loader = DataLoader(Items(item_of), 2, num_workers=num_workers)
+    with pytest.raises(
+        ValueError, match=r'different sizes, such as 3 x 64 x 64 and 3 x 48 x 64, .*batch_size=1'
+    ) as error:
+        evaluate(model, loader, ('centre',), metrics=('average_drop',))
+    assert 'Traceback' not in str(error.value)
+    arguments = {'methods': ('centre',), 'poolings': ('gap',), 'metrics': ('deletion',)}
+    report = evaluate(model, DataLoader(Items(item_of), 1), **arguments)
+    alone = [evaluate(model, DataLoader([item_of(index)], 1), **arguments) for index in range(4)]
+    mean = sum(one['gap', 'centre', 'deletion'].value for one in alone) / 4
+    assert report['gap', 'centre', 'deletion'].value == pytest.approx(mean, abs=1e-4)
+    with pytest.raises(ValueError, match='different sizes, so their curves'):
+        evaluate(model, DataLoader(Items(item_of), 1), **arguments, keep_curves=True)
+
+
+def test_an_item_that_is_none_is_an_image_that_cannot_be_read(model: nn.Module) -> None:
+    report = run(model, lambda index: None if index == 2 else (IMAGES[index], index))
+    assert report.unreadable == {'image 2': 'ValueError: the data set gives None'}
+    others = DataLoader([(IMAGES[index], index) for index in (0, 1, 3)], 2)
+    without = evaluate(model, others, ('centre',), ('gap',), metrics=('average_drop',))
+    assert report.figures == without.figures
+
+
+def test_shares_of_classes_are_no_labels(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r'has 0\.25 for a class: .*give its index'):
+        run(model, lambda index: (IMAGES[index], torch.tensor([0.25, 0.75] + [0.0] * 8)))

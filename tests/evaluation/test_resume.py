@@ -166,6 +166,9 @@ LONG = [f'a_long_name_{i}' for i in range(9)]
         ({'transform': 'Compose(\n Resize' * 9}, {'transform': 'b'}, ['an evaluation with another transform than this one:']),
         ({'transform': 'a', 'img_size': 32, 'input_size': [3, 32, 32]}, {'transform': 'b', 'img_size': 64, 'input_size': [3, 64, 64]}, ['with img_size=32, this one has img_size=64: name']),
         ({'user_methods': {'f': 'a', 'g': 'b'}, 'seed': 1}, {'user_methods': {'f': 'a', 'g': 'c'}, 'seed': 2}, ["with seed=1, this one has seed=2 and another function or other maps for 'g': name"]),
+        ({'weights': 'a', 'checkpoint': 'x.pth'}, {'weights': 'b', 'checkpoint': 'x.pth'}, ['with other weights (x.pth has changed) than this one: name']),
+        ({'weights': 'a', 'checkpoint': 'x.pth'}, {'weights': 'b', 'checkpoint': 'y.pth'}, ["with checkpoint='x.pth', this one has checkpoint='y.pth': name"]),
+        ({'weights': 'a', 'architecture': 'c'}, {'weights': 'b', 'architecture': 'd'}, ['with another architecture than this one: name']),
         ({'images_at_a_time': 2}, {'images_at_a_time': 3}, ['with batch_size=2, this one has batch_size=3: name']),
     ],
 )  # fmt: skip

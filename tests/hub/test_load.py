@@ -28,9 +28,16 @@ WRAPPED = {
     'plain': lambda state_dict: state_dict,
     'model': lambda state_dict: {'model': state_dict, 'epoch': 3, 'args': {'lr': 0.1}},
     'DistributedDataParallel': lambda state_dict: {f'module.{key}': value for key, value in state_dict.items()},
+    'Lightning': lambda state_dict: {
+        'state_dict': {f'model.{key}': value for key, value in state_dict.items()},
+        'optimizer_states': [{'state': {}, 'param_groups': []}],
+    },
+    'one dict of tensors': lambda state_dict: {'model_state_dict': state_dict, 'optimizer_state_dict': {'state': {}}},
     'averaged alone': lambda state_dict: {'state_dict_ema': state_dict},
     'averaged alone, DeiT': lambda state_dict: {'model_ema': state_dict},
 }
+
+TWO_NETWORKS = {'teacher': {'fc.weight': torch.ones(1)}, 'student': {'fc.weight': torch.ones(1)}}
 
 
 @pytest.mark.filterwarnings('ignore:freeze_backbone freezes a classifier')
@@ -114,11 +121,19 @@ class TestCheckpoints:
             open_model('test_resnet', tmp_path / 'x.pth')
         assert len(str(error.value)) < 300
 
-    def test_a_prefix_of_a_model_with_a_stream_is_named_too(self, tmp_path):
-        state_dict = {f'model.{key}': value for key, value in snapshot(make_model()).items()}
-        torch.save({'state_dict': state_dict}, tmp_path / 'lightning.ckpt')
-        with pytest.raises(ValueError, match=r"lightning\.ckpt does not fit this model: its keys begin with 'model\.'"):
-            open_model('test_resnet_castream', tmp_path / 'lightning.ckpt')
+    def test_a_model_with_a_stream_is_found_inside_wrappers(self, tmp_path):
+        state_dict = snapshot(make_model())
+        torch.save({'state_dict': {f'module.model.{key}': state_dict[key] for key in state_dict}}, tmp_path / 'x.ckpt')
+        save_file({f'net._orig_mod.{key}': state_dict[key] for key in state_dict}, tmp_path / 'x.safetensors')
+        for name in ('x.ckpt', 'x.safetensors'):
+            assert same(snapshot(open_model('test_resnet_castream', tmp_path / name)), state_dict)
+
+    @pytest.mark.parametrize('architecture', ['test_resnet', 'test_convnext', 'test_vit', 'test_resnet_castream'])
+    def test_weights_that_remember_no_arguments_tell_the_number_of_classes(self, architecture, tmp_path):
+        torch.save(make_model(architecture, num_classes=7).state_dict(), tmp_path / 'x.pth')
+        assert open_model(architecture, tmp_path / 'x.pth').num_classes == 7
+        with pytest.raises(ValueError, match=r'weight is \(7, \d+\), not \(5'):
+            open_model(architecture, tmp_path / 'x.pth', num_classes=5)
 
     def test_an_averaged_model_of_torch_is_taken_without_its_count(self, tmp_path):
         model = make_model('test_resnet')
@@ -137,7 +152,7 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match=r'cut\.pth is damaged'):
             make_model(backbone_checkpoint=str(path))
 
-    @pytest.mark.parametrize('content', [{'epoch': 3, 'weights': {}}, {}, {'state_dict': None}])
+    @pytest.mark.parametrize('content', [{'epoch': 3, 'weights': {}}, {}, {'state_dict': None}, TWO_NETWORKS])
     def test_a_file_without_weights_names_its_keys(self, content, tmp_path):
         torch.save(content, tmp_path / 'x.pth')
         keys = ', '.join(map(repr, content)) or 'none'

@@ -76,7 +76,7 @@ class TestPush:
             assert same(snapshot(model), snapshot(other))
 
     def test_stream_alone_is_not_published_on_weights_that_timm_does_not_have(self, hub, tmp_path):
-        hub.add(GAP_REPOSITORY, model__safetensors=save(timm.create_model('test_resnet').state_dict()))
+        hub.add(GAP_REPOSITORY, model__safetensors=save(make_model('test_resnet', seed=1).state_dict()))
         model = make_model()
         with pytest.raises(ValueError, match=r'are not those of test_resnet\.r160_in1k'):
             timm_castream.push_to_hub(model, 'org/stream', stream_only=True)

@@ -97,8 +97,11 @@ class Batch:
     def logits(self) -> dict[str, Tensor]:
         """{pooling: (B, C)} of the images, from the forward that gives the feature maps if a method reads them."""
         if 'feature maps' in self._needs or ('grid' in self._needs and self._has_grid):
-            return {pooling: value.detach() for pooling, value in self.activations.logits.items()}
-        return self.predictor.all_logits(self.x)
+            logits = {pooling: value.detach() for pooling, value in self.activations.logits.items()}
+        else:
+            logits = self.predictor.all_logits(self.x)
+        self.predictor.check_scores(logits)
+        return logits
 
     @cached_property
     def score_cam_weights(self) -> dict[str, Tensor]:

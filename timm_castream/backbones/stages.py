@@ -147,11 +147,12 @@ def find_stage(model: nn.Module, name: str) -> Stage:
         if not probe.visits:
             names = _default_names(model) or [child for child, _ in model.named_modules() if child]
             valid = [visit.name for visit in run_probe(model, names).visits if not visit.unusable_because(model, False)]
-            example = f', for example {valid[-1]!r}' if valid else ''
-            raise ValueError(
-                f'layer {name!r} of {kind} runs after the pooling or not at all: name a module that runs '
-                f'once before it{example}.'
+            way_out = (
+                f'name a module that runs once before it, for example {valid[-1]!r}'
+                if valid
+                else ('no other module does run either, as in a traced or an exported network: give the network itself')
             )
+            raise ValueError(f'layer {name!r} of {kind} runs after the pooling or not at all: {way_out}.')
         if len(probe.visits) != 1:
             raise ValueError(
                 f'layer {name!r} of {kind} runs {len(probe.visits)} times before the pooling: name a '
@@ -291,7 +292,7 @@ def has_module(model: nn.Module, name: str) -> bool:
     """Whether a model has a module of that name."""
     try:
         return bool(name) and model.get_submodule(name) is not None  # '' would be the model
-    except AttributeError:
+    except (AttributeError, RuntimeError):  # the latter for a frozen script
         return False
 
 

@@ -25,7 +25,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, _SAME_FORWARD):
             model = model.module
-        elif isinstance(compiled := model._modules.get('_orig_mod'), nn.Module):
+        elif isinstance(compiled := getattr(model, '_orig_mod', None), nn.Module):
             model = compiled
         else:
             return model
@@ -96,7 +96,7 @@ def eager() -> AbstractContextManager[Any]:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, every module's own mode afterwards. The gradient mode stays."""
-    switched = [module for module in model.modules() if module.training]
+    switched = [module for module in model.modules() if getattr(module, 'training', False)]  # frozen scripts have none
     for module in switched:
         module.training = False
     try:

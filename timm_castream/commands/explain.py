@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         f'{parser.description} Without --model: tf_efficientnet_lite0_castream with its published weights.'
     )
-    parser.add_argument('paths', nargs='*', metavar='IMAGE')
+    parser.add_argument('paths', nargs='*', metavar='IMAGE', help='an image, or a folder: every image below it')
     parser.add_argument('--images', metavar='DIR', help='explain every image below this folder')
     add_model_options(parser, required=False)
     add_method_options(parser, ('attention', 'grad_cam'))
@@ -75,22 +75,24 @@ def run(args: argparse.Namespace) -> int:
     from .._utils.files import printable
     from ..visualize import explain
 
+    if not args.images and len(args.paths) == 1 and os.path.isdir(args.paths[0]):
+        args.images = args.paths.pop()
     found = _images_below(args.images, args.output) if args.images else []
+    named: list[str] = []
     for path in args.paths:
-        if os.path.isdir(path):
-            raise ValueError(f'{path} is a folder: name it with --images.')
         if not os.path.exists(path):
             raise FileNotFoundError(f'There is no file {path}.')
-    paths = [*map(Path, args.paths), *found]
+        named += map(str, _images_below(path, args.output)) if os.path.isdir(path) else [path]
+    paths = [*map(Path, named), *found]
     if not paths:
         raise ValueError('Name images, or a folder of them with --images.')
-    root = args.images if not args.paths else _root(args.paths)
+    root = args.images if not named else _root(named)
     image_names = [os.path.relpath(path, args.images).replace(os.sep, '/') for path in found]
     model = open_from(args).to(device_of(args)).eval()
     done = explain(
         model,
         paths,
-        methods_from(args, model, [*args.paths, *image_names]),
+        methods_from(args, model, [*named, *image_names]),
         args.output,
         args.poolings,
         args.layer,

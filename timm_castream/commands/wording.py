@@ -60,11 +60,12 @@ class Wording:
 class Formatter(logging.Formatter):
     """Formats what is logged during a command by its `wording`."""
 
-    wording: Wording | None = None
+    def __init__(self, text: str, wording: Wording) -> None:
+        super().__init__(text)
+        self._wording = wording
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return text if self.wording is None else self.wording(text)
+        return self._wording(super().format(record))
 
 
 def sentence(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data import ImageDataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
@@ -88,7 +89,8 @@ class SeparatingCollate:
 
     Returns:
         When called with a list of items: what `collate_fn` makes of the readable ones, or None if there are none, and
-        the list of the `Unreadable` ones.
+        the list of the `Unreadable` ones. Images of different sizes give a ValueError in place of a batch: an exception
+        that is raised in a worker has a traceback for its message.
     """
 
     def __init__(self, collate_fn: Callable[[list], Any], ignores_labels: bool = False) -> None:
@@ -98,7 +100,13 @@ class SeparatingCollate:
     def __call__(self, items: list) -> tuple[Any, list[Unreadable]]:
         readable = [self._labelled(item) for item in items if not isinstance(item, Unreadable)]
         unreadable = [item for item in items if isinstance(item, Unreadable)]
-        return self.collate_fn(readable) if readable else None, unreadable
+        try:
+            return self.collate_fn(readable) if readable else None, unreadable
+        except (RuntimeError, ValueError):
+            sizes = dict.fromkeys(tuple(np.shape(image_and_label(item)[0])) for item in readable)
+            if len(sizes) == 1:
+                raise
+            return _sizes_differ(list(sizes)), unreadable
 
     def _labelled(self, item: Any) -> Any:
         """The item, with a label that can be collated where it has none or none that counts."""
@@ -110,6 +118,14 @@ class SeparatingCollate:
         if isinstance(item, (tuple, list)) and len(item) > 1 and (self.ignores_labels or item[1] is None):
             return item[0], NO_TARGET
         return item
+
+
+def _sizes_differ(sizes: Sequence[tuple[int, ...]]) -> ValueError:
+    shown = ' and '.join(' x '.join(map(str, size)) for size in sizes[:2])
+    return ValueError(
+        f'The data set gives images of different sizes, such as {shown}, and a batch has one: resize or crop them in its '
+        'transform, as that of timm.data.create_transform does, or make the loader with batch_size=1.'
+    )
 
 
 def read_batches(
@@ -142,6 +158,8 @@ def read_batches(
 
     def readable() -> Iterator[Any]:
         for batch, unreadable in reader:
+            if isinstance(batch, ValueError):
+                raise batch
             done.append((batch is not None, unreadable))
             if batch is not None:
                 inputs, targets = image_and_label(batch)
@@ -208,7 +226,10 @@ class WithoutSubstitutes(Dataset):
             raise IndexError(f'index {index} is out of range for {len(self)} items')
         dataset, place = innermost(self, index)
         try:
-            return read_item(dataset, place) if _is_plain(dataset) else dataset[place]
+            item = read_item(dataset, place) if _is_plain(dataset) else dataset[place]
+            if item is None:  # how a data set says that it has lost an image
+                raise ValueError('the data set gives None')
+            return item
         except MemoryError:
             raise
         except Exception as error:

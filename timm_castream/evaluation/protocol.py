@@ -193,6 +193,12 @@ class Protocol:
                     f'The targets of {batch} images have shape {tuple(labels.shape)}, the model has '
                     f'{self.num_classes} classes.'
                 )
+            shares = labels[labels != labels.round()]
+            if len(shares):
+                raise ValueError(
+                    f'The target of an image has {shares[0].item():g} for a class: a vector has 1 for classes that are '
+                    'there, 0 for others and -1 for those that do not count; for one class an image give its index.'
+                )
             return
         if labels.shape != (batch,):
             raise ValueError(

@@ -20,10 +20,18 @@ SETTINGS = 'settings.json'
 _MAX_VALUE_CHARS = 60  # characters of one value in an error
 
 # What has no value that a person could read, in words.
-_WORDS = {'images': 'other images (their names, sizes or times)', 'transform': 'another transform'}
+_WORDS = {
+    'images': 'other images (their names, sizes or times)',
+    'transform': 'another transform',
+    'weights': 'other weights',
+    'architecture': 'another architecture',
+}
 _KEYWORDS = {'images_at_a_time': 'batch_size'}
 # What follows from the others.
+_MODEL = ('model', 'model_kwargs', 'num_classes')
 _FOLLOWS = {
+    'weights': (*_MODEL, 'checkpoint', 'pretrained', 'use_ema', 'architecture'),
+    'architecture': _MODEL,
     'transform': ('input_size', 'img_size', 'crop_pct', 'crop_mode', 'mean', 'std', 'loader_normalisation'),
     'loader_normalisation': ('mean', 'std'),
     'input_size': ('img_size',),
@@ -141,6 +149,8 @@ def check_settings(folder: str | Path, settings: Mapping[str, Any], but: Collect
     wrong = [key for key in wrong if not set(_FOLLOWS.get(key, ())) & set(wrong)]
     if wrong:
         words = [_WORDS[key] for key in wrong if key in _WORDS]
+        if 'weights' in wrong and wanted.get('checkpoint'):
+            words[words.index(_WORDS['weights'])] += f' ({wanted["checkpoint"]} has changed)'
         if 'user_methods' in wrong:
             before, now = (side.get('user_methods') or {} for side in (found, wanted))
             changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]

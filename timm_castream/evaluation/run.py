@@ -85,7 +85,17 @@ class Run:
         return [batch for batch in left if batch][self._processes.rank :: self._processes.count]
 
     def keep(self, values: ImageValues) -> None:
-        """Keeps the values of a batch."""
+        """Keeps the values of a batch.
+
+        Raises:
+            ValueError: If its curves have another number of steps, which the size of an image decides.
+        """
+        before = self._parts[0].pairs if self._parts else {}
+        if any(name in before and before[name].shape[1:] != array.shape[1:] for name, array in values.pairs.items()):
+            raise ValueError(
+                'The images have different sizes, so their curves have different numbers of steps, and keep_curves '
+                'averages them: leave it out, or resize the images in the transform of the data set.'
+            )
         if self._journal is not None:
             self._journal.append(values)
         self._parts.append(values)

@@ -152,7 +152,7 @@ def _open_file(name: str, path: Path, use_ema: bool, kwargs: dict[str, Any]) -> 
     remembered = {key: value for key, value in weights.model_args.items() if key not in NOT_SAVED}
     if 'castream_format' in weights.metadata:
         remembered |= StreamHeader.parse(weights.metadata, weights.origin).stream_args
-    args = {**remembered, **kwargs}
+    args = {**_classes_of(weights, name), **remembered, **kwargs}
     if weights.stream and not weights.backbone:
         model = _create_model(name, **{**args, **_backbone_weights(args)})
         load_stream(model, path)
@@ -174,6 +174,13 @@ def _open_file(name: str, path: Path, use_ema: bool, kwargs: dict[str, Any]) -> 
     _take_image_settings(model, weights)
     _take_label_names(model, weights)
     return model
+
+
+def _classes_of(weights: Weights, name: str) -> dict[str, int]:
+    """The number of classes of weights that remember none, from their classifier: {'num_classes': ...}, or nothing."""
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    key = next(iter(_parameters(cfg.classifier)), '') if cfg is not None else ''
+    return {'num_classes': len(weights.state_dict[key])} if key in weights.state_dict else {}
 
 
 def _open_repository(name: str, checkpoint: str, kwargs: dict[str, Any]) -> nn.Module:

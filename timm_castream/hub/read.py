@@ -30,6 +30,9 @@ from .wheels import read_wheel, wheel_of
 _WEIGHTS_KEYS = ('state_dict', 'model')
 _AVERAGED_KEYS = ('state_dict_ema', 'model_ema')
 
+# First parts of keys that wrappers add: DataParallel, torch.compile, modules of Lightning. No network of timm has them.
+_WRAPPERS = ('module', '_orig_mod', 'model', 'net')
+
 _COUNT_OF_AVERAGES = 'n_averaged'  # of torch.optim.swa_utils.AveragedModel, beside the weights
 
 _logger = logging.getLogger(__name__)
@@ -167,7 +170,9 @@ def read_checkpoint(path: str | Path, use_ema: bool | None = False) -> Weights:
     if Path(path).suffix == '.safetensors':
         if use_ema:
             raise ValueError(f'{path} holds one set of weights, so there are no EMA weights to take.')
-        return read_file(path)
+        weights = read_file(path)
+        weights.state_dict = _unwrapped(weights.state_dict)
+        return weights
     if not Path(path).is_file():
         raise FileNotFoundError(f'There is no file {path}.')
     try:
@@ -190,7 +195,7 @@ def read_checkpoint(path: str | Path, use_ema: bool | None = False) -> Weights:
         **(train_args.get('model_kwargs') or {}),
     }
     return Weights(
-        {key: value for key, value in clean_state_dict(state_dict).items() if key != _COUNT_OF_AVERAGES},
+        _unwrapped({key: value for key, value in clean_state_dict(state_dict).items() if key != _COUNT_OF_AVERAGES}),
         str(path),
         train_args=train_args,
         model_args={name: value for name, value in model_args.items() if value is not None},
@@ -208,8 +213,16 @@ def checkpoint_label_names(path: str | Path) -> list[str] | None:
     return [str(name) for name in names] if names else None
 
 
+def _unwrapped(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the network inside wrappers, whose names all keys begin with."""
+    names = {key.partition('.')[0] for key in state_dict}
+    if len(names) != 1 or not names <= set(_WRAPPERS):
+        return state_dict
+    return _unwrapped({key.partition('.')[2]: value for key, value in state_dict.items()})
+
+
 def _find_state_dict(checkpoint: Any, use_ema: bool | None, origin: str) -> dict[str, Any]:
-    """The state dict in a checkpoint: under a key of timm's, or the checkpoint itself."""
+    """The state dict in a checkpoint: under a key of timm's, the checkpoint itself, or its one dict of tensors."""
     if not isinstance(checkpoint, dict):
         raise ValueError(f'{origin} holds a {type(checkpoint).__name__}, not a state dict.')
     averaged, own = (
@@ -218,6 +231,10 @@ def _find_state_dict(checkpoint: Any, use_ema: bool | None, origin: str) -> dict
     )
     if own is None and averaged is None and any(isinstance(value, Tensor) for value in checkpoint.values()):
         own = checkpoint
+    if own is None and averaged is None:
+        dicts = [value for value in checkpoint.values() if isinstance(value, dict) and value]
+        dicts = [value for value in dicts if all(isinstance(entry, Tensor) for entry in value.values())]
+        own = dicts[0] if len(dicts) == 1 else None
     if use_ema and averaged is None:
         raise ValueError(f'{origin} has no EMA weights, train with --model-ema.')
     if own is None and averaged is None:

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 Score = Callable[[Tensor], Tensor]
 
+_SUM_TOLERANCE = 1e-3  # of probabilities in half precision
+
 _OWN_POOLINGS = {
     HeadPooling.AVERAGE: 'GAP',
     HeadPooling.MAXIMUM: 'max pooling',
@@ -363,6 +365,30 @@ class Predictor:
         """Whether the model answers yes or no by one logit."""
         return scores.shape[1] == 1 and self.activation == 'softmax' and self.score is None
 
+    def check_scores(self, logits: Mapping[str, Tensor]) -> None:
+        """Raises ValueError where a network ends in a softmax or a sigmoid, of which another one would be taken.
+
+        Args:
+            logits: {pooling: (N, C)} as `as_classes` gives them.
+        """
+        if self.halves_are_forward or self.score is not None:
+            return
+        for scores in logits.values():
+            ends_in = None
+            if self.activation == 'softmax' and scores.shape[1] > 1:
+                sums = scores.sum(1)
+                if scores.min() >= 0 and (sums - 1).abs().max() < _SUM_TOLERANCE:
+                    ends_in = 'softmax'
+                scores = scores.diff(dim=1) if scores.shape[1] == 2 and not sums.any() else scores  # one logit again
+            if isinstance(list(self.inner.modules())[-1], nn.Sigmoid) and scores.min() >= 0 and scores.max() <= 1:
+                ends_in = 'sigmoid'
+            if ends_in:
+                logarithm = 'their log()' if ends_in == 'softmax' else 'their logit()'
+                raise ValueError(
+                    f'{self.name} gives probabilities, and class scores before the {ends_in} are needed: give the network '
+                    f'without its {ends_in}, or return {logarithm}.'
+                )
+
     def _values(self, outputs: Tensor) -> Tensor:
         assert self.score is not None
         values = [self.score(output) for output in outputs]
@@ -468,5 +494,11 @@ def default_poolings(model: nn.Module) -> tuple[str, ...]:
 
 
 def has_stream(model: nn.Module) -> bool:
-    """Whether the model, or a model inside a wrapper, has a stream."""
+    """Whether the model, or a model inside a wrapper, has a stream.
+
+    Raises:
+        ValueError: If the model is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f'The model must be a torch.nn.Module, got {type(model).__name__}: put it into one.')
     return any(isinstance(module, CAStreamMixin) for module in model.modules())
