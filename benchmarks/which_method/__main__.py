@@ -1,12 +1,14 @@
 """Which saliency method? Every method that runs, every metric, on real photographs; and the page docs/which-method.md.
 
-    python benchmarks/which_method.py run lite0 --data DIR --images 0 100 --metrics masked
-    python benchmarks/which_method.py collect lite0
-    python benchmarks/which_method.py page
+    python -m benchmarks.which_method run lite0 --data DIR --images 0 100 --metrics masked
+    python -m benchmarks.which_method time lite0 --data DIR
+    python -m benchmarks.which_method collect lite0
+    python -m benchmarks.which_method page
 
-`run` measures some metrics of one network on a range of the photographs, and resumes after an interruption. `collect`
-writes the values of every photograph to benchmarks/which_method_results, from all runs of a network, finished or not.
-`page` reads these alone: every number of the page is computed from them. What DIR holds is in which_method_networks.py.
+`run` measures some metrics of one network on a range of the photographs, and resumes after an interruption. `time` times
+the methods anew, for a machine without other work. `collect` writes the values of every photograph to
+benchmarks/which_method_results, from all runs of a network, finished or not. `page` reads these alone: every number of the
+page is computed from them. What DIR holds is in networks.py.
 
 Methods whose maps are equal on the network are measured once. `--methods slow` takes those of more than 20 forwards.
 """
@@ -31,7 +33,6 @@ import torch
 from timm.data import create_loader
 from torch import Tensor, nn
 from torch.nn import functional as F
-from which_method_networks import NETWORKS, SEED, Network, drawn
 
 from timm_castream.attribution import METHODS, attribute_all
 from timm_castream.attribution.peers import LIBRARIES, peers_that_work
@@ -39,18 +40,19 @@ from timm_castream.evaluate import evaluate
 from timm_castream.inference.predictor import Predictor
 from timm_castream.metrics.table import METRICS
 
-RESULTS = Path(__file__).with_name('which_method_results')
-PAGE = Path(__file__).parent.parent / 'docs' / 'which-method.md'
+from .networks import NETWORKS, SEED, drawn
+from .page import write
+from .values import SLOW, Result
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = ROOT / 'benchmarks' / 'which_method_results'
+PAGE = ROOT / 'docs' / 'which-method.md'
 # Maps of values in [0, 1] at the size of the image. Libraries resize on their own, with rounding.
 EQUAL = 0.01
-SLOW = 20  # forwards of one map
 PROBED = 3  # photographs on which maps are compared and timed
-BATCH = 4
+BATCH = 2
 
-# Values that an earlier version of this program measured, see git show 8c737c3:benchmarks/which_method.py.
-EARLIER = ('imagenet', 'digits')
-
-# Names of sets of metrics. max_box_acc_v2 has no value for an image, so it cannot be paired.
+# Names of sets of metrics. The photographs have no boxes, which those of localisation need.
 SETS = {
     'masked': (
         *('average_drop', 'average_gain', 'average_increase'),
@@ -60,7 +62,6 @@ SETS = {
     'road': ('road_morf', 'road_lerf'),
     'again': ('coherency', 'adcc', 'randomisation', 'randomisation_ssim', 'stability'),
     'ends': ('insertion_black', 'insertion_mean', 'deletion_black', 'deletion_blur'),
-    'boxes': ('pointing_game', 'energy_pointing_game', 'localization_error'),
 }
 
 
@@ -72,9 +73,9 @@ def run(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / 'facts.json').is_file():  # all runs of a network keep the first timings
         facts = probe(model, loader_of(args, model, (0, PROBED)), args)
-        write_json(folder / 'facts.json', facts | described(network, args))
-    facts = json.loads((folder / 'facts.json').read_text(encoding='utf-8'))
-    slow = [name for name in facts['methods'] if facts['forwards'][name] > SLOW]
+        write_json(folder / 'facts.json', facts)
+    facts = read_json(folder / 'facts.json')
+    slow = [name for name in facts['methods'] if facts['seconds'][name] > SLOW * facts['forward_seconds']]
     methods = slow if args.methods == 'slow' else [name for name in facts['methods'] if name not in slow]
     methods = methods if args.methods != 'slow' or 'grad_cam' in methods else ['grad_cam', *methods]
     poolings = args.poolings or facts['poolings']
@@ -113,8 +114,8 @@ def loader_of(args: argparse.Namespace, model: Any, images: Sequence[int]) -> An
 
 
 def command(args: argparse.Namespace) -> str:
-    """The command line, without folders and what does not change values."""
-    words = ['python benchmarks/which_method.py run', args.network, '--images', *map(str, args.images)]
+    """The command line without folders and what does not change values, with STOP for the last photograph."""
+    words = ['python -m benchmarks.which_method run', args.network, '--images', str(args.images[0]), 'STOP']
     words += ['--metrics', *args.metrics]
     words += ['--leave-out', *args.leave_out] if args.leave_out else []
     words += ['--methods slow'] if args.methods == 'slow' else []
@@ -133,28 +134,23 @@ def probe(model: nn.Module, loader: Any, args: argparse.Namespace) -> dict[str, 
         library.method_class(next(iter(library.methods)))  # imports it
     with torch.no_grad():
         target = model(x).argmax(1)
-        model(x[:1])
-        started = time.process_time()
-        for _ in range(5):
-            model(x[:1])
-        forward = (time.process_time() - started) / 5
+    forward = forward_seconds(model, x[:1])
     seen: dict[str, Tensor] = {}
-    equal, forwards = {}, {}
+    equal, seconds = {}, {}
     for name in methods:
         if name in left_out:
             continue
         count = 1 if a_forward_a_channel(name) else len(x)
         started = time.process_time()
         maps = attribute_all(model, x[:count], {name: name}, target[:count], poolings)
-        seconds = (time.process_time() - started) / (count * len(poolings))
-        forwards[name] = round(seconds / forward, 1)
+        seconds[name] = round((time.process_time() - started) / (count * len(poolings)), 4)
         stacked = torch.stack([resized(value, x.shape[2:]) for value in maps.values()])
         same = [other for other, value in seen.items() if (value[:, :count] - stacked).abs().max() < EQUAL]
         if same:
             equal[name] = same[0]
         else:
             seen[name] = stacked
-        print(f'{name}: {forwards[name]} forwards{", equal to " + same[0] if same else ""}', flush=True)
+        print(f'{name}: {seconds[name]} s{", equal to " + same[0] if same else ""}', flush=True)
     return {
         'machine': f'{platform.machine()}, {args.threads} thread{"s" * (args.threads > 1)} of 2 CPU cores',
         'versions': {'torch': torch.__version__, 'timm': timm.__version__}
@@ -166,12 +162,42 @@ def probe(model: nn.Module, loader: Any, args: argparse.Namespace) -> dict[str, 
         'equal': equal,
         'left_out': left_out,
         'forward_seconds': round(forward, 4),
-        'forwards': forwards,
+        'seconds': seconds,
     }
 
 
-def described(network: Network, args: argparse.Namespace) -> dict[str, Any]:
+def time_again(args: argparse.Namespace) -> None:
+    """Times every method of a network anew, one image and one pooling, on a machine that is idle now."""
+    torch.set_num_threads(args.threads)
+    model = NETWORKS[args.network].make(args.data, args.work)
+    path = args.work / args.network / 'facts.json'
+    facts = read_json(path)
+    x = torch.cat([images for images, _ in loader_of(args, model, (0, PROBED))])
+    with torch.no_grad():
+        target = model(x).argmax(1)
+    attribute_all(model, x, {name: name for name in ('grad_cam', 'centre')}, target, facts['poolings'][:1])  # warms up
+    facts['forward_seconds'] = round(forward_seconds(model, x[:1]), 4)
+    for name, before in facts['seconds'].items():
+        count = 1 if before > facts['forward_seconds'] * SLOW else len(x)
+        started = time.process_time()
+        attribute_all(model, x[:count], {name: name}, target[:count], facts['poolings'][:1])
+        facts['seconds'][name] = round((time.process_time() - started) / count, 4)
+    write_json(path, facts)
+
+
+def forward_seconds(model: nn.Module, x: Tensor) -> float:
+    """CPU time of a forward pass of one image."""
+    with torch.no_grad():
+        model(x)
+        started = time.process_time()
+        for _ in range(10):
+            model(x)
+        return (time.process_time() - started) / 10
+
+
+def described(args: argparse.Namespace) -> dict[str, Any]:
     """What the page says about a network."""
+    network = NETWORKS[args.network]
     return {
         'name': args.network,
         'network': network.title,
@@ -197,20 +223,23 @@ def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
 def collect(args: argparse.Namespace) -> None:
     """Writes the values of all runs of a network, of the batches that are finished."""
     folder = args.work / args.network
-    facts = json.loads((folder / 'facts.json').read_text(encoding='utf-8'))
+    facts = read_json(folder / 'facts.json') | described(args)
     facts['commands'] = []
     rows: dict[int, dict[str, float]] = {}
     for path in sorted(folder.glob('*/run.json')):
-        about = json.loads(path.read_text(encoding='utf-8'))
-        facts['commands'] += [about['command']] if about['command'] not in facts['commands'] else []
+        about = read_json(path)
+        done = set()
         for file in sorted(path.parent.glob('finished.*.jsonl')):
             for line in filter(None, file.read_text(encoding='utf-8').splitlines()):
                 record = json.loads(line)
                 # Every image is explained for one class, so that images and pairs are the same rows.
                 columns = {**record['images'], **record['pairs']}
+                done |= set(columns['image'])
                 for position, image in enumerate(columns['image']):
                     row = rows.setdefault(about['start'] + image, {})
                     row |= {name: values[position] for name, values in columns.items() if name != 'image'}
+        if done:  # the command that measures what is finished
+            facts['commands'].append(about['command'].replace('STOP', str(about['start'] + len(done))))
     names = list(dict.fromkeys(name for _, row in sorted(rows.items()) for name in row))
     measured = {name.split('/')[2] for name in names if name.count('/') == 2}
     facts['metrics'] = {
@@ -242,11 +271,20 @@ def collect(args: argparse.Namespace) -> None:
     write_json(RESULTS / f'{args.network}.json', facts)
 
 
+def committed() -> list[Result]:
+    """The networks with values."""
+    return [Result(RESULTS, name) for name in NETWORKS if (RESULTS / f'{name}.json').is_file()]
+
+
 def shortened(value: float | bool | None) -> str:
     """Two digits after the point, and nothing where there is no value."""
     if value is None or math.isnan(value):
         return ''
     return f'{float(value):.2f}'.rstrip('0').rstrip('.')
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding='utf-8'))
 
 
 def write_json(path: Path, facts: dict[str, Any]) -> None:
@@ -256,30 +294,32 @@ def write_json(path: Path, facts: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
-    measure = commands.add_parser('run')
-    measure.add_argument('network', choices=NETWORKS)
-    measure.add_argument('--data', type=Path, default=Path('data'), help='folder of the photographs')
+    measure = commands.add_parser('run', help='measure, and go on with what was interrupted')
+    again = commands.add_parser('time', help='time the methods anew')
+    for command_parser in (measure, again):
+        command_parser.add_argument('network', choices=NETWORKS)
+        command_parser.add_argument('--data', type=Path, default=Path('data'), help='folder of the photographs')
+        command_parser.add_argument('--threads', type=int, default=1)
     measure.add_argument('--images', type=int, nargs=2, metavar=('START', 'STOP'), default=(0, 100))
     measure.add_argument('--metrics', nargs='+', choices=SETS, default=['masked'])
     measure.add_argument('--methods', choices=('quick', 'slow'), default='quick')
     measure.add_argument('--poolings', nargs='+', choices=('gap', 'ca'))
     measure.add_argument('--leave-out', nargs='+', default=[], metavar='METHOD', help='in the first run of a network')
     measure.add_argument('--engine', default='onnxruntime')
-    measure.add_argument('--threads', type=int, default=1)
     gather = commands.add_parser('collect', help='write the results of the batches that are finished')
     gather.add_argument('network', choices=NETWORKS)
-    for command_parser in (measure, gather):
+    for command_parser in (measure, again, gather):
         command_parser.add_argument('--work', type=Path, default=Path('which_method_work'), help='unfinished runs')
     commands.add_parser('page')
     args = parser.parse_args(argv)
     if args.command == 'run':
         run(args)
+    elif args.command == 'time':
+        time_again(args)
     elif args.command == 'collect':
         collect(args)
     else:
-        from which_method_page import Result, write
-
-        write([Result(name) for name in (*NETWORKS, *EARLIER) if (RESULTS / f'{name}.json').is_file()], PAGE)
+        write(committed(), PAGE)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,1 @@
+"""The page docs/which-method.md, see __main__.py."""

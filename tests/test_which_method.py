@@ -1,0 +1,226 @@
+"""The statistics behind docs/which-method.md, and the page itself."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from scipy import stats
+
+from benchmarks.which_method import __main__ as program
+from benchmarks.which_method import networks
+from benchmarks.which_method.answer import Place, answer
+from benchmarks.which_method.comparisons import Comparisons, sign_flip_tests
+from benchmarks.which_method.page import render
+from benchmarks.which_method.values import Result
+
+ROOT = Path(__file__).parent.parent
+METRICS = {'average_drop': False, 'insertion': True, 'deletion': False}
+
+
+def committed(folder: Path, values: dict[str, list[float]], slow: tuple[str, ...] = ()) -> Result:
+    """Results as `collect` writes them, of the values of a column of GAP by 'method/metric'."""
+    columns = {f'gap/{name}': column for name, column in values.items()}
+    lines = ['image,' + ','.join(columns)]
+    for i, row in enumerate(zip(*columns.values(), strict=True)):
+        lines.append(','.join([str(i), *('' if value is None else str(value) for value in row)]))
+    (folder / 'net.csv.gz').write_bytes(gzip.compress('\n'.join(lines).encode()))
+    methods = list(dict.fromkeys(name.split('/')[0] for name in values))
+    facts = {
+        'heading': 'Net',
+        'poolings': ['gap'],
+        'methods': methods,
+        'equal': {'captum:LayerGradCam': 'grad_cam'},
+        'metrics': {name: {'higher': higher} for name, higher in METRICS.items()},
+        'seconds': {name: 5.0 if name in slow else 0.1 for name in methods},
+        'forward_seconds': 0.1,
+    }
+    (folder / 'net.json').write_text(json.dumps(facts))
+    return Result(folder, 'net')
+
+
+def test_a_test_is_that_of_all_flips_of_the_signs():
+    rng = np.random.default_rng(3)
+    differences = rng.normal(0.8, 1, (9, 30))
+    flips = np.array(list(product((-1, 1), repeat=9)))
+    found = np.abs(stats.ttest_1samp(differences, 0).statistic)
+    flipped = np.abs([stats.ttest_1samp(differences * flip[:, None], 0).statistic for flip in flips])
+    p = (flipped >= found - 1e-9).mean(0)
+    verdicts = sign_flip_tests(differences).verdicts
+    clear = np.abs(p - 0.05) > 0.01  # 10,000 random flips
+    assert clear.sum() > 20
+    assert ((verdicts != 0) == (p < 0.05))[clear].all()
+    together = (np.max(flipped, 1)[:, None] >= found - 1e-9).mean(0)
+    clear = np.abs(together - 0.05) > 0.01
+    assert ((np.abs(verdicts) == 2) == (together < 0.05))[clear].all()
+
+
+def test_among_equal_methods_all_tests_together_decide_one_in_twenty_times():
+    rng = np.random.default_rng(0)
+    alone, together = [], []
+    for _ in range(40):
+        verdicts = sign_flip_tests(rng.normal(size=(20, 1)) + rng.standard_t(3, size=(20, 50))).verdicts
+        alone.append((verdicts != 0).mean())
+        together.append((np.abs(verdicts) == 2).any())
+    assert 0.01 < np.mean(alone) < 0.1
+    assert np.mean(together) < 0.15
+
+
+def test_a_column_with_few_photographs_is_tested_on_these():
+    differences = np.full((40, 2), np.nan)
+    differences[:, 0] = np.random.default_rng(1).normal(size=40)
+    differences[:5, 1] = [1.0, 1.1, 0.9, 1.2, 0.8]
+    tests = sign_flip_tests(differences)
+    assert tests.verdicts.tolist() == [0, 0]  # 2 of the 32 flips of 5 signs are as clear
+    differences[5, 1] = 1.0
+    assert sign_flip_tests(differences).verdicts[1] > 0  # 2 of 64
+    low, high = stats.t.interval(0.95, 4, 1, stats.sem(differences[:5, 1]))
+    assert tests.seen[1] == pytest.approx((high - low) / 2)
+
+
+def test_equal_values_are_not_told_apart():
+    assert sign_flip_tests(np.zeros((10, 3))).verdicts.tolist() == [0, 0, 0]
+
+
+def test_a_method_is_better_in_the_direction_of_the_metric(tmp_path):
+    rng = np.random.default_rng(0)
+    base = rng.uniform(20, 60, (3, 30))
+    result = committed(
+        tmp_path,
+        {f'grad_cam/{name}': base[i].tolist() for i, name in enumerate(METRICS)}
+        | {f'hires_cam/{name}': (base[i] + rng.uniform(1, 3, 30)).tolist() for i, name in enumerate(METRICS)},
+    )
+    assert Comparisons(result).verdicts('gap', 'hires_cam', list(METRICS)) == [-2, 2, -2]
+
+
+def test_methods_with_equal_values_are_one_and_take_their_names_along(tmp_path):
+    values = [10.0, 20.0, 30.0]
+    result = committed(
+        tmp_path,
+        {
+            'grad_cam/average_drop': values,
+            'xgrad_cam/average_drop': [10.01, 20.0, None],
+            'layer_cam/average_drop': [10.2, 20.0, 30.0],
+        },
+    )
+    assert result.own_maps('gap') == ['grad_cam', 'layer_cam']
+    assert result.names_of_one_map('gap') == {'grad_cam': ['captum:LayerGradCam', 'xgrad_cam']}
+
+
+def test_tau_is_of_the_photographs_that_all_methods_have(tmp_path):
+    drops = {'grad_cam': [1, 2, 90], 'layer_cam': [3, 4, 1], 'hires_cam': [5, 6, None], 'attention': [7, 9, 2]}
+    insertions = {'grad_cam': [9, 9, 9], 'layer_cam': [5, 5, 5], 'hires_cam': [7, 7, 7], 'attention': [3, 3, 3]}
+    result = committed(
+        tmp_path,
+        {f'{m}/average_drop': v for m, v in drops.items()} | {f'{m}/insertion': v for m, v in insertions.items()},
+    )
+    expected = stats.kendalltau([-1.5, -3.5, -5.5, -8], [9, 5, 7, 3]).statistic
+    assert Comparisons(result).tau('gap', 'average_drop', 'insertion') == pytest.approx(expected)
+    assert Comparisons(result).tau('gap', 'insertion', 'insertion') == pytest.approx(1)
+
+
+def test_slow_methods_are_tested_apart_and_are_not_among_the_ordered(tmp_path):
+    rng = np.random.default_rng(0)
+    base = rng.uniform(20, 60, 40)
+    columns = {'grad_cam/average_drop': base.tolist(), 'random/average_drop': (base + 5).tolist()}
+    columns['score_cam/average_drop'] = [*(base[:10] - 1).tolist(), *[None] * 30]
+    result = committed(tmp_path, columns, slow=('score_cam',))
+    assert result.own_maps('gap', slow=True) == ['score_cam']
+    assert Comparisons(result).ordered_methods('gap') == ['grad_cam']
+    assert result.photographs('gap', ['score_cam'], 'average_drop').sum() == 10
+
+
+@pytest.mark.parametrize(('change', 'taken'), [(-5.0, '`hires_cam`'), (5.0, 'Grad-CAM')])
+def test_the_first_sentence_follows_the_values(tmp_path, change, taken):
+    rng = np.random.default_rng(0)
+    base = rng.uniform(40, 60, 30)
+    near = base + rng.normal(0, 0.1, 30)
+    columns = {'grad_cam': base, 'hires_cam': near + change, 'random': near + 20, 'centre': near + 30}
+    result = committed(tmp_path, {f'{name}/average_drop': column.tolist() for name, column in columns.items()})
+    text = ' '.join(answer([Place(result, Comparisons(result), 'gap')]))
+    assert text.startswith(f'**Take {taken}. ')
+    assert 'Grad-CAM is better than both baselines in 1 of 1 questions on Net' in text
+
+
+def test_collected_are_the_finished_batches_of_all_runs_and_the_commands_that_measure_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, 'RESULTS', tmp_path / 'results')
+    work = tmp_path / 'work' / 'lite0'
+    facts = {'poolings': ['gap'], 'methods': ['grad_cam'], 'equal': {}, 'seconds': {'grad_cam': 0.1}}
+    facts |= {'forward_seconds': 0.1}
+    runs = {
+        'first': (0, 'masked', {'gap/grad_cam/average_drop': [10.004, 20.0]}),
+        'second': (1, 'curves', {'gap/grad_cam/insertion': [float('nan'), 40.0]}),
+    }
+    for folder, (start, metrics, values) in runs.items():
+        (work / folder).mkdir(parents=True)
+        command = f'run lite0 --images {start} STOP --metrics {metrics}'
+        (work / folder / 'run.json').write_text(json.dumps({'command': command, 'start': start}))
+        record = {
+            'images': {'image': [0, 1], 'gap/accuracy': [100.0, 0.0], 'gap/prob': [0.5, 0.25]},
+            'pairs': {'image': [0, 1], **values},
+        }
+        (work / folder / 'finished.0.jsonl').write_text(json.dumps(record) + '\n')
+    (work / 'facts.json').write_text(json.dumps(facts))
+    program.main(['collect', 'lite0', '--work', str(tmp_path / 'work')])
+    result = Result(tmp_path / 'results', 'lite0')
+    assert result.values('gap', 'grad_cam', 'average_drop').tolist()[:2] == [10, 20]
+    assert np.isnan(result.values('gap', 'grad_cam', 'average_drop')[2])
+    assert result.values('gap', 'grad_cam', 'insertion')[2] == 40
+    assert [command.split('lite0 ')[1] for command in result.facts['commands']] == [
+        '--images 0 2 --metrics masked',
+        '--images 1 3 --metrics curves',
+    ]
+
+
+def test_a_training_that_is_interrupted_ends_with_the_weights_of_one_that_is_not(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        path = tmp_path / 'train' / f'class{i % 2}' / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    monkeypatch.setattr(networks, 'GROWTH', ((32, 1), (40, 1)))
+
+    def train(name: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(1)  # the classifier keeps the weights that it is made with
+        model = timm.create_model('test_resnet', num_classes=2)
+        networks.train(model, tmp_path / 'train', tmp_path / f'{name}.safetensors')
+        return load_file(tmp_path / f'{name}.safetensors')
+
+    whole = train('whole')
+    save, saved = torch.save, []
+
+    def save_and_stop(*args: object) -> None:
+        save(*args)
+        saved.append(args)
+        if len(saved) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, 'save', save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train('stopped')
+    stopped = train('stopped')
+    assert len(saved) == 2
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_the_page_is_that_of_the_committed_values():
+    page = (ROOT / 'docs' / 'which-method.md').read_text(encoding='utf-8')
+    assert page == '\n'.join(render(program.committed())).rstrip() + '\n'
+
+
+def test_every_network_has_its_baselines_and_its_accuracy():
+    for result in program.committed():
+        for pooling in result.poolings:
+            assert {'random', 'centre', 'grad_cam'} <= set(result.own_maps(pooling))
+            assert 0 < result.facts['accuracy'][pooling] <= 100
+            assert f'{result.facts["accuracy"][pooling]:.1f} % ({pooling.upper()})' in (
+                ROOT / 'docs' / 'which-method.md'
+            ).read_text(encoding='utf-8')
