@@ -56,8 +56,13 @@ def test_files_that_are_no_arrays_are_named(tmp_path):
     (tmp_path / 'text.npy').write_text('no array')
     (tmp_path / 'zip.npz').write_bytes(b'PK no archive')
     np.save(tmp_path / 'objects.npy', np.array([{}], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / 'objects.npz', **{name: np.array([{}]) for name in NAMES})
+    np.savez_compressed(tmp_path / 'damaged.npz', **{name: np.arange(4000.0).reshape(40, 100) for name in NAMES})
+    data = bytearray((tmp_path / 'damaged.npz').read_bytes())
+    data[300:600] = bytes(300)
+    (tmp_path / 'damaged.npz').write_bytes(bytes(data))
     (tmp_path / 'empty').mkdir()
-    for name in ('text.npy', 'zip.npz', 'objects.npy'):
+    for name in ('text.npy', 'zip.npz', 'objects.npy', 'objects.npz', 'damaged.npz'):
         with pytest.raises(ValueError, match=rf'{name} is no array saved by numpy'):
             read_maps(tmp_path / name, NAMES)
     with pytest.raises(ValueError, match=r'There is no file .*missing\.npy'):

@@ -73,7 +73,7 @@ def test_nested_images_belong_to_the_first_folder_and_it_is_said(tmp_path, caplo
     write(tmp_path, 'a/0.png', 'a/sub/deep/9.png', 'b/0.png')
     assert read(tmp_path) == {'a/0.png': 0, 'a/sub/deep/9.png': 0, 'b/0.png': 1}
     assert (
-        '1 images lie in folders inside' in caplog.text
+        '1 image lies in folders inside' in caplog.text
         and "a/sub/deep/9.png, which belongs to class 'a'" in caplog.text
     )
 
@@ -128,7 +128,10 @@ def test_images_that_a_class_map_lacks_are_counted(tmp_path, caplog):
     write(tmp_path, 'a/0.png', 'b/0.png', 'b/1.png', 'kinds/c/2.png', 'stray.png')
     (tmp_path / 'map.txt').write_text('c\na\n')
     assert read(tmp_path, class_map=str(tmp_path / 'map.txt')) == {'a/0.png': 1, 'kinds/c/2.png': 0}
-    assert "2 images of folder 'b' are left out" in caplog.text and '1 images outside of class folders' in caplog.text
+    assert (
+        "2 images of folder 'b' are left out" in caplog.text
+        and '1 image outside of class folders is left out' in caplog.text
+    )
     with pytest.raises(RuntimeError, match='no images of the classes'):
         create_dataset('', tmp_path, class_map={'nothing': 0})
 

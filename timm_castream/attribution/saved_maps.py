@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import unicodedata
 import zipfile
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -41,19 +44,26 @@ def read_maps(path: str | os.PathLike, names: Sequence[str]) -> np.ndarray:
     if isinstance(loaded, np.ndarray):
         return loaded
     with loaded:
-        if len(loaded.files) == 1 and len(names) != 1 and loaded[loaded.files[0]].ndim == 3:
-            return loaded[loaded.files[0]]
         keys = {key.removesuffix('.npy'): key for key in loaded.files}
+        if len(keys) == 1 and len(names) != 1:
+            only = _read(path, partial(loaded.__getitem__, loaded.files[0]))
+            if only.ndim == 3:
+                return only
         owners = _owners(path, keys, names)
-        return _stacked(path, names, (loaded[keys[key]] for key in owners))
+        return _stacked(path, names, (_read(path, partial(loaded.__getitem__, keys[key])) for key in owners))
 
 
-def _load(path: Path) -> np.ndarray | np.lib.npyio.NpzFile:
+def _load(path: Path) -> Any:
+    return _read(path, partial(np.load, path, allow_pickle=False))
+
+
+def _read(path: Path, read: Callable[[], Any]) -> Any:
+    """What a function reads of a file; the arrays of a `.npz` are decoded where they are taken."""
     try:
-        return np.load(path, allow_pickle=False)
+        return read()
     except FileNotFoundError:
         raise ValueError(f'There is no file {path}, which --maps names.') from None
-    except (EOFError, ValueError, OSError, zipfile.BadZipFile):
+    except (EOFError, ValueError, OSError, zipfile.BadZipFile, zlib.error):
         raise ValueError(f'{path} is no array saved by numpy.save or numpy.savez, which --maps takes.') from None
 
 

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         named += map(str, _images_below(path, args.output)) if os.path.isdir(path) else [path]
     paths = [*map(Path, named), *found]
     if not paths:
-        raise ValueError('Name images, or a folder of them with --images.')
+        raise ValueError('Name images, or a folder of them.')
     root = args.images if not named else _root(named)
     image_names = [os.path.relpath(path, args.images).replace(os.sep, '/') for path in found]
     model = open_from(args).to(device_of(args)).eval()

@@ -67,9 +67,9 @@ def name_classes(model: Any, args: argparse.Namespace) -> None:
         give_names(model, args.class_names)
     elif (args.checkpoint or args.pretrained) and model.num_classes and label_names(model) is None:
         _logger.info(
-            'The weights name none of their %d classes: --class-names FILE gives names, one a line in the order of the '
+            'The weights name none of their %s: --class-names FILE gives names, one a line in the order of the '
             'indices%s.',
-            model.num_classes,
+            'two classes' if model.num_classes == 1 else f'{model.num_classes} classes',
             ', and --class-names imagenet those of ImageNet' if model.num_classes == _IMAGENET else '',
         )
 

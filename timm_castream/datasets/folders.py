@@ -19,6 +19,7 @@ from timm.data import ImageDataset
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader import Reader
 
+from .._utils.files import counted
 from .classes import match_classes
 from .image_files import holds_image, natural_key, open_image, visible, walk_images, warn_of_skipped
 
@@ -125,7 +126,10 @@ class FolderReader(Reader):
             targets = self._first_folders(files, label_names)
         self.samples = [(os.path.join(self.root, file), target) for file, target in targets.items()]
         if not self.samples:
-            raise RuntimeError(f'{root} has no images of the classes of the class map.')
+            raise RuntimeError(
+                f'{root} has no images of the classes of the class map, such as {next(iter(self.class_to_idx), "none")!r}: '
+                'its text file has the name of one folder a line, in the order of their indices.'
+            )
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         path, target = self.samples[index]
@@ -151,10 +155,10 @@ class FolderReader(Reader):
                 targets[file] = self.class_to_idx[name]
         for name, number in sorted(lost.items()):
             _logger.warning(
-                '%s: %d images %s are left out, the class map lacks it.',
+                '%s: %s %s left out, the class map lacks it.',
                 self.root,
-                number,
-                f'of folder {name!r}' if name else 'outside of class folders',
+                counted(number, 'image'),
+                f'{f"of folder {name!r}" if name else "outside of class folders"} {"is" if number == 1 else "are"}',
             )
         return targets
 
@@ -171,9 +175,11 @@ class FolderReader(Reader):
                 f'classes: move the images into folders of their classes, or the folders away.'
             )
         if beside:
-            images = '1 image' if len(beside) == 1 else f'{len(beside)} images'
             _logger.warning(
-                '%s: %s beside the class folders without a class, such as %s: left out.', self.root, images, beside[0]
+                '%s: %s beside the class folders without a class, such as %s: left out.',
+                self.root,
+                counted(len(beside), 'image'),
+                beside[0],
             )
         _check_nested(self.root, inside)
         self.present = sorted({file.partition('/')[0] for file in inside}, key=natural_key)
@@ -265,9 +271,9 @@ def _check_nested(root: str, files: Sequence[str]) -> None:
             'which of them are classes. Name the folder of one split, or pass a class map.'
         )
     _logger.warning(
-        '%s: %d images lie in folders inside of class folders, such as %s, which belongs to class %r.',
+        '%s: %s in folders inside of class folders, such as %s, which belongs to class %r.',
         root,
-        len(nested),
+        '1 image lies' if len(nested) == 1 else f'{len(nested)} images lie',
         nested[0],
         nested[0].partition('/')[0],
     )
