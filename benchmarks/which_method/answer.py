@@ -168,7 +168,7 @@ def _counts(places: Sequence[Place]) -> Iterable[str]:
     verdicts = [v for p in places for m in p.others() for v in p.verdicts(m)]
     yield (
         f'Of {len(verdicts)} comparisons of another method with Grad-CAM in one question, {sum(v != 0 for v in verdicts)} '
-        f'are decided by their own test at 5 %, where chance would decide about {0.05 * len(verdicts):.0f} if all were equal. '
+        f'are decided by their own test at 5 %, where chance would decide at most about {0.05 * len(verdicts):.0f} if all were equal. '
         f'{sum(abs(v) == 2 for v in verdicts)} hold with all tests of a network taken together: '
         f'{sum(v == -2 for v in verdicts)} times the other method is worse, {sum(v == 2 for v in verdicts)} times better.'
     )
@@ -183,9 +183,9 @@ def _counts(places: Sequence[Place]) -> Iterable[str]:
     counts = {METRICS[n].symbol: [] for p in places for n in p.asked}
     for p in places:
         for n in p.asked:
-            counts[METRICS[n].symbol].append(p.result.count(p.pooling, REFERENCE, n))
+            counts[METRICS[n].symbol].append(p.result.count(p.pooling, 'random', n))
     ranges = [f'{name} on {min(c)}' + (f' to {max(c)}' if max(c) > min(c) else '') for name, c in counts.items()]
-    yield f'Questions differ in what they can decide, since they were asked on few photographs: {joined(ranges)}.'
+    yield f'How many photographs a question was asked on: {joined(ranges)}. Fewer than 6 decide nothing.'
 
 
 def _beaten_by_centre(places: Sequence[Place]) -> Iterable[str]:
