@@ -139,6 +139,9 @@ def test_nan_on_every_image_is_one_sentence(model) -> None:
     methods = {'mine': lambda x, target: x.sum(1) * math.nan}
     with pytest.raises(ValueError, match='No image has finite maps and scores: mine under gap gives NaN'):
         evaluate(model, DataLoader(Six(), 2), methods, metrics=('average_drop',))
+    model.get_classifier().weight.data.fill_(math.nan)  # and that is no layer without gradients
+    with pytest.raises(ValueError, match='No image has finite maps and scores: NaN scores under gap'):
+        evaluate(model, DataLoader(Six(), 2), ('grad_cam',), ('gap',), metrics=('average_drop',), layer='layer3')
 
 
 def test_a_method_without_values_has_a_dash_in_latex_as_in_text(model) -> None:

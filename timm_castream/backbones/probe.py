@@ -238,5 +238,5 @@ def _layers_with_gradient(visits: list[ModuleOutput], output: Tensor) -> list[st
     return [
         name
         for name, gradient in zip(names, gradients, strict=True)
-        if gradient is not None and (gradient.abs().sum(-1) > 0).sum() > gradient.shape[1] // 2
+        if gradient is not None and (gradient.abs().sum(-1) != 0).sum() > gradient.shape[1] // 2
     ]
