@@ -4,7 +4,8 @@
     python benchmarks/evaluation.py --device cuda --models resnet50 --masks 2048 --images 8 --dtype bfloat16 --compile
 
 A bare forward is one of the plain backbone on NCHW images, in --dtype, in the fastest of several batch sizes. Weights
-and the maps of Score-CAM are drawn at random, so that no channel is constant on an image and none is skipped.
+and the maps of Score-CAM are drawn at random, so that no channel is constant on an image and none is skipped. The
+imputation of ROAD is timed on photographs, by Grad-CAM maps of the trained tf_efficientnet_lite0.
 """
 
 from __future__ import annotations
@@ -18,19 +19,24 @@ from dataclasses import dataclass
 
 import timm
 import torch
+from speed import LITE0, photographs
 from timing import heading, interleave, ratio
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from timm_castream import forward_both
-from timm_castream.attribution import attribute_all
+from timm_castream.attribution import attribute, attribute_all
 from timm_castream.attribution.cam import score_cam_weights
 from timm_castream.attribution.methods import METHODS, TABLE_METHODS
 from timm_castream.evaluate import evaluate
+from timm_castream.inference.engine import make_engine
 from timm_castream.inference.images import default_batch_size, fast_memory_format, normalisation, resize_saliency
+from timm_castream.inference.predictor import Predictor
 from timm_castream.inference.probabilities import probabilities
-from timm_castream.metrics import deletion_curve, insertion_curve
+from timm_castream.metrics import ROAD_SHARES, deletion_curve, insertion_curve
+from timm_castream.metrics.curves import saliency_rank
+from timm_castream.metrics.imputation import linear_imputation
 from timm_castream.metrics.localization import energy_pointing_game, localization_error, pointing_game
 from timm_castream.metrics.max_box_acc import box_accuracy_hits
 
@@ -332,6 +338,43 @@ class Comparison:
         }
 
 
+def imputation(args: argparse.Namespace) -> dict[str, float]:
+    """ROAD's images of one map, most and least relevant pixels first, beside the forward of these images."""
+    device = torch.device(args.device)
+    model = timm.create_model(f'{LITE0}_castream', pretrained=True).to(device).eval()
+    x = torch.from_numpy(photographs(None, args.images or 2, 224, args.seed)).to(device)
+    rank = saliency_rank(resize_saliency(attribute(model, x, 'grad_cam'), x.shape[2:]))
+    counts = [round(share * rank[0].numel()) for share in ROAD_SHARES]
+    removed = torch.stack([mask for n in counts for mask in (rank < n, rank >= rank[0].numel() - n)], 1).flatten(0, 1)
+    images = x.repeat_interleave(2 * len(counts), 0)
+    predictor = Predictor(model)
+    size = predictor.batch_size(x)
+
+    def forward(network: Predictor) -> None:
+        with network.evaluating():
+            for part in images.split(size):
+                network.logits(part)
+
+    calls: dict[str, Callable[[], object]] = {
+        'ours': lambda: [
+            linear_imputation(*part) for part in zip(images.split(size), removed.split(size), strict=True)
+        ],
+        'torch': lambda: forward(predictor),
+    }
+    engine = make_engine(predictor, x, '') if device.type == 'cpu' else None
+    if engine is not None:
+        faster = predictor.accelerated(engine)
+        calls['engine'] = lambda: forward(faster)
+    seconds = interleave(calls, args.rounds, device, warmup=1)
+    result = {
+        'ROAD: imputation of an image: ms': 1000 * statistics.median(seconds['ours']) / len(images),
+        'ROAD: imputation of an image / its forward in torch': ratio(seconds, 'ours', 'torch'),
+    }
+    if engine is not None:
+        result['ROAD: imputation of an image / its forward in ONNX Runtime'] = ratio(seconds, 'ours', 'engine')
+    return result
+
+
 TARGETS = {
     'Score-CAM, one pooling / bare forwards of all channels': 'at most 0.95',
     'Score-CAM, GAP and CA / one pooling': 'at most 1.10',
@@ -346,6 +389,9 @@ TARGETS = {
     'SP, EP and LE of a map on one core: seconds': '',
     'MaxBoxAccV2 of a map on one core: seconds': 'at most 0.1',
     'MaxBoxAccV2 of pixel noise on one core: seconds': 'at most 0.1',
+    'ROAD: imputation of an image: ms': '',
+    'ROAD: imputation of an image / its forward in torch': 'at most 1',
+    'ROAD: imputation of an image / its forward in ONNX Runtime': 'at most 1',
     'Whole protocol, GAP and CA / twice one pooling': 'at most 0.75',
     'Whole protocol, GAP and CA: images/s': '',
     'Whole protocol, GAP and CA: hours for 50,000 images': '',
@@ -357,6 +403,9 @@ def main() -> None:
     device = torch.device(args.device)
     columns, notes = {}, []
     for name in tqdm(args.models, disable=None):
+        if name == LITE0:
+            columns[name] = imputation(args)
+            continue
         case = CASES[name]
         case.masks, case.images = args.masks or case.masks, args.images or case.images
         compared = Comparison(name, case, args)
@@ -390,7 +439,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--models', nargs='+', default=tuple(CASES), choices=tuple(CASES))
+    parser.add_argument('--models', nargs='+', default=(*CASES, LITE0), choices=(*CASES, LITE0))
     parser.add_argument(
         '--protocol',
         nargs='*',

@@ -87,7 +87,8 @@ def evaluate(
             says. A warning appears if the loader normalises otherwise. Images are read in order; the sampler is
             ignored. An item is (image, label), a mapping with `pixel_values` or `image` and
             `labels` or `label`, or, where no label is needed, an image alone.
-        methods: Names of `methods.METHODS`, or a mapping from a label to a name, a callable or an array. A callable
+        methods: Names of `methods.METHODS` or of other libraries, such as `'captum:IntegratedGradients,n_steps=50'`, or
+            a mapping from a label to a name, a callable or an array. A callable
             gets (x, target), (B, 3, H, W) images and (B,) class indices, and returns (B, h, w), (B, 1, h, w) or
             (B, C, H, W), whose channels are summed. It runs with gradients, once under each pooling, with the model
             switched to it. An array has the maps of all images in the order of the data set, (N, h, w);
@@ -102,7 +103,8 @@ def evaluate(
         setting: Insertion and Deletion as in `metrics.CURVE_SETTINGS`: `'paper'` or `'rise'`.
         layer: Another module than the pooled stage for the CAM methods.
         num_samples: Evaluate so many images of the data set, drawn by `seed`.
-        seed: Seed of the subset, of the method `random` and of the resamples behind the intervals.
+        seed: Seed of the subset, of methods and metrics that draw random numbers, and of the resamples behind the
+            intervals.
         batch_size: Images of one forward. It never shows in the result. None: as many as suit the device.
         amp_dtype: Run the network under autocast to this type; probabilities are always float32.
         channels_last: Run the network in this memory format.

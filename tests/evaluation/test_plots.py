@@ -37,8 +37,8 @@ def test_kept_curves_have_the_areas_of_the_table(report: Report) -> None:
 def test_a_line_a_pooling_has_the_mean_of_its_curves(report: Report, tmp_path: Path) -> None:
     figure = draw_curves(report)
     panels = np.array(figure.axes).reshape(2, 2)
-    for row, kind in zip(panels, ('insertion', 'deletion'), strict=True):
-        for axes, method in zip(row, METHODS, strict=True):
+    for row, method in zip(panels, METHODS, strict=True):
+        for axes, kind in zip(row, ('insertion', 'deletion'), strict=True):
             for line, pooling in zip(axes.lines, ('gap', 'ca'), strict=True):
                 np.testing.assert_allclose(line.get_ydata(), report.curves[pooling, method, kind].mean(0))
     pixels = np.asarray(Image.open(save(figure, tmp_path / 'curves.png')).convert('L'))
@@ -52,6 +52,25 @@ def test_each_interval_is_that_of_the_difference(report: Report) -> None:
         intervals = [line.get_xdata() for line in axes.lines[1::2]]
         for interval, method in zip(intervals, METHODS, strict=True):
             assert list(interval) == [*report.difference(method, metric)[1:]]
+
+
+def test_text_of_the_plots_lies_inside_the_width_of_a_column_whatever_the_labels(make_model) -> None:
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(images, torch.arange(2)), 2)
+    methods = {f'captum:IntegratedGradients,n_steps={i},internal_batch_size=16': 'centre' for i in range(3)}
+    report = evaluate(
+        make_model('test_resnet'), loader, methods, metrics=('insertion', 'insertion_share'), keep_curves=True
+    )
+    for figure in (draw_curves(report), draw_differences(report)):
+        figure.draw_without_rendering()
+        inches = figure.get_tightbbox()
+        assert figure.get_size_inches()[0] <= 3.5 and inches.x0 > -0.05 and inches.x1 < 3.5
+        for axes in figure.axes:
+            assert axes.get_position().width > 0.25
+        texts = [text for axes in figure.axes for text in (axes.title, axes._left_title) if text.get_text()]
+        titles = [text.get_window_extent() for text in texts]
+        assert all(title.x1 <= figure.bbox.x1 for title in titles)
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(titles, 2))
 
 
 def test_reports_without_curves_or_differences_are_refused(make_model) -> None:

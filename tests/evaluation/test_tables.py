@@ -9,7 +9,7 @@ import pytest
 
 from timm_castream import cli
 from timm_castream.evaluation.report import ImageValues, Report
-from timm_castream.evaluation.tables import cell, figures, to_text
+from timm_castream.evaluation.tables import cell, compared, figures, to_text
 
 METRICS = ('average_drop', 'average_gain')
 COUNT = 200
@@ -77,17 +77,51 @@ def test_a_method_that_is_worse_than_a_baseline_and_equal_methods_are_named(repo
     assert '24 pairs of methods' in text  # 6 pairs, 2 metrics, 2 poolings
 
 
-def test_no_line_is_wider_than_100_columns_whatever_the_names(report):
-    wide = {name: f'a_method_of_a_long_name_{i}' for i, name in enumerate(report.methods)}
+def renamed(report, names):
+    """The report with other names of its methods."""
     pairs = {
-        re.sub('/(a|b|c|random)/', lambda found: f'/{wide[found[1]]}/', name): value
+        re.sub('/(a|b|c|random)/', lambda found: f'/{names[found[1]]}/', name): value
         for name, value in report.values.pairs.items()
     }
-    other = Report.from_values(
-        'tiny', report.poolings, tuple(wide.values()), METRICS, ImageValues(report.values.images, pairs), 0, {}
-    )
-    assert max(map(len, to_text(other).splitlines())) <= 100
+    values = ImageValues(report.values.images, pairs)
+    return Report.from_values('tiny', report.poolings, tuple(names.values()), METRICS, values, 0, {})
+
+
+@pytest.mark.parametrize('length', [24, 63, 120])
+def test_no_line_is_wider_than_100_columns_whatever_the_names(report, length):
+    names = {name: f'captum:A_{i}'.ljust(length - 1, 'x') + str(i) for i, name in enumerate(report.methods)}
+    other = renamed(report, names)
+    text = to_text(other)
+    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, compared(other, *list(names.values())[:2]).splitlines())) <= 100
+    rows = {line.partition('  CA  ')[0] for line in text.splitlines() if '  CA  ' in line}
+    assert len(rows) == 4 and all(name in ''.join(text.split()) for name in names.values())
+    assert ('AD ↓' in text.splitlines()[6]) and ('AG ↑' in text.splitlines()[6])
     assert max(map(len, str(report).splitlines())) <= 100
+
+
+def test_names_with_letters_of_latex_and_markdown_stay_text(report):
+    other = renamed(report, {'a': '[a]', 'b': '*b|c', 'c': '100 %_^~', 'random': r'<\x>'})
+    rows = [line.partition(' & ')[0] for line in other.to_latex().splitlines() if ' & GAP & ' in line]
+    assert rows == [
+        '{[}a]',
+        r'{*}b\textbar{}c',
+        r'100 \%\_\textasciicircum{}\textasciitilde{}',
+        r'\textless{}\textbackslash{}x\textgreater{}',
+    ]
+    assert {len(re.split(r'(?<!\\)\|', line)) for line in other.to_markdown().splitlines()} == {6}
+
+
+def test_methods_whose_hits_agree_are_not_called_equal(report):
+    """Values of 0 and 100 alone, as those of Average Increase, say little about the maps."""
+    pairs = {**report.values.pairs}
+    hits = 100.0 * (np.arange(COUNT) % 2)
+    for name in pairs:
+        if name.endswith('/average_gain'):
+            pairs[name] = hits
+    values = ImageValues(report.values.images, pairs)
+    other = Report.from_values('tiny', report.poolings, report.methods, ('average_gain',), values, 0, {})
+    assert 'have the same values' not in str(other)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +159,11 @@ def test_a_saved_report_is_loaded_whole_and_printed_by_the_command(report, tmp_p
     report.values.write_csv(one, report.files, report.label_names)
     loaded.values.write_csv(two, loaded.files, loaded.label_names)
     assert one.getvalue() == two.getvalue() and next(csv.reader(io.StringIO(one.getvalue())))[1] == 'file'
-    assert cli.main(['report', str(tmp_path), '--format', 'markdown']) == 0
-    assert capsys.readouterr().out.strip() == report.to_markdown()
+    for kind, table in (('markdown', report.to_markdown()), ('latex', report.to_latex())):
+        assert cli.main(['report', str(tmp_path), '--format', kind, '--plot']) == 0
+        printed = capsys.readouterr()
+        assert printed.out == table + '\n'  # it may be sent to a file
+        assert 'is worse than the baseline Random' in printed.err and 'differences.pdf' in printed.err
     assert cli.main(['report', str(tmp_path), '--compare', 'a', 'random', '--plot']) == 0
     assert 'better' in capsys.readouterr().out
     begins = {path.suffix: path.read_bytes()[:5] for path in tmp_path.glob('differences.*')}

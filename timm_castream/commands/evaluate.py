@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import SKIPPED
@@ -120,7 +121,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help='fit one temperature a pooling to images outside the subset, and measure with it',
     )
     protocol.add_argument(
-        '--seed', type=int, default=0, help='of the subset, the method random and the intervals (default: %(default)s)'
+        '--seed',
+        type=int,
+        default=0,
+        help='of the subset, random methods and metrics, and the intervals (default: %(default)s)',
     )
     speed = parser.add_argument_group('speed')
     speed.add_argument(
@@ -197,7 +201,9 @@ def run(args: argparse.Namespace) -> int:
         if place['global_rank'] == 0:
             written = ['table.csv', 'evaluation.json', 'images.csv', 'values.npz']
             written += plot(report, args.output) if args.plot else []
-            print(f'\n{formatted(report, args.format)}\n\nWritten to {args.output}: {", ".join(written)}')
+            print(file=sys.stderr)
+            print_report(report, args.format)
+            print_files(args.output, written, args.format)
     finally:
         if place['distributed']:
             torch.distributed.destroy_process_group()
@@ -279,9 +285,20 @@ def _plain_path(value: Any) -> Any:
     return os.path.normpath(value) if isinstance(value, str) and os.path.exists(value) else value
 
 
-def formatted(report: Any, kind: str) -> str:
-    """The table as `--format` asks for it."""
-    return {'text': str, 'markdown': type(report).to_markdown, 'latex': type(report).to_latex}[kind](report)
+def print_report(report: Any, kind: str) -> None:
+    """Prints the table as `--format` asks for it. What a file of LaTeX or Markdown has no place for goes to stderr."""
+    from ..evaluation.tables import to_notes
+
+    if kind == 'text':
+        print(report)
+    else:
+        print(report.to_latex() if kind == 'latex' else report.to_markdown())
+        print(f'\n{to_notes(report)}', file=sys.stderr)
+
+
+def print_files(folder: str, names: Sequence[str], kind: str) -> None:
+    """Says which files were written, as `print_report`."""
+    print(f'\nWritten to {folder}: {", ".join(names)}', file=sys.stdout if kind == 'text' else sys.stderr)
 
 
 def plot(report: Any, folder: str) -> list[str]:

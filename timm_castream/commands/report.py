@@ -22,12 +22,15 @@ def run(args: argparse.Namespace) -> int:
     from .._utils.checks import check_names
     from ..evaluation.report import Report
     from ..evaluation.tables import compared
-    from .evaluate import formatted, plot
+    from .evaluate import plot, print_files, print_report
 
     report = Report.load(args.folder)
     if args.compare:
         check_names('method', args.compare, report.methods)
-    print(compared(report, *args.compare) if args.compare else formatted(report, args.format))
+    if args.compare:
+        print(compared(report, *args.compare))
+    else:
+        print_report(report, args.format)
     if args.plot:
-        print(f'Written to {args.folder}: {", ".join(plot(report, args.folder))}')
+        print_files(args.folder, plot(report, args.folder), args.format)
     return 0

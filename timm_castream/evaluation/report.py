@@ -226,11 +226,14 @@ class Report:
         return first if tables.verdict(difference, METRICS[metric].higher_is_better) == 'better' else None
 
     def has_same_values(self, pooling: str, method: str, other: str) -> bool:
-        """Whether two methods have the same values on every image, up to rounding, and their maps say something."""
+        """Whether two methods have the same values on every image, up to rounding, and their maps say something.
+
+        Where all values are 0 or 100, such as hits, different maps often agree: then nothing is said.
+        """
         pairs = [
             [self.values.pairs[f'{pooling}/{name}/{k}'].astype(float) for name in (method, other)] for k in self.metrics
         ]
-        spread = any(len(np.unique(one)) > 1 for one, _ in pairs)
+        spread = any(len(np.unique(one[(one > 1) & (one != 100)])) > 1 for one, _ in pairs)
         return spread and all(np.allclose(one, two, rtol=1e-3, atol=2e-3, equal_nan=True) for one, two in pairs)
 
     def __str__(self) -> str:

@@ -20,8 +20,20 @@ if TYPE_CHECKING:
     from .report import Report
 
 WIDTH = 100
+_TITLE = 36
 BASELINES = ('random', 'centre')
 FORMATS = ('text', 'markdown', 'latex')
+
+_LATEX = {letter: f'\\{letter}' for letter in '&%$#_{}'} | {
+    '\\': r'\textbackslash{}',
+    '~': r'\textasciitilde{}',
+    '^': r'\textasciicircum{}',
+    '<': r'\textless{}',
+    '>': r'\textgreater{}',
+    '|': r'\textbar{}',
+    '[': '{[}',  # after the \\ of the line before, these two are an argument
+    '*': '{*}',
+}
 
 Row = tuple[str, str, dict[str, str]]
 
@@ -71,7 +83,9 @@ def to_text(report: Report) -> str:
         pair = (cell(report.differences[k,], signed=True) for k in ('accuracy', 'confidence'))
         accuracy.append((report.difference_name, *pair))
     blocks = [report.network, *_aligned(accuracy)]
-    body = list(rows(report, cell, lambda text: f'{text} *'))
+    short = _short_titles(report)
+    marked = rows(report, cell, lambda text: f'{text} *')
+    body = [(short.get(title, title), pooling, cells) for title, pooling, cells in marked]
     metrics = list(report.metrics)
     while metrics:
         taken = len(metrics)
@@ -81,13 +95,28 @@ def to_text(report: Report) -> str:
             lines = _block(body, metrics[:taken])
         blocks += ['', *lines]
         metrics = metrics[taken:]
-    wrapped = (line for note in notes(report) for line in textwrap.wrap(note, WIDTH, subsequent_indent='  '))
-    return '\n'.join([*blocks, '', *wrapped])
+    names = (line for title, text in short.items() for line in _wrapped(f'{text}: {title}'))
+    return '\n'.join([*blocks, '', *names, to_notes(report)])
+
+
+def to_notes(report: Report) -> str:
+    """The notes, at most 100 columns wide."""
+    return '\n'.join(line for note in notes(report) for line in _wrapped(note))
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent='  ')
 
 
 def _block(body: Iterable[Row], metrics: Sequence[str]) -> list[str]:
     head = ('METHOD', 'POOLING', *(METRICS[k].heading for k in metrics))
     return _aligned([head, *((title, pooling, *(cells[k] for k in metrics)) for title, pooling, cells in body)])
+
+
+def _short_titles(report: Report) -> dict[str, str]:
+    """The titles of methods that leave no room for two metrics, by title: their beginning and a number."""
+    titles = enumerate(map(method_title, report.methods), start=1)
+    return {title: f'{title[: _TITLE - 9]}... ({i})' for i, title in titles if len(title) > _TITLE}
 
 
 def notes(report: Report) -> Iterator[str]:
@@ -186,19 +215,19 @@ def compared(report: Report, method: str, other: str) -> str:
         )
         for (p, k), value in differences.items()
     ]
-    title = f'{method_title(method)} - {method_title(other)}'
     count, maps = report.num_maps(method, other), len(report.values.pairs['image'])
     note = 'paired by image, 95 % intervals'
     if count < maps:
         note += f'; {count} of {maps} maps, those without NaN in both methods'
-    return '\n'.join([*_aligned([('POOLING', 'METRIC', title, ''), *lines]), '', note])
+    title = f'{method_title(method)} - {method_title(other)}'
+    return '\n'.join([*_wrapped(title), *_aligned([('POOLING', 'METRIC', 'DIFFERENCE', ''), *lines]), '', note])
 
 
 def to_markdown(report: Report) -> str:
     """The table of methods in Markdown, the best of a column bold."""
     head = ['method', 'pooling', *(METRICS[k].heading for k in report.metrics)]
     body = [
-        [title, pooling, *(cells[k] for k in report.metrics)]
+        [title.replace('|', r'\|'), pooling, *(cells[k] for k in report.metrics)]
         for title, pooling, cells in rows(report, cell, lambda text: f'**{text}**')
     ]
     lines = [head, ['---'] * len(head), *body]
@@ -271,7 +300,7 @@ def verdict(difference: Estimate, higher_is_better: bool) -> str:
 
 def escaped(text: str) -> str:
     """Text with LaTeX's special characters escaped."""
-    return re.sub(r'([&%$#_{}])', r'\\\1', text)
+    return ''.join(_LATEX.get(letter, letter) for letter in text)
 
 
 def _images(count: int) -> str:

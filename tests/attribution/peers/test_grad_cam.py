@@ -30,7 +30,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     'SESS': {'num_scales': 2, 'smooth': False},
 }  # fmt: skip
 # ShapleyCAM reshapes neither the maps that it weighs nor the class token away, and AblationCAM ablates the class token.
-# FullGrad is refused where it misses most biases, and HiResCAM of a class token is rounding noise (test_cam).
+# FullGrad is refused where it misses most biases, and HiResCAM of tokens that are normalised behind the layer.
 NOT_BY_HAND = {
     ('swin', 'ShapleyCAM'),
     ('test_vit', 'ShapleyCAM'),
@@ -114,6 +114,19 @@ def test_shapley_cam_reads_tokens(make_model: Callable[..., nn.Module], x: Tenso
         rtol=0,
     )
     assert attribute(make_model('test_vit'), x, 'grad-cam:ShapleyCAM', TARGET, 'gap').amax() == 1
+
+
+def test_products_with_tokens_are_refused_before_a_normalisation_and_run_behind_it(
+    make_model: Callable[..., nn.Module], x: Tensor
+) -> None:
+    model = make_model('test_vit')
+    predictor = Predictor(model, ('gap',))
+    with pytest.raises(ValueError, match=rf'grad-cam:HiResCAM does not fit .*layer={predictor.norm_layer}'):
+        attribute(model, x, 'grad-cam:HiResCAM', TARGET, 'gap')
+    maps = attribute(model, x, 'grad-cam:HiResCAM', TARGET, 'gap', layer=predictor.norm_layer)
+    # The library resizes the maps of the layer to the image.
+    own = attribute(model, x, 'hires_cam', TARGET, 'gap')
+    assert ((maps[:, 8::16, 8::16] > 0.5) == (own > 0.5)).float().mean() > 0.8
 
 
 def test_every_method_of_this_pytorch_grad_cam_works_or_has_a_reason() -> None:

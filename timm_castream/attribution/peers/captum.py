@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...inference.predictor import Predictor
 from .hookable import HookableNetwork
-from .library import Library, PeerMethod, parameter_names, split
+from .library import Library, PeerMethod, parameter_names, split, zero_before_norm
 
 _BASELINES = 'it needs a set of baseline images, which an evaluation does not have'
 _MASK = 'it needs a mask that joins pixels to features: without one, a forward a pixel and more'
@@ -70,7 +70,8 @@ class Captum(Library):
             PeerMethod('Saliency', layer=False),
             PeerMethod('InputXGradient', layer=False),
             PeerMethod('IntegratedGradients', layer=False),
-            PeerMethod('DeepLift', layer=False, unfit=_without_rescaled),
+            # Its rule for softmax takes a mean over the whole batch.
+            PeerMethod('DeepLift', layer=False, alone=True, unfit=_without_rescaled),
             PeerMethod('GuidedBackprop', layer=False, unfit=_without_relu),
             PeerMethod('Deconvolution', layer=False, unfit=_without_relu),
             PeerMethod('LRP', layer=False),
@@ -81,11 +82,11 @@ class Captum(Library):
             PeerMethod('GuidedGradCam', unfit=_without_relu),
             PeerMethod('LayerGradCam'),
             PeerMethod('LayerActivation'),
-            PeerMethod('LayerGradientXActivation'),
+            PeerMethod('LayerGradientXActivation', unfit=zero_before_norm),
             PeerMethod('LayerIntegratedGradients'),
             PeerMethod('LayerConductance'),
-            PeerMethod('InternalInfluence'),
-            PeerMethod('LayerDeepLift'),
+            PeerMethod('InternalInfluence', unfit=zero_before_norm),
+            PeerMethod('LayerDeepLift', alone=True),
             PeerMethod('LayerLRP'),
             *(
                 PeerMethod(name, refused=_BASELINES)

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...inference.predictor import Predictor
 from .hookable import HookableNetwork
-from .library import Library, PeerMethod
+from .library import Library, PeerMethod, zero_before_norm
 
 _LAYERS = 'it multiplies the maps of several layers, and an evaluation has one'
 
@@ -50,7 +50,7 @@ class GradCam(Library):
         row.name: row
         for row in (
             PeerMethod('GradCAM'),
-            PeerMethod('HiResCAM'),
+            PeerMethod('HiResCAM', unfit=zero_before_norm),
             PeerMethod('GradCAMElementWise'),
             PeerMethod('GradCAMPlusPlus'),
             PeerMethod('XGradCAM'),

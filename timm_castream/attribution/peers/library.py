@@ -26,7 +26,7 @@ class PeerMethod:
     Attributes:
         name: Its class in the library.
         layer: Whether it reads the feature maps of a layer.
-        alone: Whether it gets one image at a time, because its memory grows with the batch.
+        alone: Whether it gets one image at a time: its maps depend on the batch, or its memory grows with it.
         random: Whether it draws random numbers. It then gets one image at a time too, with a seed of its own.
         forward_a_channel: Whether it takes a forward for each channel of the layer.
         costly: Why `all` leaves it out, or ''.
@@ -131,6 +131,20 @@ class Library:
         for name in arguments:
             if name not in valid:
                 raise ValueError(f'{self.prefix}:{row.name} has no argument {name!r}, valid ones: {", ".join(valid)}.')
+
+
+def zero_before_norm(predictor: Predictor) -> str:
+    """Why a method says nothing where tokens are normalised behind the layer, or ''.
+
+    The scores change neither with the length of a token nor with a constant added to it. So a token times its gradient,
+    and the gradient alone, sum to zero over the channels, up to rounding.
+    """
+    if predictor.norm_layer is None:
+        return ''
+    return (
+        f'tokens are normalised behind {predictor.cam_layer}, so its values sum to zero over the channels, and the maps '
+        f'would be rounding noise: name the normalisation with layer={predictor.norm_layer}'
+    )
 
 
 def parameter_names(functions: Iterable[Callable[..., Any]]) -> list[str]:
