@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ._utils.checks import ChannelNumbers
+from ._utils.checks import ChannelNumbers, channel_numbers
 from .attribution.method_hash import architecture
 from .attribution.methods import DEFAULT_METHODS
 from .attribution.user_methods import UserMethod, check_maps, resolve_methods
@@ -56,6 +56,7 @@ def evaluate(
     *,
     metrics: Sequence[str] = DEFAULT_METRICS,
     setting: str = 'paper',
+    curve_value: ChannelNumbers = 0.5,
     layer: str | None = None,
     num_samples: int | None = None,
     seed: int = 0,
@@ -101,6 +102,8 @@ def evaluate(
         metrics: Names of `metrics.METRICS`. Only what they need is computed. Those of localisation need a data set
             with boxes.
         setting: Insertion and Deletion as in `metrics.CURVE_SETTINGS`: `'paper'` or `'rise'`.
+        curve_value: Colour from which `insertion_value` starts and in which `deletion_value` ends: a number in [0, 1],
+            0 for black, or one per channel.
         layer: Another module than the pooled stage for the CAM methods.
         num_samples: Evaluate so many images of the data set, drawn by `seed`.
         seed: Seed of the subset, of methods and metrics that draw random numbers, and of the resamples behind the
@@ -139,6 +142,7 @@ def evaluate(
         metrics=metrics,
         target=target,
         setting=setting,
+        curve_value=curve_value,
         layer=layer,
         num_samples=num_samples,
         seed=seed,
@@ -253,6 +257,7 @@ def _check(plan: Plan, source: ImageSource, predictor: Predictor, num_classes: i
         )
     if not callable(plan.target):
         source.check_classes(predictor.backbone, num_classes, plan.target)
+    channel_numbers('curve_value', plan.curve_value, source.input_size[0])
     predictor.check_needs(plan.methods, torch.zeros(1, *source.input_size, device=predictor.device))
 
 

@@ -21,6 +21,7 @@ from timm_castream.metrics.measurements import References
 from timm_castream.metrics.robustness import NOISE, NUM_NOISY, NUM_RANDOMISED, randomised, stability
 
 SIDE, COUNT, SEED = 32, 3, 7
+COLOUR = (0.9, 0.2, 0.4)
 NAMES = tuple(name for name, row in METRICS.items() if 'boxes' not in row.needs and not row.in_default)
 
 
@@ -45,7 +46,7 @@ def images():
 @pytest.fixture(scope='module')
 def report(model, images):
     loader = DataLoader(TensorDataset(images, torch.arange(COUNT)), batch_size=2)
-    return evaluate(model, loader, ['layer_cam', 'random'], metrics=NAMES, seed=SEED)
+    return evaluate(model, loader, ['layer_cam', 'random'], metrics=NAMES, seed=SEED, curve_value=COLOUR)
 
 
 def value(report, metric, method='layer_cam'):
@@ -77,7 +78,7 @@ def order_of(saliency):
 
 
 def test_none_of_them_is_measured_unless_it_is_asked_for():
-    assert len(NAMES) == 17
+    assert len(NAMES) == 19
     assert {'road_morf', 'road_lerf', 'adcc', 'randomisation', 'stability', 'insertion_share'} <= set(NAMES)
 
 
@@ -136,6 +137,8 @@ def test_the_top_half_keeps_half_of_the_pixels_of_the_mask(model, images, salien
         ('insertion_mean', 'mean', 'image'),
         ('deletion_black', 'image', 'black'),
         ('deletion_blur', 'image', 'blur'),
+        ('insertion_value', 'colour', 'image'),
+        ('deletion_value', 'image', 'colour'),
     ],
 )
 def test_curves_between_other_ends_are_areas_over_the_true_share(
@@ -149,6 +152,7 @@ def test_curves_between_other_ends_are_areas_over_the_true_share(
             'image': x,
             'mean': torch.zeros_like(x),
             'black': to_input(torch.zeros_like(x)),
+            'colour': to_input(torch.tensor(COLOUR, dtype=torch.float64)[:, None, None].expand_as(x)),
             'blur': torch.nn.functional.conv2d(x[None], kernel, padding=2, groups=3)[0],
         }
         order, step = order_of(saliency[i]), 8 * SIDE
@@ -253,3 +257,22 @@ def test_noise_depends_on_the_seed_and_the_image_alone(model, images):
     torch.testing.assert_close(noise(images[1:], [5, 6], 0), whole[1:], rtol=0, atol=0)
     assert not torch.equal(noise(images, [4, 5, 6], 1), whole)
     assert abs(whole.std().item() - 1) < 0.05
+
+
+def test_the_value_of_a_curve_is_refused_unless_it_is_a_colour(model, images):
+    loader = DataLoader(TensorDataset(images, torch.arange(COUNT)))
+    for given, said in (
+        (1.5, r'curve_value must be in \[0, 1\].*1\.5'),
+        ((0.1, 0.2), 'curve_value.*one per channel, got 2'),
+    ):
+        with pytest.raises(ValueError, match=said):
+            evaluate(model, loader, ['random'], metrics=['insertion_value'], curve_value=given)
+
+
+def test_a_folder_keeps_the_value_of_its_curves_alone(model, images, tmp_path):
+    loader = DataLoader(TensorDataset(images, torch.arange(COUNT)))
+    evaluate(model, loader, ['random'], metrics=['deletion_value'], curve_value=0.2, output_dir=tmp_path / 'value')
+    with pytest.raises(ValueError, match='curve_value'):
+        evaluate(model, loader, ['random'], metrics=['deletion_value'], output_dir=tmp_path / 'value')
+    evaluate(model, loader, ['random'], metrics=['deletion_black'], curve_value=0.2, output_dir=tmp_path / 'black')
+    evaluate(model, loader, ['random'], metrics=['deletion_black'], output_dir=tmp_path / 'black')

@@ -49,10 +49,10 @@ def check_count(name: str, value: int) -> None:
 
 
 def channel_numbers(name: str, given: Any, channels: int | None = None) -> list[float]:
-    """A mean or std of images as numbers: one for all channels, or one per channel.
+    """A mean, std or colour of images as numbers: one for all channels, or one per channel.
 
     Args:
-        name: `'mean'`, or `'std'`, which is positive.
+        name: Of the numbers; `'std'` is positive.
         given: A number, a sequence, an array or a tensor.
         channels: Of the images, or None where they are not known.
 
@@ -63,8 +63,8 @@ def channel_numbers(name: str, given: Any, channels: int | None = None) -> list[
         numbers = torch.as_tensor(given, dtype=torch.float64).flatten().tolist()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f'{name} must hold numbers, got {given!r}.') from None
-    if not all(math.isfinite(number) and (number > 0 or name == 'mean') for number in numbers):
-        kind = 'finite' if name == 'mean' else 'positive'
+    if not all(math.isfinite(number) and (number > 0 or name != 'std') for number in numbers):
+        kind = 'positive' if name == 'std' else 'finite'
         raise ValueError(f'{name} must hold {kind} numbers, got {tuple(numbers)}.')
     if not numbers or (channels is not None and len(numbers) not in (1, channels)):
         raise ValueError(

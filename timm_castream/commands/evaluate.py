@@ -116,6 +116,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help='of insertion and deletion (default: %(default)s)',
     )
     protocol.add_argument(
+        '--curve-value',
+        nargs='+',
+        type=float,
+        default=[0.5],
+        metavar='V',
+        help='colour, 0 to 1, from which insertion_value starts and in which deletion_value ends (default: 0.5)',
+    )
+    protocol.add_argument(
         '--temperature',
         choices=('fit',),
         help='fit one temperature a pooling to images outside the subset, and measure with it',
@@ -183,6 +191,7 @@ def run(args: argparse.Namespace) -> int:
             args.target,
             metrics=metrics,
             setting=args.setting,
+            curve_value=args.curve_value,
             layer=args.layer,
             num_samples=args.num_samples,
             seed=args.seed,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .._utils.checks import check_count, check_names
+from .._utils.checks import ChannelNumbers, channel_numbers, check_count, check_names
 from ..attach import POOLINGS
 from ..attribution.method_hash import method_hash
 from ..attribution.methods import Method
@@ -30,7 +30,7 @@ class Plan:
 
     Attributes:
         methods: Rows of the table of methods.
-        poolings, metrics, target, setting, layer, num_samples, seed, amp_dtype, temperature: As of `evaluate`.
+        poolings, metrics, target, setting, curve_value, layer, num_samples, seed, amp_dtype, temperature: As of `evaluate`.
 
     Raises:
         ValueError: If a name is unknown or a number is out of range.
@@ -41,6 +41,7 @@ class Plan:
     metrics: Sequence[str] = DEFAULT_METRICS
     target: str | Score = 'truth'
     setting: str = 'paper'
+    curve_value: ChannelNumbers = 0.5
     layer: str | None = None
     num_samples: int | None = None
     seed: int = 0
@@ -57,6 +58,8 @@ class Plan:
         if not callable(self.target):
             check_names('target', (self.target,), TARGETS)
         curve_setting(self.setting)
+        if not all(0 <= number <= 1 for number in self.value):
+            raise ValueError(f'curve_value must be in [0, 1], black to white, got {self.curve_value!r}.')
         _check_temperature(self.temperature, self.poolings)
         again = next((row.name for row in self.metric_rows if row.needs & EXPLAIN_AGAIN), None)
         saved = next((method.name for method in self.methods if 'saved maps' in method.needs), None)
@@ -75,6 +78,11 @@ class Plan:
     def curve_setting(self) -> CurveSetting:
         """The numbers behind `setting`."""
         return curve_setting(self.setting)
+
+    @property
+    def value(self) -> tuple[float, ...]:
+        """`curve_value` as numbers: one, or one per channel."""
+        return tuple(channel_numbers('curve_value', self.curve_value))
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -116,6 +124,7 @@ class Plan:
             or any('seed' in method.needs for method in self.methods)
             or bool(READ_SEED & set(self.needs))
         )
+        reads_value = {'insertion_value_curve', 'deletion_value_curve'} & set(self.curves)
         temperature = self.temperature
         if isinstance(temperature, Mapping):
             temperature = {name: float(temperature[name]) for name in self.poolings}
@@ -126,6 +135,7 @@ class Plan:
             'poolings': list(self.poolings),
             'target': method_hash(self.target),
             'setting': self.setting,
+            **({'curve_value': list(self.value)} if reads_value else {}),
             'layer': self.layer,
             'num_samples': self.num_samples,
             'seed': self.seed if reads_seed else None,

@@ -88,7 +88,7 @@ class Protocol:
         pairs = {'image': position[image]}
         if len(image):
             references = References(
-                predictor, x, prob, self.plan.curve_setting, self._constants, position, self.plan.seed
+                predictor, x, prob, self.plan.curve_setting, self._constants, position, self.plan.seed, self.plan.value
             )
             maps = explain(batch, classes)
             groups = {}

@@ -21,7 +21,7 @@ forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -91,6 +91,7 @@ class References:
         x: (B, C, H, W) normalised images.
         probabilities: {pooling: (B, classes)} of x.
         setting: Of the curves.
+        value: A number, or one per channel, in [0, 1]: the colour of `flat`.
         constants: Probabilities of the images that are the same for all, kept from batch to batch.
         indices: (B,) positions of the images in their data set. None: 0 to B - 1.
         seed: Of `noise`.
@@ -105,12 +106,14 @@ class References:
         constants: dict[Any, dict[str, Tensor]],
         indices: Tensor | None = None,
         seed: int = 0,
+        value: Sequence[float] = (0.5,),
     ) -> None:
         self.predictor = predictor
         self.x = x
         self.setting = setting
         self.indices = torch.arange(len(x)) if indices is None else indices.cpu()
         self.seed = seed
+        self.value = value
         self._constants = constants
         self._images: dict[str, Tensor] = {'image': x}
         self._probabilities: dict[str, dict[str, Tensor]] = {'image': probabilities}
@@ -237,8 +240,20 @@ def zeros(references: References) -> Tensor:
 @reference
 def black(references: References) -> Tensor:
     """Pixels of value 0 before normalisation."""
+    return _of_colour(references, (0.0,))
+
+
+@reference
+def flat(references: References) -> Tensor:
+    """Pixels of the value that the evaluation gives."""
+    return _of_colour(references, references.value)
+
+
+def _of_colour(references: References, colour: Sequence[float]) -> Tensor:
+    """(1, C, H, W) normalised."""
     mean, std = references.predictor.normalisation(references.x)
-    return (-mean / std).expand(1, *references.x.shape[1:])
+    pixels = torch.tensor(colour).to(mean).view(1, -1, 1, 1)
+    return ((pixels - mean) / std).expand(1, *references.x.shape[1:])
 
 
 @measurement
@@ -306,6 +321,8 @@ for _name, _start, _finish in (
     ('insertion_mean_curve', 'zeros', 'image'),
     ('deletion_black_curve', 'image', 'black'),
     ('deletion_blur_curve', 'image', 'blurred'),
+    ('insertion_value_curve', 'flat', 'image'),
+    ('deletion_value_curve', 'image', 'flat'),
 ):
     MEASUREMENTS[_name] = partial(perturbed, start=_start, finish=_finish)
 

@@ -227,6 +227,22 @@ METRICS: dict[str, MetricRow] = {
             curve='deletion_blur_curve',
         ),
         MetricRow(
+            'insertion_value',
+            'Insertion into the given value',
+            'I value',
+            True,
+            *_over_shares('insertion_value_curve'),
+            curve='insertion_value_curve',
+        ),
+        MetricRow(
+            'deletion_value',
+            'Deletion to the given value',
+            'D value',
+            False,
+            *_over_shares('deletion_value_curve'),
+            curve='deletion_value_curve',
+        ),
+        MetricRow(
             'road_morf',
             'ROAD, most relevant first',
             'ROAD MoRF',
