@@ -31,7 +31,13 @@ from timm_castream.attribution.cam import score_cam_weights
 from timm_castream.attribution.methods import METHODS, TABLE_METHODS
 from timm_castream.evaluate import evaluate
 from timm_castream.inference.engine import make_engine
-from timm_castream.inference.images import default_batch_size, fast_memory_format, normalisation, resize_saliency
+from timm_castream.inference.images import (
+    default_batch_size,
+    fast_memory_format,
+    in_batches,
+    normalisation,
+    resize_saliency,
+)
 from timm_castream.inference.predictor import Predictor
 from timm_castream.inference.probabilities import probabilities
 from timm_castream.metrics import ROAD_SHARES, deletion_curve, insertion_curve
@@ -140,7 +146,7 @@ class Comparison:
 
             chosen = {p: targets[p] for p in poolings}
             with torch.no_grad():
-                score_cam_weights(predict, x, maps, chosen, mean, std, default_batch_size(x))
+                score_cam_weights(predict, x, maps, chosen, mean, std, in_batches(default_batch_size(x)))
 
         calls: dict[str, Callable[[], object]] = {
             'bare': lambda: self.bare(len(x) * maps.shape[1]),

@@ -29,7 +29,7 @@ from .evaluation.loaders import warn_of_another_normalisation, warn_of_sampler
 from .evaluation.plan import Plan
 from .evaluation.protocol import Protocol
 from .evaluation.report import Report
-from .evaluation.resume import check_settings, recorded_engine
+from .evaluation.resume import check_settings, is_finished, recorded_engine
 from .evaluation.run import Run
 from .evaluation.values import ImageValues
 from .hub.label_names import label_names
@@ -175,14 +175,19 @@ def evaluate(
     warn_of_sampler(loader, any('saved maps' in method.needs for method in plan.methods), num_samples)
     if output_dir is not None:
         processes.on_main(lambda: check_settings(output_dir, settings, but=('engine',)))  # before an export
-    if engine == 'auto':
-        engine = processes.on_main(lambda: recorded_engine(output_dir)) or engine
+    recorded = processes.on_main(lambda: recorded_engine(output_dir))
+    is_done = processes.on_main(lambda: is_finished(output_dir, source.indices))
+    if engine == 'auto' and recorded:
+        engine = recorded.partition(' ')[0]
+    if is_done and engine == recorded.partition(' ')[0]:
+        settings['engine'] = recorded
+    else:
         check_engine(engine, predictor, amp_dtype)
-    predictor, settings['engine'] = _accelerated(engine, predictor, plan, source, settings, processes)
+        predictor, settings['engine'] = _accelerated(engine, predictor, plan, source, settings, processes)
 
     device = predictor.device
     autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
-    if processes.rank == 0:
+    if processes.rank == 0 and not is_done:
         with autocast:
             _announce(predictor, plan, source, processes.count)
     with Run(settings, source.batches, output_dir, keep_curves, processes) as run, autocast:

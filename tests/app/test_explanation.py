@@ -292,7 +292,7 @@ def test_masked_images_run_in_the_engine_once_it_is_made_and_the_maps_stay(opene
     image = photograph(64, 64)
     expected = explain_image(opened, image)
     maps, scores = expected.maps(('score_cam',), 3), expected.scores('grad_cam', 3)
-    assert opened.predictor.batch_size(expected.x) == 196  # of torch
+    assert opened.predictor._engine is None
     fast = PageModel(Predictor(opened.model), opened.name, opened.weights, engine='onnxruntime')
     explained = explain_image(fast, image)
     explained.maps(('grad_cam',), 3)
@@ -301,7 +301,7 @@ def test_masked_images_run_in_the_engine_once_it_is_made_and_the_maps_stay(opene
     export = fast.accelerate(explained.x)
     assert export is fast.accelerate(explained.x)
     export.join(300)
-    assert fast.predictor.batch_size(explained.x) == fast.predictor._engine.batch_size
+    assert fast.predictor.batches(explained.x) == fast.predictor._engine.batches
     again = explain_image(fast, image)
     for key, saliency in again.maps(('score_cam',), 3).items():
         torch.testing.assert_close(saliency, maps[key], rtol=0, atol=1e-3)

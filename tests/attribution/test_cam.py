@@ -16,6 +16,7 @@ from timm_castream.attribution.cam import (
     scale_maps,
     score_cam_weights,
 )
+from timm_castream.inference.images import in_batches
 from timm_castream.inference.probabilities import probabilities
 
 MEAN, STD = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1).double(), torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1).double()
@@ -106,7 +107,7 @@ def test_score_cam_weights_are_probabilities_of_images_masked_before_normalisati
         assert len(images) <= batch_size
         return {p: probabilities(images.flatten(1) @ weight, activation) for p, weight in classifiers.items()}
 
-    weights = score_cam_weights(predict, x, maps, targets, MEAN, STD, batch_size)
+    weights = score_cam_weights(predict, x, maps, targets, MEAN, STD, in_batches(batch_size))
     for pooling, classifier in classifiers.items():
         for b in range(2):
             for d in range(3):
@@ -133,7 +134,7 @@ def test_score_cam_forwards_no_channel_that_is_constant_on_an_image() -> None:
         return {'ca': probabilities(images.new_zeros(len(images), 2))}
 
     targets = {'ca': torch.zeros(2, 1, dtype=torch.long)}
-    weights = score_cam_weights(forward, draw(2, 3, 6, 6), maps, targets, MEAN, STD, batch_size=2)
+    weights = score_cam_weights(forward, draw(2, 3, 6, 6), maps, targets, MEAN, STD, in_batches(2))
     assert seen == [2, 2, 1]
     assert weights['ca'][:, 0].tolist() == [[0.5, 0, 0.5, 0.5], [0.5, 0.5, 0, 0]]
 
@@ -143,7 +144,7 @@ def test_score_cam_of_constant_maps_alone_forwards_nothing() -> None:
         raise AssertionError
 
     targets = {'gap': torch.zeros(1, 1, dtype=torch.long)}
-    weights = score_cam_weights(forward, draw(1, 3, 6, 6), torch.ones(1, 2, 3, 3), targets, MEAN, STD, batch_size=4)
+    weights = score_cam_weights(forward, draw(1, 3, 6, 6), torch.ones(1, 2, 3, 3), targets, MEAN, STD, in_batches(4))
     assert weights['gap'].tolist() == [[[0, 0]]]
 
 
@@ -194,7 +195,7 @@ def test_score_cam_forwards_equal_masks_of_an_image_once_and_weighs_every_channe
         prob = (images.flatten(1) @ classifier).softmax(1)
         return {'gap': prob, 'ca': prob**2}
 
-    weights = score_cam_weights(predict, x, maps, targets, MEAN.float(), STD.float(), batch_size)
+    weights = score_cam_weights(predict, x, maps, targets, MEAN.float(), STD.float(), in_batches(batch_size))
     assert sum(seen) == (9 - 2) + (9 - 1 - 1) == count_masks(maps)
     for image in range(2):  # one channel after the other, each forwarded alone
         for channel in range(9):
@@ -205,7 +206,7 @@ def test_score_cam_forwards_equal_masks_of_an_image_once_and_weighs_every_channe
                 {pooling: classes[image : image + 1] for pooling, classes in targets.items()},
                 MEAN.float(),
                 STD.float(),
-                1,
+                in_batches(1),
             )
             for pooling in targets:
                 torch.testing.assert_close(

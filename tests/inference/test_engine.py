@@ -129,7 +129,7 @@ def test_as_many_threads_as_torch_has_run_it_side_by_side_and_do_not_show(make_m
     num_threads(count)
     predictor = Predictor(make_model('test_resnet'))
     engine = engines.make_engine(predictor, x, 'weights')
-    assert engine.num_threads == count and engine.batch_size % (count * engine.shape[0]) == 0
+    assert engine.num_threads == count
     with predictor.evaluating():
         expected = predictor.torch_logits(x)
     meeting = threading.Barrier(count)
@@ -143,9 +143,29 @@ def test_as_many_threads_as_torch_has_run_it_side_by_side_and_do_not_show(make_m
 
     engine._session = Session()
     images = x[:1].repeat(engine.shape[0] * count, 1, 1, 1)
-    given = predictor.accelerated(engine).logits(images)
-    for pooling, logits in expected.items():
-        assert torch.allclose(given[pooling], logits[:1], rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
+    fast = predictor.accelerated(engine)
+
+    def make(rows: Tensor) -> dict[str, Tensor]:
+        assert torch.get_num_threads() == 1 and not torch.is_grad_enabled()
+        return fast.logits(images[rows])
+
+    parts = fast.batches(images)(make, torch.arange(len(images)))
+    made_beside_each_other = {name: torch.cat([part[name] for part in parts]) for name in expected}
+    for given in (fast.logits(images), made_beside_each_other):
+        for pooling, logits in expected.items():
+            assert torch.allclose(given[pooling], logits[:1], rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
+    assert torch.get_num_threads() == count
+    with pytest.raises(ZeroDivisionError):
+        fast.batches(images)(lambda rows: 1 / 0, torch.arange(len(images)))
+
+
+def test_a_function_in_its_threads_may_forward_more_images_than_one_call_takes(make_model, x, num_threads):
+    num_threads(1)  # a thread that waits for another would wait for ever
+    predictor = Predictor(make_model('test_resnet'))
+    engine = engines.make_engine(predictor, x, 'weights')
+    images = x[:1].repeat(engine.shape[0] * 2 + 1, 1, 1, 1)
+    (logits,) = engine.batches(lambda rows: engine.logits(images, ('gap',))['gap'], torch.arange(1))
+    assert len(logits) == len(images)
 
 
 def test_an_evaluation_has_the_values_of_torch_and_names_its_engine(model, loader):
@@ -287,6 +307,30 @@ def test_an_engine_is_made_anew_where_a_buffer_changed_that_no_file_holds(loader
     first = evaluated('onnxruntime')
     scaled.factor.fill_(5.0)
     assert evaluated('onnxruntime') == pytest.approx(evaluated('torch'), abs=0.01) != pytest.approx(first, abs=0.01)
+
+
+def test_a_finished_folder_exports_nothing_and_forwards_nothing(model, loader, tmp_path, monkeypatch, request):
+    arguments = {'metrics': METRICS, 'engine': 'onnxruntime', 'output_dir': tmp_path}
+    whole = evaluate(model, loader, METHODS, **arguments)
+    request.getfixturevalue('no_export')
+    announce = protocol._announce
+    monkeypatch.setattr(protocol, '_announce', None)  # a call would fail
+    for engine in ('onnxruntime', 'auto'):
+        again = evaluate(model, loader, METHODS, **arguments | {'engine': engine})
+        assert again.settings['engine'] == whole.settings['engine']
+        assert values(again) == values(whole)
+    monkeypatch.setattr(protocol, '_announce', announce)
+    file = tmp_path / 'finished.0.jsonl'
+    lines = [line for line in file.read_bytes().splitlines() if line]
+    file.write_bytes(lines[0] + b'\n')  # two batches of three are left
+    with pytest.raises(ValueError, match=r"engine='onnxruntime .*engine='torch'"):  # no export is no engine
+        evaluate(model, loader, METHODS, **arguments)
+
+
+def test_a_function_of_another_signature_is_refused_before_an_export(model, loader, no_export):
+    for function in (lambda x: x[:, 0], lambda x, target, layer: x[:, 0]):
+        with pytest.raises(ValueError, match=r"method 'mine' is called with images and targets, \(x, target\), which"):
+            evaluate(model, loader, {'mine': function}, engine='onnxruntime')
 
 
 def test_a_folder_of_other_settings_is_refused_before_an_export(model, loader, tmp_path, no_export):

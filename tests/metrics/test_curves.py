@@ -12,7 +12,7 @@ import torch
 from references import resized_bilinearly
 from torch import nn
 
-from timm_castream.inference.images import resize_saliency
+from timm_castream.inference.images import in_batches, resize_saliency
 from timm_castream.metrics.curves import (
     CURVE_SETTINGS,
     blur,
@@ -235,7 +235,7 @@ def test_the_batch_size_never_shows(model, batch, batch_size):
 def test_no_more_images_than_the_batch_size_are_forwarded_at_once():
     seen = PixelOrder()
     start = torch.zeros(2, 1, 6, 6)
-    curves_of_maps(seen, start, start + 1, torch.rand(3, 2, 4, 4), step=5, batch_size=7)
+    curves_of_maps(seen, start, start + 1, torch.rand(3, 2, 4, 4), step=5, batches=in_batches(7))
     assert max(seen.batches) == 7 and sum(seen.batches) == 3 * 2 * 9
 
 
@@ -288,7 +288,7 @@ def test_several_maps_and_columns_at_once_equal_curves_one_by_one(model, batch):
     everyone = torch.arange(3)
     ends = tuple(predict(images, everyone).detach().repeat(2, 1) for images in (x, zeros))
     whole = curves_of_maps(predict, x, zeros, maps, step=100)
-    inner = curves_of_maps(predict, x, zeros, maps, step=100, ends=ends, batch_size=4)
+    inner = curves_of_maps(predict, x, zeros, maps, step=100, ends=ends, batches=in_batches(4))
     assert whole.shape == (2, 3, 9, 2)
     torch.testing.assert_close(inner, whole, atol=1e-5, rtol=0)
     for m in range(2):

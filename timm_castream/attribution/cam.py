@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..inference.images import mask_normalised
+from ..inference.images import Batches, mask_normalised
 
 # A map that varies by at most so many roundings of its level is constant: 2e-6 of it in float32. The sums over channels
 # that are zero on paper came to a seventh of it, maps that show something to 300 times as much.
@@ -81,7 +81,7 @@ def score_cam_weights(
     targets: Mapping[str, Tensor],
     mean: Tensor,
     std: Tensor,
-    batch_size: int,
+    batches: Batches,
 ) -> dict[str, Tensor]:
     """Score-CAM's w: the probability of a class on the image masked by each channel, resized and scaled to [0, 1].
 
@@ -96,7 +96,7 @@ def score_cam_weights(
         targets: {pooling: (B, K) class indices}.
         mean: (3, 1, 1), of the normalisation of x.
         std: (3, 1, 1).
-        batch_size: Images that `predict` gets at once.
+        batches: Calls a function with as many masks as `predict` gets images at once.
 
     Returns:
         {pooling: (B, K, D)} in [0, 1].
@@ -106,15 +106,18 @@ def score_cam_weights(
     if not len(images):
         return {pooling: value.transpose(1, 2) for pooling, value in weights.items()}
     first, same = _first_of_equal(scale_maps(maps[images, channels]), images)
-    for part in first.split(batch_size):
+
+    def scores(part: Tensor) -> dict[str, Tensor]:
         image, channel = images[part], channels[part]
         # The authors resize with align_corners=True and scale afterwards; other orders give other maps.
         masks = F.interpolate(maps[image, channel][:, None], x.shape[2:], mode='bilinear', align_corners=True)
         masked = mask_normalised(x[image], scale_maps(masks).to(x.dtype), mean, std)
-        scores = predict(masked)
-        for pooling, indices in targets.items():
-            weights[pooling][image, channel] = scores[pooling].gather(1, indices[image]).to(maps.dtype)
-    for value in weights.values():
+        prob = predict(masked)
+        return {pooling: prob[pooling].gather(1, indices[image]).to(maps.dtype) for pooling, indices in targets.items()}
+
+    parts = batches(scores, first)
+    for pooling, value in weights.items():
+        value[images[first], channels[first]] = torch.cat([part[pooling] for part in parts])
         value[images, channels] = value[images[same], channels[same]]
     return {pooling: value.transpose(1, 2) for pooling, value in weights.items()}
 

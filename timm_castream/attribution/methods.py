@@ -113,7 +113,7 @@ class Batch:
 
         mean, std = predictor.normalisation(self.x)
         return cam.score_cam_weights(
-            predict, self.x, self.activations.feature_maps, self.targets, mean, std, predictor.batch_size(self.x)
+            predict, self.x, self.activations.feature_maps, self.targets, mean, std, predictor.batches(self.x)
         )
 
     def gradients(self, pooling: str) -> Tensor:

@@ -5,6 +5,7 @@ Letters: B images, K targets an image, N images of a data set, h x w locations.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,6 +64,7 @@ def _user_method(label: str, value: Any) -> Method:
         row = METHODS[value]
         return Method(label, row.title if label == value else label, row.saliency, row.needs, row.in_paper, value)
     if callable(value):
+        _check_signature(label, value)
         return Method(label, label, _UserFunction(label, value), source=value)
     arrays: Any = value if isinstance(value, Mapping) else {None: value}
     try:
@@ -77,6 +79,21 @@ def _user_method(label: str, value: Any) -> Method:
             f'such arrays, got {given}.'
         )
     return Method(label, label, _SavedMaps(label, arrays), frozenset({'saved maps'}), source=arrays)
+
+
+def _check_signature(label: str, function: Callable[..., Any]) -> None:
+    """Raises ValueError unless a function can be called with images and targets."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a function that is not written in Python
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        name = getattr(function, '__name__', type(function).__name__)
+        raise ValueError(
+            f'method {label!r} is called with images and targets, (x, target), which {name}{signature} does not take.'
+        ) from None
 
 
 def _to_numpy(array: Any) -> np.ndarray:

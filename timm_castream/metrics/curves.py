@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._utils.checks import check_class_indices, check_count, check_names
-from ..inference.images import check_images, check_saliency, default_batch_size, resize_saliency
+from ..inference.images import Batches, check_images, check_saliency, default_batch_size, in_batches, resize_saliency
 from ..inference.predictor import Predictor
 
 
@@ -109,7 +109,7 @@ def perturbation_curves(
     finish: Tensor,
     rank: Tensor,
     step: int,
-    batch_size: int | None = None,
+    batches: Batches | None = None,
     *,
     image: Tensor | None = None,
     ends: tuple[Tensor, Tensor] | None = None,
@@ -125,7 +125,8 @@ def perturbation_curves(
         finish: (B, C, H, W) images after the last.
         rank: (T, H, W) of the maps, as `saliency_rank` gives it.
         step: Pixels changed per step.
-        batch_size: Images that `predict` gets at once, by default `images.default_batch_size(start)`.
+        batches: Calls a function with as many pairs of a map and a point as `predict` gets images at once, by default
+            `images.default_batch_size(start)`.
         image: (T,) the image of each map, in 0 .. B - 1. None: one map an image.
         ends: `predict` of the start and of the finish of each map, (T, ...) each, where known: several maps share them.
 
@@ -139,15 +140,15 @@ def perturbation_curves(
     if rank.shape != (len(image), *start.shape[2:]):
         raise ValueError(f'rank must have shape {(len(image), *start.shape[2:])}, got {tuple(rank.shape)}.')
     check_count('step', step)
-    batch_size = default_batch_size(start) if batch_size is None else batch_size
-    check_count('batch_size', batch_size)
+    batches = in_batches(default_batch_size(start)) if batches is None else batches
 
     num_steps = -(-rank[0].numel() // step)
     points = torch.arange(num_steps + 1, device=start.device)
     if ends is not None:
         points = points[1:-1]
 
-    def probabilities_at(maps: Tensor, points: Tensor) -> Tensor:
+    def probabilities_at(pairs: Tensor) -> Tensor:
+        maps, points = pairs.unbind(1)
         changed = rank[maps] < (points * step)[:, None, None]
         # Images that are one image again and again are not copied.
         after, before = (
@@ -157,8 +158,7 @@ def perturbation_curves(
         return predict(torch.where(changed[:, None], after, before), maps)
 
     pairs = torch.cartesian_prod(torch.arange(len(rank), device=start.device), points)
-    batches = [probabilities_at(*batch.unbind(1)) for batch in pairs.split(batch_size)]
-    inner = torch.cat(batches).unflatten(0, (len(rank), len(points)))
+    inner = torch.cat(list(batches(probabilities_at, pairs))).unflatten(0, (len(rank), len(points)))
     return inner if ends is None else torch.cat([ends[0][:, None], inner, ends[1][:, None]], dim=1)
 
 
@@ -264,4 +264,4 @@ def _target_curve(
 
     with predictor.evaluating():
         rank = saliency_rank(resize_saliency(saliency.to(start.device), start.shape[2:]))
-        return perturbation_curves(predict, start, finish, rank, step, predictor.batch_size(start))
+        return perturbation_curves(predict, start, finish, rank, step, predictor.batches(start))

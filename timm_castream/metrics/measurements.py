@@ -198,10 +198,13 @@ class MapGroup:
         return self._of_classes({name: self.predictor.probabilities(logits[name], name) for name in logits}, index)
 
     def predict_each(self, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """(T, Q) probabilities on one image a map; `make` gives (N, C, H, W) images of (N,) maps."""
+        """(T, Q) probabilities on one image a map; `make` gives (N, C, H, W) images of (N,) maps.
+
+        Threads of an engine call `make` side by side.
+        """
         every = torch.arange(len(self.saliency), device=self.saliency.device)
-        size = self.predictor.batch_size(self.references.x)
-        return torch.cat([self.predict(make(index), index) for index in every.split(size)])
+        batches = self.predictor.batches(self.references.x)
+        return torch.cat(list(batches(lambda index: self.predict(make(index), index), every)))
 
     def reference_prob(self, name: str) -> Tensor:
         """(T, Q) probabilities on a reference image."""
@@ -278,8 +281,10 @@ def top_half_prob(maps: MapGroup) -> Tensor:
     Score-CAM's authors (arXiv 1910.01279, section 4.2) mute the other half. Of equal pixels the first ones are kept.
     """
 
+    rank = maps.rank
+
     def changed(index: Tensor) -> Tensor:
-        kept = maps.rank[index] < maps.rank[0].numel() // 2
+        kept = rank[index] < rank[0].numel() // 2
         return maps.mask(index, maps.saliency[index] * kept)
 
     return maps.predict_each(changed)
@@ -307,7 +312,7 @@ def perturbed(maps: MapGroup, start: str, finish: str) -> Tensor:
         maps.references.images(finish),
         maps.rank,
         maps.references.setting.rows * maps.saliency.shape[2],
-        maps.predictor.batch_size(maps.references.x),
+        maps.predictor.batches(maps.references.x),
         image=maps.image,
         ends=(maps.reference_prob(start), maps.reference_prob(finish)),
     )

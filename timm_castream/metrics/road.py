@@ -99,10 +99,12 @@ def removed_prob(maps: MapGroup, most_relevant_first: bool, shares: Sequence[flo
     pairs = torch.cartesian_prod(
         torch.arange(len(rank), device=rank.device), torch.arange(len(counts), device=rank.device)
     ).view(-1, 2)
-    parts = []
-    for part in pairs.split(maps.predictor.batch_size(maps.references.x)):
-        index, position = part.unbind(1)
+
+    def predict(pairs: Tensor) -> Tensor:
+        index, position = pairs.unbind(1)
         image = maps.image[index]
         removed = rank[index] < counts[position, None, None]
-        parts.append(maps.predict(linear_imputation(maps.references.x[image], removed, noise[image]), index))
-    return torch.cat(parts).unflatten(0, (len(rank), len(counts)))
+        return maps.predict(linear_imputation(maps.references.x[image], removed, noise[image]), index)
+
+    parts = maps.predictor.batches(maps.references.x)(predict, pairs)
+    return torch.cat(list(parts)).unflatten(0, (len(rank), len(counts)))
