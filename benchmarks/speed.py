@@ -34,6 +34,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from speed_worker import num_classes
 from timing import heading
 from torch import nn
 
@@ -89,6 +90,7 @@ ROWS = (
     protocol("the paper's protocol", 'at least 3.0', LITE0, 1, 3, PAPER, EVERY),
     protocol('the same without Score-CAM', 'at least 2.5', LITE0, 2, 5, GRADIENT, EVERY),
     protocol("the paper's protocol", 'at least 1.8', 'convnext_atto', 1, 3, PAPER, EVERY),
+    protocol('the same without Score-CAM', 'at least 1.8', 'convnext_atto', 2, 3, GRADIENT, EVERY),
     protocol("the paper's protocol", 'at least 1.3', 'resnet18', 1, 2, PAPER, EVERY),
     protocol('the same without Score-CAM', 'at least 1.3', 'resnet50', 1, 3, GRADIENT, EVERY),
     protocol('AD, AG, AI of Grad-CAM', 'at least 1.6', LITE0, 32, 9, GRADIENT[:1], MASKED),
@@ -232,9 +234,11 @@ def write_weights(name: str, file: str | None, folder: Path, seed: int) -> tuple
     pretrained = name == LITE0 and not file
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        model = timm.create_model(f'{name}_castream', pretrained=pretrained)
-        if file:
-            model.load_state_dict(load_file(file), strict=False)
+        state_dict = load_file(file) if file else {}
+        classes = {'num_classes': num_classes(name, state_dict)} if file else {}
+        model = timm.create_model(f'{name}_castream', pretrained=pretrained, **classes)
+        if file:  # its stream may be missing, which is drawn then
+            model.load_state_dict(state_dict, strict=False)
     if not pretrained and not file:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):  # timm's start at zero in residual branches

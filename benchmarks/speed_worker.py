@@ -12,7 +12,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,9 +32,16 @@ CURVES = ('insertion', 'deletion')
 
 
 def open_model(architecture: str, weights: str) -> Any:
-    model = timm.create_model(f'{architecture}_castream').eval()
-    model.load_state_dict(load_file(weights))
+    state_dict = load_file(weights)
+    model = timm.create_model(f'{architecture}_castream', num_classes=num_classes(architecture, state_dict)).eval()
+    model.load_state_dict(state_dict)
     return model
+
+
+def num_classes(architecture: str, state_dict: Mapping[str, torch.Tensor]) -> int:
+    """C, of the classifier in a state dict."""
+    cfg: Any = timm.get_pretrained_cfg(architecture)
+    return len(state_dict[f'{cfg.classifier}.weight'])
 
 
 def takes_engine() -> bool:

@@ -123,6 +123,7 @@ def test_the_training_commands_show_their_own_half_even_without_a_script(command
         (['explain', '--model', 'test_resnet_castream'], '--images'),
         (['explain', '--model', 'test_resnet_castream', '--images', 'no_folder'], 'no_folder'),
         (['app', '--checkpoint', 'missing.pth'], 'need the name of the model'),
+        (['app', '--space', 'no_folder', '--engine', 'onnxruntime'], 'a Space runs in torch'),
         (['app', '--model', 'test_resnet_castream', '--checkpoint', 'missing.pth'], 'missing.pth'),
         (['push', 'missing.pth', '--model', 'test_resnet_castream', '--repo', 'a/b'], 'missing.pth'),
         (['push', '--model', 'test_resnet_castream', '--repo', 'a/b'], 'either a CHECKPOINT or --pretrained'),

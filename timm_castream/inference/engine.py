@@ -146,8 +146,9 @@ def check_engine(name: str, predictor: Predictor, amp_dtype: torch.dtype | None 
         obstacle = _obstacle(predictor, amp_dtype)
         if obstacle:
             raise ValueError(f"engine 'onnxruntime' takes float32 networks on a CPU, {obstacle}: choose 'torch'.")
-        for package in _PACKAGES:
-            importlib.import_module(package)
+        missing = next((package for package in _PACKAGES if importlib.util.find_spec(package) is None), None)
+        if missing:
+            raise ModuleNotFoundError(f'No module named {missing!r}', name=missing)
 
 
 def can_try(predictor: Predictor, amp_dtype: torch.dtype | None = None) -> bool:
