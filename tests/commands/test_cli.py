@@ -120,7 +120,7 @@ def test_the_training_commands_show_their_own_half_even_without_a_script(command
             ['evaluate', '--model', 'test_resnet', '--model-kwargs', 'foo=1', '--dataset', 'digits'],
             "test_resnet takes no argument 'foo'.",
         ),
-        (['explain', '--model', 'test_resnet_castream'], '--images'),
+        (['explain', '--model', 'test_resnet_castream'], 'Name images, or a folder of them'),
         (['explain', '--model', 'test_resnet_castream', '--images', 'no_folder'], 'no_folder'),
         (['app', '--checkpoint', 'missing.pth'], 'need the name of the model'),
         (['app', '--space', 'no_folder', '--engine', 'onnxruntime'], 'a Space runs in torch'),
