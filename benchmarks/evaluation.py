@@ -436,6 +436,8 @@ def main() -> None:
     )
     print('| time | target | ' + ' | '.join(columns) + ' |\n| --- | --- |' + ' --- |' * len(columns))
     for row, target in TARGETS.items():
+        if not any(row in column for column in columns.values()):
+            continue
         cells = [f'{column[row]:.3g}' if row in column else '' for column in columns.values()]
         print(f'| {row} | {target} | ' + ' | '.join(cells) + ' |')
     print('\n' + '\n'.join(f'- {note}' for note in notes))
