@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import numpy as np
 import pytest
 import timm
@@ -74,6 +76,9 @@ def test_map_is_the_devkits_whatever_the_batches_and_the_scale_of_the_logits(sca
     for size in (1, 7, 61):  # the second validation starts from nothing
         results = score.scored(validate)(size)
         assert results['map'] == pytest.approx(expected, abs=1e-4)
+    options = argparse.Namespace(batch_size=7, dataset='voc2012')  # as validate.py calls it
+    results = score.scored(lambda args: validate(args.batch_size))(options)
+    assert results['map'] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_share_of_hits_among_the_best_is_counted_for_dense_targets_and_is_timms_accuracy_for_indices():

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from timm.utils import accuracy
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import Dataset
 
 from ..datasets import VOC_IGNORE
 from ..metrics.average_precision import mean_average_precision
@@ -92,8 +93,12 @@ class MultiLabelScore:
 
 
 def _num_images(args: Sequence[Any]) -> int | None:
-    """Number of images of a validation, by the loader among the arguments of the script's `validate`."""
-    return next((len(arg.dataset) for arg in args if hasattr(arg, 'dataset')), None)
+    """Number of images of a validation, by the loader among the arguments of the script's `validate`, or None.
+
+    timm's train.py gives its loader. Its validate.py gives its options instead, in which `dataset` is a name.
+    """
+    datasets = (getattr(arg, 'dataset', None) for arg in args)
+    return next((len(dataset) for dataset in datasets if isinstance(dataset, Dataset)), None)  # type: ignore[arg-type]
 
 
 def _in_order(rows: np.ndarray, num_images: int | None) -> np.ndarray:
