@@ -1,4 +1,4 @@
-"""The first paragraphs of the page: which method to take, and what no metric tells apart."""
+"""The answer of the page: which method to take, and what no metric tells apart."""
 
 from __future__ import annotations
 
@@ -54,24 +54,21 @@ class Place(NamedTuple):
 
 
 def answer(places: Sequence[Place]) -> Iterable[str]:
-    """The first two paragraphs."""
+    """The first paragraph, and a list of what a reader should know of it."""
     winners = [name for name in _names_everywhere(places) if _is_better_everywhere(places, name)]
-    weak = [p for p in places if not p.is_above_baselines(REFERENCE)]
     costs = [p.result.facts['seconds'][REFERENCE] / p.result.facts['forward_seconds'] for p in places]
     yield ' '.join(
         [
-            f'**{_advice(places, winners)} Publish `random` and `centre` beside it, and claim no small difference to another '
-            'method.**',
+            f'**{_advice(places, winners)} Publish `random` and `centre` beside your method, and claim no small difference to '
+            'another one.**',
             f'A map of Grad-CAM costs at most as much as {max(costs):.1f} forward passes of one image.',
-            *(_weakness(p) for p in weak),
-            *_rivals(places, winners),
             *_equal_names(places),
-            *_untold(places),
-            _disagreement(places),
         ]
     )
     yield ''
-    yield ' '.join([*_counts(places), *_beaten_by_centre(places)])
+    weak = [p for p in places if not p.is_above_baselines(REFERENCE)]
+    sentences = [*(_weakness(p) for p in weak), *_rivals(places, winners), *_untold(places), *_disagreement(places)]
+    yield from (f'- {sentence}' for sentence in [*sentences, *_counts(places), *_beaten_by_centre(places)])
 
 
 def _names_everywhere(places: Sequence[Place]) -> list[str]:
@@ -147,7 +144,7 @@ def _untold(places: Sequence[Place]) -> Iterable[str]:
         )
 
 
-def _disagreement(places: Sequence[Place]) -> str:
+def _disagreement(places: Sequence[Place]) -> Iterable[str]:
     taus = [
         p.comparisons.tau(p.pooling, one, other)
         for p in places
@@ -155,9 +152,9 @@ def _disagreement(places: Sequence[Place]) -> str:
         for other in p.asked[:position]
     ]
     if not taus:
-        return ''
+        return
     own = [p.comparisons.tau(p.pooling, name, name) for p in places for name in p.asked]
-    return (
+    yield (
         f"Metrics disagree: Kendall's tau between the orders that two questions give is {min(taus):.2f} to {max(taus):.2f}, in "
         f'the median {np.median(taus):.2f}; in the median a question agrees with itself, between two halves of its photographs, '
         f'by {np.median(own):.2f}, see [how far metrics agree](#how-far-metrics-agree).'
