@@ -84,7 +84,7 @@ def _user_method(label: str, value: Any) -> Method:
 def _check_signature(label: str, function: Callable[..., Any]) -> None:
     """Raises ValueError unless a function can be called with images and targets."""
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function, follow_wrapped=False)  # what is called, not what it wraps
     except (TypeError, ValueError):  # of a function that is not written in Python
         return
     try:
