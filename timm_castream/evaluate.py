@@ -89,9 +89,8 @@ def evaluate(
             ignored. An item is (image, label), a mapping with `pixel_values` or `image` and
             `labels` or `label`, or, where no label is needed, an image alone.
         methods: Names of `methods.METHODS` or of other libraries, such as `'captum:IntegratedGradients,n_steps=50'`, or
-            a mapping from a label to a name, a callable or an array. A callable
-            gets (x, target), (B, 3, H, W) images and (B,) class indices, and returns (B, h, w), (B, 1, h, w) or
-            (B, C, H, W), whose channels are summed. It runs with gradients, once under each pooling, with the model
+            a mapping from a label to a name, a callable or an array. A callable gets (x, target), (B, 3, H, W) images
+            and (B,) class indices, and returns (B, h, w), (B, 1, h, w) or (B, C, H, W), whose channels are summed. It runs with gradients, once under each pooling, with the model
             switched to it. An array has the maps of all images in the order of the data set, (N, h, w);
             `{pooling: array}` gives each pooling its own. Maps are clamped at 0 and scaled by their own minimum and
             maximum.

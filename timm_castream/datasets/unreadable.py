@@ -89,8 +89,8 @@ class SeparatingCollate:
 
     Returns:
         When called with a list of items: what `collate_fn` makes of the readable ones, or None if there are none, and
-        the list of the `Unreadable` ones. Images of different sizes give a ValueError in place of a batch: an exception
-        that is raised in a worker has a traceback for its message.
+        the list of the `Unreadable` ones. For images of different sizes the batch is a ValueError, which the reader raises:
+        an exception that a worker raises has a traceback for its message.
     """
 
     def __init__(self, collate_fn: Callable[[list], Any], ignores_labels: bool = False) -> None:
@@ -123,8 +123,8 @@ class SeparatingCollate:
 def _sizes_differ(sizes: Sequence[tuple[int, ...]]) -> ValueError:
     shown = ' and '.join(' x '.join(map(str, size)) for size in sizes[:2])
     return ValueError(
-        f'The data set gives images of different sizes, such as {shown}, and a batch has one: resize or crop them in its '
-        'transform, as that of timm.data.create_transform does, or make the loader with batch_size=1.'
+        f'The data set gives images of different sizes, such as {shown}, and those of a batch need one size: '
+        'resize or crop them in its transform, as timm.data.create_transform does, or make the loader with batch_size=1.'
     )
 
 
