@@ -170,21 +170,38 @@ def notes(report: Report) -> Iterator[str]:
 
 
 def baseline_notes(report: Report) -> Iterator[str]:
-    """A sentence for each method that is worse than a baseline map, beyond its paired interval."""
-    for baseline in (name for name in report.methods if name in BASELINES):
-        for method in (name for name in report.methods if name not in BASELINES):
-            compared = report.compare(method, baseline)
-            for pooling in report.poolings:
-                worse = [
-                    METRICS[k].symbol
-                    for k in report.metrics
-                    if verdict(compared[pooling, k], METRICS[k].higher_is_better) == 'worse'
-                ]
-                if worse:
-                    yield (
-                        f'{method_title(method)}, {report.pooling_name(pooling)}, is worse than the baseline '
-                        f'{method_title(baseline)} in {", ".join(worse)}'
-                    )
+    """Which methods are worse than a baseline map, beyond their paired intervals: a sentence for each set of methods that
+    the same baselines beat, with the metrics and poolings in which they do."""
+    num_others = sum(name not in BASELINES for name in report.methods)
+    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], dict[str, list[str]]] = {}
+    for better, worse, pooling, metric in _beaten(report):
+        groups.setdefault((better, worse), {}).setdefault(pooling, []).append(METRICS[metric].symbol)
+    for (better, worse), symbols in groups.items():
+        under: dict[str, list[str]] = {}  # poolings by metrics
+        for pooling, names in symbols.items():
+            under.setdefault(', '.join(names), []).append(report.pooling_name(pooling))
+        where = under if len(report.poolings) == 1 else [f'{k} under {" and ".join(p)}' for k, p in under.items()]
+        named = (
+            f'all {num_others} other methods' if 2 < num_others == len(worse) else ', '.join(map(method_title, worse))
+        )
+        titles = ' and '.join(map(method_title, better))
+        yield f'Worse than the baseline{"s" * (len(better) > 1)} {titles} in {" and ".join(where)}: {named}'
+
+
+def _beaten(report: Report) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], str, str]]:
+    """Baselines, the methods that just these baselines beat, and the pooling and metric in which they do."""
+    baselines = [name for name in report.methods if name in BASELINES]
+    others = [name for name in report.methods if name not in BASELINES]
+    compared = {(method, baseline): report.compare(method, baseline) for method in others for baseline in baselines}
+    for pooling in report.poolings:
+        for metric in report.metrics:
+            by: dict[tuple[str, ...], list[str]] = {}
+            for m in others:
+                verdicts = {
+                    b: verdict(compared[m, b][pooling, metric], METRICS[metric].higher_is_better) for b in baselines
+                }
+                by.setdefault(tuple(b for b in baselines if verdicts[b] == 'worse'), []).append(m)
+            yield from ((better, tuple(worse), pooling, metric) for better, worse in by.items() if better)
 
 
 def equal_notes(report: Report) -> Iterator[str]:
