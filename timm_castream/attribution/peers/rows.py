@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ from .torchcam import TorchCam
 
 LIBRARIES: dict[str, Library] = {library.prefix: library for library in (Captum(), GradCam(), TorchCam())}
 _logger = logging.getLogger(__name__)
+
+# How an error names the method and the network before the reason.
+_NAMED = re.compile(r"^(\S+ does not fit \w+|method '[^']*' raised \w+): ")
 
 
 def is_peer(source: Any) -> bool:
@@ -88,8 +92,8 @@ def peers_that_fit(predictor: Predictor) -> list[str]:
 
 
 def peers_that_work(predictor: Predictor, x: Tensor) -> list[str]:
-    """Names of the methods of the installed libraries that run on a network. A line of the log, at level INFO, has the
-    reason for each of the others.
+    """Names of the methods of the installed libraries that run on a network. A warning has the others, with each reason
+    once.
 
     Methods are tried on one image. Those with a forward a channel are not tried, and those with many are left out.
 
@@ -97,7 +101,8 @@ def peers_that_work(predictor: Predictor, x: Tensor) -> list[str]:
         predictor: The network.
         x: (1, C, H, W), an image of the network's size.
     """
-    names, left_out = [], []
+    names: list[str] = []
+    left_out: dict[str, list[str]] = {}  # names by reason
     for library in LIBRARIES.values():
         if not library.installed:
             _logger.warning('all: %s is not installed, so its methods are left out.', library.package)
@@ -106,12 +111,13 @@ def peers_that_work(predictor: Predictor, x: Tensor) -> list[str]:
             name = f'{library.prefix}:{row.name}'
             problem = row.refused or (row.costly and f'{row.costly}: name it to run it') or why_not(name, predictor, x)
             if problem:
-                _logger.info('all: %s is left out: %s', name, problem)
-                left_out.append(name)
+                left_out.setdefault(re.sub(_NAMED, '', problem).rstrip('.'), []).append(name)
             else:
                 names.append(name)
     if left_out:
-        _logger.warning('all leaves out %d methods of other libraries: %s.', len(left_out), ', '.join(left_out))
+        lines = (f'{", ".join(same)}: {reason}' for reason, same in left_out.items())
+        count = sum(map(len, left_out.values()))
+        _logger.warning('all leaves out %d methods of other libraries:\n  %s', count, '\n  '.join(lines))
     return names
 
 
