@@ -222,6 +222,10 @@ def test_arrays_follow_the_order_of_the_data_set(model: nn.Module) -> None:
         ({'mine': 3}, "method 'mine' must be a name, a callable, an array .* got int"),
         ({'mine': 'lime'}, "method 'lime' is unknown, valid ones: 'attention', 'grad_cam'"),
         ({'a/b': 'grad_cam'}, "method 'a/b' has a slash"),
+        # A row without a name, a row in two lines, two rows of one name.
+        ({' ': 'grad_cam'}, "method ' ' has no label for a table"),
+        ({'a\nb': 'grad_cam'}, r"method 'a\\nb' has no label for a table"),
+        ({1: 'grad_cam', '1': 'layer_cam'}, "method '1' is given twice"),
         ({}, 'methods is empty'),
         (('grad_cam', 'grad_cam'), "method 'grad_cam' is given twice"),
         ({'mine': lambda x, target: torch.zeros(3, 4, 4)}, r"method 'mine' returned shape \(3, 4, 4\) for 2 images"),

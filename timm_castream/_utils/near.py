@@ -8,11 +8,17 @@ from collections.abc import Iterable
 _BEGINNING = 3  # letters from which a name may be cut short
 
 
-def did_you_mean(name: object, valid: Iterable[str]) -> str:
-    """A clause for an error, such as \" (did you mean 'grad_cam'?)\", or '' where no valid name is near."""
+def nearest(name: object, valid: Iterable[str]) -> str | None:
+    """The valid name that a mistyped one may stand for, or None where none is near."""
     spelt = {text.casefold(): text for text in valid}
     given = str(name).casefold()
     near = difflib.get_close_matches(given, spelt, 1)
     if not near and len(given) >= _BEGINNING:
         near = [text for text in spelt if text.startswith(given)]
-    return f' (did you mean {spelt[near[0]]!r}?)' if near else ''
+    return spelt[near[0]] if near else None
+
+
+def did_you_mean(name: object, valid: Iterable[str]) -> str:
+    """A clause for an error, such as \" (did you mean 'grad_cam'?)\", or '' where no valid name is near."""
+    near = nearest(name, valid)
+    return f' (did you mean {near!r}?)' if near else ''

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .._utils.checks import check_names
 from . import cam
 from .methods import METHODS, Batch, Method
-from .peers import is_peer, peer_method, peer_names
+from .peers import check_library, is_peer, peer_method, peer_names
 from .restoring import Hooks, as_it_was
 
 __all__ = ['UserMethod', 'check_maps', 'resolve_methods']
@@ -33,14 +33,19 @@ def resolve_methods(methods: Sequence[str] | Mapping[str, UserMethod]) -> tuple[
             or an array of maps; see `evaluate.evaluate`.
 
     Raises:
-        ValueError: If a name is unknown or repeated, or a value of the mapping is of another type.
+        ValueError: If a name is unknown or repeated, a label cannot be printed, or a value of the mapping is of another
+            type.
     """
     if not isinstance(methods, Mapping):
+        for name in () if isinstance(methods, str) else methods:
+            check_library(name)
         check_names('method', methods, (*METHODS, *filter(is_peer, methods)), peer_names())
         return tuple(METHODS[name] if name in METHODS else _user_method(name, name) for name in methods)
     if not methods:
         raise ValueError('methods is empty: name one of ' + ', '.join(map(repr, METHODS)) + '.')
-    return tuple(_user_method(str(label), value) for label, value in methods.items())
+    labels = [str(label) for label in methods]
+    check_names('method', labels, labels)
+    return tuple(_user_method(label, value) for label, value in zip(labels, methods.values(), strict=True))
 
 
 def check_maps(methods: Sequence[Method], num_images: int, poolings: Sequence[str]) -> None:
@@ -53,6 +58,8 @@ def check_maps(methods: Sequence[Method], num_images: int, poolings: Sequence[st
 def _user_method(label: str, value: Any) -> Method:
     if '/' in label:
         raise ValueError(f'method {label!r} has a slash, which separates the columns of the result files.')
+    if not label.strip() or not label.isprintable():
+        raise ValueError(f'method {label!r} has no label for a table: give it one of letters, without line breaks.')
     if isinstance(value, Method):
         return value
     if label in METHODS and not (isinstance(value, str) and value == label):
@@ -60,6 +67,7 @@ def _user_method(label: str, value: Any) -> Method:
     if is_peer(value):
         return peer_method(value, label)
     if isinstance(value, str):
+        check_library(value)
         check_names('method', (value,), tuple(METHODS), peer_names())
         row = METHODS[value]
         return Method(label, row.title if label == value else label, row.saliency, row.needs, row.in_paper, value)

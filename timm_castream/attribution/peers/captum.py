@@ -135,7 +135,7 @@ class Captum(Library):
         name = arguments.get('attribution_method', 'Saliency')
         row = self.methods.get(name)
         if row is None or row.refused or row.layer or name == 'NoiseTunnel':
-            valid = [row.name for row in self.methods.values() if not (row.refused or row.layer)]
+            valid = [row.name for row in self.methods.values() if not (row.refused or row.layer or row.random)]
             raise ValueError(
                 f'captum:NoiseTunnel takes no attribution_method {name!r}, valid ones: {", ".join(valid)}.'
             )

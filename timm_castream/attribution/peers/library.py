@@ -125,12 +125,14 @@ class Library:
         return split({**arguments, **base}, self.functions(row, arguments))
 
     def check(self, row: PeerMethod, arguments: Mapping[str, Any]) -> None:
-        """Raises ValueError if the library is missing, or the method takes no argument of a name."""
+        """Raises ValueError if the library is missing, or the method takes no argument of a name or no such value."""
         self.method_class(row.name)
-        valid = [name for name in parameter_names(self.functions(row, arguments)) if name not in self.given]
-        for name in arguments:
+        valid = {k: v for k, v in parameters(self.functions(row, arguments)).items() if k not in self.given}
+        for name, value in arguments.items():
             if name not in valid:
                 raise ValueError(f'{self.prefix}:{row.name} has no argument {name!r}, valid ones: {", ".join(valid)}.')
+            if kind := _kind(valid[name].default, value):
+                raise ValueError(f'{self.prefix}:{row.name} takes {kind} for {name}, got {value!r}.')
 
 
 def zero_before_norm(predictor: Predictor) -> str:
@@ -147,16 +149,32 @@ def zero_before_norm(predictor: Predictor) -> str:
     )
 
 
+def _kind(default: Any, value: Any) -> str:
+    """What a parameter with this default takes where the value is of another kind, or ''.
+
+    Without this check `abs=false` would be text, which counts as true.
+    """
+    if isinstance(default, bool):
+        return '' if isinstance(value, bool) else 'True or False'
+    if isinstance(default, (int, float)):
+        return 'a number' if isinstance(value, (bool, str)) else ''
+    return 'text' if isinstance(default, str) and not isinstance(value, str) else ''
+
+
+def parameters(functions: Iterable[Callable[..., Any]]) -> dict[str, inspect.Parameter]:
+    """The parameters of functions by name, each as the first one has it."""
+    open_ended = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    found: dict[str, inspect.Parameter] = {}
+    for function in functions:
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind not in open_ended and name != 'self':
+                found.setdefault(name, parameter)
+    return found
+
+
 def parameter_names(functions: Iterable[Callable[..., Any]]) -> list[str]:
     """Names of the parameters of functions, each once."""
-    open_ended = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    names = [
-        name
-        for function in functions
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind not in open_ended and name != 'self'
-    ]
-    return list(dict.fromkeys(names))
+    return list(parameters(functions))
 
 
 def split(arguments: Mapping[str, Any], functions: Sequence[Callable[..., Any]]) -> list[dict[str, Any]]:

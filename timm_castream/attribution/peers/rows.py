@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._utils.near import did_you_mean
+from ..._utils.near import did_you_mean, nearest
 from ...inference.predictor import Predictor
 from .. import cam
 from ..methods import Batch, Method
@@ -47,6 +47,23 @@ def peer_names() -> list[str]:
         for row in library.methods.values()
         if not row.refused
     ]
+
+
+def check_library(name: Any) -> None:
+    """Raises ValueError if a name has a colon behind something else than the prefix of a library."""
+    if not isinstance(name, str) or ':' not in name or is_peer(name):
+        return
+    given, _, method = name.partition(':')
+    # A library may be called by its prefix, its package or its module.
+    prefixes = {
+        spelling: library.prefix
+        for library in LIBRARIES.values()
+        for spelling in (library.prefix, library.package, library.module.partition('.')[0])
+    }
+    near = nearest(given, prefixes)
+    meant = nearest(f'{prefixes[near]}:{method}', peer_names()) if near else None
+    hint = f' (did you mean {meant!r}?)' if meant else ''
+    raise ValueError(f'method {name!r} is unknown{hint}, valid ones before the colon: {", ".join(LIBRARIES)}.')
 
 
 def peer_method(source: str, label: str | None = None) -> Method:
@@ -220,13 +237,16 @@ def _parsed_arguments(source: str, text: str) -> dict[str, Any]:
         assert isinstance(call, ast.Call)
         if call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError
-        return {
-            str(keyword.arg): keyword.value.id
-            if isinstance(keyword.value, ast.Name)
-            else ast.literal_eval(keyword.value)
-            for keyword in call.keywords
-        }
+        pairs = [
+            (str(word.arg), word.value.id if isinstance(word.value, ast.Name) else ast.literal_eval(word.value))
+            for word in call.keywords
+        ]
     except (SyntaxError, ValueError):
         raise ValueError(
             f'{source!r} has arguments that are not key=value,key=value with numbers, text or tuples.'
         ) from None
+    arguments = dict(pairs)
+    if len(arguments) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f'{source!r} gives {next(name for name in names if names.count(name) > 1)} twice.')
+    return arguments
