@@ -573,6 +573,43 @@ def test_one_regression_output_is_explained_as_it_is(make_model: Callable[..., n
     assert (maps * negative).abs().max() < 1e-6 < (maps - negative).abs().max()
 
 
-def test_a_function_that_gives_no_number_is_refused(model: nn.Module, x: Tensor) -> None:
-    with pytest.raises(ValueError, match=r'target as a function gets .*\(10,\).* got \(10,\)'):
-        attribute(model, x, 'grad_cam', lambda output: output)
+@pytest.mark.parametrize('method', ['grad_cam', 'score_cam', 'captum:Saliency'])
+@pytest.mark.parametrize(
+    ('function', 'message'),
+    [
+        (lambda output: output, r'must give a tensor of one floating-point number, got \(10,\)\.$'),
+        (lambda output: 3.0, 'must give .* got float'),
+        (lambda output: output.argmax(), r'must give .* got one of torch\.int64'),
+        (lambda output: output[0] > 0, r'must give .* got one of torch\.bool'),
+        (lambda output: output[10], 'raised IndexError: index 10 is out of bounds'),
+        (lambda output, target: output[0], 'raised TypeError: .*missing 1 required positional argument'),
+    ],
+)
+def test_a_function_that_gives_no_number_is_refused(
+    model: nn.Module, x: Tensor, method: str, function: Callable[..., Any], message: str
+) -> None:
+    with pytest.raises(
+        ValueError, match=rf'^target as a function gets the output for one image, \(10,\), and {message}'
+    ):
+        attribute(model, x, method, function)
+
+
+@pytest.mark.parametrize('function', [lambda output: output[3].detach(), lambda output: torch.ones(())])
+@pytest.mark.parametrize('method', ['grad_cam', 'captum:Saliency', 'grad-cam:GradCAM', 'torchcam:LayerCAM'])
+def test_a_function_without_a_gradient_is_told_to_methods_that_need_one_alone(
+    model: nn.Module, x: Tensor, method: str, function: Callable[..., Any]
+) -> None:
+    with pytest.raises(
+        (ValueError, RuntimeError), match='target as a function gives numbers without a gradient, as after'
+    ):
+        attribute(model, x, method, function)
+    for name in ('score_cam', 'captum:Occlusion'):
+        torch.testing.assert_close(
+            attribute(model, x, name, lambda output: output[3].detach()),
+            attribute(model, x, name, lambda output: output[3]),
+        )
+
+
+def test_a_list_of_functions_is_refused(model: nn.Module, x: Tensor) -> None:
+    with pytest.raises(ValueError, match=r'target must be a tensor of shape \(2,\) .*, got list'):
+        attribute(model, x, 'grad_cam', [lambda output: output[0]] * 2)

@@ -208,7 +208,7 @@ def _class_indices(target: Any, batch: int, num_classes: int | None) -> Tensor:
     if isinstance(target, (int, np.integer)) and not isinstance(target, bool):
         target = torch.full((batch,), int(target))
     elif isinstance(target, (list, tuple, np.ndarray)):
-        with suppress(TypeError, ValueError):  # the check below names what it is
+        with suppress(TypeError, ValueError, RuntimeError):  # the check below names what it is
             target = torch.as_tensor(target)
     if not isinstance(target, Tensor) or target.ndim not in (1, 2) or len(target) != batch or not target.numel():
         given = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__

@@ -393,16 +393,22 @@ class Predictor:
                 )
 
     def _values(self, outputs: Tensor) -> Tensor:
+        values = torch.stack([self._value(output) for output in outputs])
+        return _Constant.apply(outputs, values) if outputs.requires_grad and not values.requires_grad else values
+
+    def _value(self, output: Tensor) -> Tensor:
         assert self.score is not None
-        values = [self.score(output) for output in outputs]
-        for value in values:
-            if not isinstance(value, Tensor) or value.numel() != 1:
-                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f'target as a function gets the output for one image, {tuple(outputs.shape[1:])}, and must give a '
-                    f'tensor of one number, got {given}.'
-                )
-        return torch.stack([value.reshape(1) for value in values])
+        given = f'target as a function gets the output for one image, {tuple(output.shape)}, and '
+        try:
+            value: Any = self.score(output)
+        except Exception as error:
+            raise ValueError(f'{given}raised {type(error).__name__}: {error}') from error
+        if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+            return value.reshape(1)
+        got = type(value).__name__
+        if isinstance(value, Tensor):
+            got = str(tuple(value.shape)) if value.numel() != 1 else f'one of {value.dtype}'
+        raise ValueError(f'{given}must give a tensor of one floating-point number, got {got}.')
 
     def logits(self, images: Tensor, poolings: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Logits of one batch of masked or perturbed images under each pooling, from one pass over the backbone, or one
@@ -480,6 +486,21 @@ class Predictor:
             saliency: (N, H, W) in [0, 1].
         """
         return mask_normalised(x, saliency[:, None].to(x.dtype), *self.normalisation(x))
+
+
+class _Constant(torch.autograd.Function):
+    """Values of a function that keeps no graph. A method that asks for their gradient is told so."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise ValueError(
+            'target as a function gives numbers without a gradient, as after detach() or of a constant: compute them '
+            'from the output by functions of torch, or take a method without gradients such as score_cam.'
+        )
 
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
