@@ -9,6 +9,7 @@ import pytest
 
 from timm_castream import cli
 from timm_castream.evaluation import tables
+from timm_castream.evaluation.plots import draw_differences
 from timm_castream.evaluation.report import ImageValues, Report
 from timm_castream.evaluation.tables import cell, compared, figures, to_text
 
@@ -128,6 +129,37 @@ def test_methods_that_the_same_baselines_beat_in_the_same_metrics_share_a_senten
     ]
     one = Report.from_values('t', ('gap',), methods, METRICS, ImageValues(report.values.images, pairs), 0, {})
     assert 'Worse than the baselines Random and Centre in AD: c' in tables.baseline_notes(one)
+
+
+def of_first(report, count):
+    """The report of the first images."""
+    images, pairs = (
+        {k: v[:count] for k, v in values.items()} for values in (report.values.images, report.values.pairs)
+    )
+    return Report.from_values(
+        't', report.poolings, report.methods, METRICS, ImageValues(images, pairs), 0, {'seed': 0, 'target': 'truth'}
+    )
+
+
+def test_one_image_has_no_interval_and_no_verdict(report, tmp_path):
+    """Its resamples are all equal: each difference would look certain."""
+    one = of_first(report, 1)
+    assert one['gap', 'a', 'average_drop'].value == report.values.pairs['gap/a/average_drop'][0]
+    assert np.isnan([estimate[1:] for estimate in (*one.figures.values(), *one.compare('a', 'random').values())]).all()
+    text = one.summary() + str(one) + one.to_markdown() + one.to_latex() + compared(one, 'a', 'random')
+    assert not re.search(r'nan|better[^,]|worse|Worse| \*$|\*\*|mathbf|scriptsize|\[\d', text)
+    assert 'with no intervals' in ' '.join(str(one).split()) and 'One image says nothing about others' in str(one)
+    assert str(one['gap', 'a', 'average_drop']) == f'{one["gap", "a", "average_drop"].value:.2f}'
+    one.save(tmp_path)
+    assert str(Report.load(tmp_path)) == str(one)
+    assert draw_differences(one)
+
+
+def test_few_images_are_told(report):
+    assert '4 images are few: by chance alone an interval of a difference excludes 0 in one case of 8' in str(
+        of_first(report, 4)
+    )
+    assert 'are few' not in str(of_first(report, 6))
 
 
 def test_methods_whose_hits_agree_are_not_called_equal(report):

@@ -26,7 +26,7 @@ Cell = tuple[str, ...]
 
 
 class Estimate(NamedTuple):
-    """A value and its bootstrap 95 % interval, all in percent. NaN where there is no value."""
+    """A value and its bootstrap 95 % interval, all in percent. NaN where there is no value, or of one image no interval."""
 
     value: float
     low: float
@@ -35,6 +35,8 @@ class Estimate(NamedTuple):
     def __str__(self) -> str:
         if math.isnan(self.value):
             return '-'
+        if math.isnan(self.low):
+            return f'{self.value:.2f}'
         return f'{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]'
 
 
@@ -79,31 +81,40 @@ class Bootstrap:
 
     def estimates(self) -> dict[Cell, Estimate]:
         """Every value with its interval."""
-        return {name: _estimate(self._point[name], self._draws[name]) for name in self._names}
+        return {name: _estimate(self._point[name], self._draws[name], self._count(name)) for name in self._names}
 
     def paired(self, cell: Cell, other: Cell) -> Estimate:
         """A value of a metric minus another one, over the pairs that have both, with the interval of the difference."""
         both = self.has_value(cell), self.has_value(other)
         if np.array_equal(*both):
-            return _estimate(self._point[cell] - self._point[other], self._draws[cell] - self._draws[other])
+            difference = self._point[cell] - self._point[other]
+            return _estimate(difference, self._draws[cell] - self._draws[other], self._count(cell))
         shared = np.logical_and(*both)
         weights = [
             np.ones((1, len(self._values.images['image']))),
             *_resamples(len(self._values.images['image']), self._seed),
         ]
         point, *draws = (self._average(cell, shared, part) - self._average(other, shared, part) for part in weights)
-        return _estimate(point[0], np.concatenate(draws))
+        return _estimate(point[0], np.concatenate(draws), len(np.unique(self._image_of_pair[shared])))
 
     def differences(self) -> dict[Cell, Estimate]:
         """CA - GAP of every value, by (method, metric), ('accuracy',) or ('confidence',). Empty without both."""
         first, second = _PAIR
         return {
             name[1:]: _estimate(
-                self._point[name] - self._point[second, *name[1:]], self._draws[name] - self._draws[second, *name[1:]]
+                self._point[name] - self._point[second, *name[1:]],
+                self._draws[name] - self._draws[second, *name[1:]],
+                self._count(name),
             )
             for name in self._names
             if name[0] == first and (second, *name[1:]) in self._point
         }
+
+    def _count(self, name: Cell) -> int:
+        """Number of images behind a value."""
+        if len(name) < 3:
+            return len(self._values.images['image'])
+        return len(np.unique(self._image_of_pair[self.has_value(name)]))
 
     def has_value(self, cell: Cell) -> np.ndarray:
         """(R,) bool: pairs with a value of a metric under every pooling, so that the poolings have the same images."""
@@ -179,9 +190,10 @@ def mean_curve(curves: np.ndarray, image_of_pair: np.ndarray, seed: int) -> tupl
     return curves.mean(0), low, high
 
 
-def _estimate(value: Any, draws: np.ndarray) -> Estimate:
-    if np.isnan(value):
-        return Estimate(float('nan'), float('nan'), float('nan'))
+def _estimate(value: Any, draws: np.ndarray, count: int) -> Estimate:
+    """The interval of a value from the draws. Those of one image are all equal, which would look certain."""
+    if np.isnan(value) or count < 2:
+        return Estimate(float(value), float('nan'), float('nan'))
     return Estimate(float(value), *np.nanquantile(draws, _LEVELS).tolist())
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 _TITLE = 36
+_FEW = 6  # images: of fewer, chance alone gives all differences the same sign in more than one case of 20
 BASELINES = ('random', 'centre')
 FORMATS = ('text', 'markdown', 'latex')
 
@@ -47,11 +48,10 @@ def figures(value: float) -> str:
 
 
 def cell(estimate: Estimate, signed: bool = False) -> str:
-    """`35.4 [34.2, 36.6]`, or `+4.90 [3.80, 6.10]`."""
-    if math.isnan(estimate.value):
-        return '-'
+    """`35.4 [34.2, 36.6]`, or `+4.90 [3.80, 6.10]`, or `35.4` without an interval."""
     value, low, high = map(figures, estimate)
-    return f'{"+" if signed and estimate.value > 0 else ""}{value} [{low}, {high}]'
+    sign = '+' if signed and estimate.value > 0 else ''
+    return f'{sign}{value}' + ('' if math.isnan(estimate.low) else f' [{low}, {high}]')
 
 
 def rows(report: Report, text: Callable[[Estimate, bool], str], mark: Callable[[str], str]) -> Iterator[Row]:
@@ -123,10 +123,18 @@ def notes(report: Report) -> Iterator[str]:
     """What a reader of the table must know: images, intervals, baselines, equal methods, maps that say nothing."""
     by_network = report.settings.get('labels') == 'predicted'  # of castream fit
     explained = "GAP's prediction" if by_network else report.settings.get('target')
+    intervals = f'95 % intervals from {RESAMPLES} bootstrap resamples' if report.num_images > 1 else 'no intervals'
     yield (
-        f'{_images(report.num_images)}, class: {explained}; in percent, with 95 % intervals '
-        f'from {RESAMPLES} bootstrap resamples; probability: mean of the class explained'
+        f'{_images(report.num_images)}, class: {explained}; in percent, with {intervals}; probability: mean of the '
+        'class explained'
     )
+    if report.num_images == 1:
+        yield 'One image says nothing about others, so no difference has a verdict'
+    elif report.num_images < _FEW:
+        yield (
+            f'{report.num_images} images are few: by chance alone an interval of a difference excludes 0 in one case of '
+            f'{2 ** (report.num_images - 1)} or more'
+        )
     if by_network:
         yield "The labels are GAP's predictions: accuracy is the agreement with them"
     if report.differences:
@@ -134,7 +142,7 @@ def notes(report: Report) -> Iterator[str]:
     if any(report.best(p, k) for p in report.poolings for k in report.metrics):
         yield '*: the best method under its pooling; its paired difference from the second excludes 0'
     comparisons = len(report.poolings) * len(report.metrics) * (len(report.methods) * (len(report.methods) - 1) // 2)
-    if comparisons >= 20:
+    if comparisons >= 20 and report.num_images > 1:
         yield f'{comparisons} pairs of methods can be compared here: of 95 % intervals one in 20 excludes 0 by chance'
     yield from baseline_notes(report)
     yield from equal_notes(report)
@@ -264,7 +272,8 @@ def to_latex(report: Report, intervals: bool = True) -> str:
             return '-'
         sign = '+' if signed and estimate.value > 0 else ''
         low, high = figures(estimate.low), figures(estimate.high)
-        return f'${sign}{figures(estimate.value)}$' + (rf' {{\scriptsize $[{low}, {high}]$}}' if intervals else '')
+        interval = '' if math.isnan(estimate.low) or not intervals else rf' {{\scriptsize $[{low}, {high}]$}}'
+        return f'${sign}{figures(estimate.value)}$' + interval
 
     def bold(text: str) -> str:
         return re.sub(r'^\$([^$]*)\$', r'$\\mathbf{\1}$', text)

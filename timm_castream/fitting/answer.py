@@ -37,7 +37,7 @@ def answer(report: Report, has_labels: bool) -> Answer:
     """
     accuracy = report.differences['accuracy',]
     agreement = report.accuracy['ca'].value
-    keeps = accuracy.high >= 0 if has_labels else agreement >= LEAST_AGREEMENT
+    keeps = not accuracy.high < 0 if has_labels else agreement >= LEAST_AGREEMENT
     beyond = gain_beyond_random(report)
     problems = (
         [] if keeps else ['the accuracy is lower' if has_labels else 'it predicts another class than GAP too often']
