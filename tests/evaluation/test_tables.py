@@ -150,6 +150,7 @@ def test_one_image_has_no_interval_and_no_verdict(report, tmp_path):
     assert not re.search(r'nan|better[^,]|worse|Worse| \*$|\*\*|mathbf|scriptsize|\[\d', text)
     assert 'with no intervals' in ' '.join(str(one).split()) and 'One image says nothing about others' in str(one)
     assert str(one['gap', 'a', 'average_drop']) == f'{one["gap", "a", "average_drop"].value:.2f}'
+    assert compared(one, 'a', 'random').endswith('one image has no interval')
     one.save(tmp_path)
     assert str(Report.load(tmp_path)) == str(one)
     assert draw_differences(one)
@@ -220,9 +221,39 @@ def test_a_saved_report_is_loaded_whole_and_printed_by_the_command(report, tmp_p
     assert begins == {'.png': b'\x89PNG\r', '.pdf': b'%PDF-', '.svg': b'<?xml'}
 
 
-def test_a_folder_without_an_evaluation_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            lambda folder: None,
+            'no finished evaluation: evaluation.json is missing, which castream evaluate writes at its end.',
+        ),
+        (lambda folder: (folder / 'settings.json').write_text('{}'), 'and the same castream evaluate resumes the one'),
+        (lambda folder: (folder / 'evaluation.json').write_text('{'), 'evaluation.json or values.npz is damaged (JSON'),
+    ],
+)
+def test_a_folder_without_an_evaluation_is_refused(tmp_path, capsys, change, message):
+    change(tmp_path)
     assert cli.main(['report', str(tmp_path)]) == 2
-    assert str(tmp_path) in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert str(tmp_path) in error and message in error and error.count('\n') == 1
+
+
+@pytest.mark.parametrize('kept', [0, 100])
+def test_damaged_values_are_refused(report, tmp_path, kept):
+    report.save(tmp_path)
+    path = tmp_path / 'values.npz'
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r'values\.npz is damaged'):
+        Report.load(tmp_path)
+
+
+def test_a_report_that_has_nothing_to_draw_says_so(report, tmp_path, capsys, caplog):
+    values = report.values
+    one = Report.from_values('t', ('gap',), report.methods, METRICS, values, 0, {'seed': 0, 'target': 'truth'})
+    one.save(tmp_path)
+    assert cli.main(['report', str(tmp_path), '--plot']) == 0
+    assert 'There is nothing to draw' in caplog.text and 'Written to' not in capsys.readouterr().out
 
 
 def test_the_labels_of_a_fit_without_labels_are_called_predictions(report):

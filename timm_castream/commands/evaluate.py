@@ -307,7 +307,8 @@ def print_report(report: Any, kind: str) -> None:
 
 def print_files(folder: str, names: Sequence[str], kind: str) -> None:
     """Says which files were written, as `print_report`."""
-    print(f'\nWritten to {folder}: {", ".join(names)}', file=sys.stdout if kind == 'text' else sys.stderr)
+    if names:
+        print(f'\nWritten to {folder}: {", ".join(names)}', file=sys.stdout if kind == 'text' else sys.stderr)
 
 
 def plot(report: Any, folder: str) -> list[str]:
@@ -320,6 +321,11 @@ def plot(report: Any, folder: str) -> list[str]:
         figures['curves'] = draw_curves(report)
     if report.differences:
         figures['differences'] = draw_differences(report)
+    if not figures:
+        _logger.warning(
+            'There is nothing to draw: curves are kept by castream evaluate --plot with insertion or deletion, and '
+            'differences need both poolings.'
+        )
     names = [f'{name}.{ending}' for name in figures for ending in ('png', 'pdf', 'svg')]
     for name in names:
         save(figures[name.partition('.')[0]], f'{folder}/{name}')

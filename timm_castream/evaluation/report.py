@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from ..attribution.methods import method_title
 from ..metrics.table import METRICS
 from . import tables
 from .bootstrap import Bootstrap, Estimate
+from .resume import SETTINGS
 from .values import ImageValues
 
 __all__ = ['Estimate', 'ImageValues', 'Report']
@@ -343,9 +345,17 @@ class Report:
                 arrays['label_names'].tolist() if 'label_names' in arrays else None,
                 titles['poolings'],
             )
-        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except FileNotFoundError as error:
+            missing = f'{folder} holds no finished evaluation: {Path(str(error.filename)).name} is missing'
+            begun = (
+                ', and the same castream evaluate resumes the one that was begun'
+                if (folder / SETTINGS).is_file()
+                else ''
+            )
+            raise ValueError(f'{missing}, which castream evaluate writes at its end{begun}.') from None
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, EOFError, BadZipFile) as error:
             raise ValueError(
-                f'{folder} holds no finished evaluation: evaluation.json and values.npz, which castream evaluate writes '
+                f'{folder} holds no evaluation that can be read: evaluation.json or values.npz is damaged '
                 f'({type(error).__name__}: {error}).'
             ) from None
         counts = {(row['pooling'], row['method']): row.get('nan_maps', 0) for row in facts['rows']}

@@ -236,12 +236,14 @@ def compared(report: Report, method: str, other: str) -> str:
             report.pooling_name(p),
             METRICS[k].heading,
             cell(value, signed=True),
-            verdict(value, METRICS[k].higher_is_better),
+            '' if math.isnan(value.value) else verdict(value, METRICS[k].higher_is_better),
         )
         for (p, k), value in differences.items()
     ]
     count, maps = report.num_maps(method, other), len(report.values.pairs['image'])
     note = 'paired by image, 95 % intervals'
+    if report.num_images == 1:
+        note = 'one image has no interval'
     if count < maps:
         note += f'; {count} of {maps} maps, those without NaN in both methods'
     title = f'{method_title(method)} - {method_title(other)}'
