@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import pytorch_grad_cam
 import torch
-from by_hand import grad_cam_maps, seed
+from by_hand import grad_cam_maps, seed, unit_range
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from timm_castream import pooling
 from timm_castream.attribution import attribute
 from timm_castream.attribution.peers import LIBRARIES, why_not
 from timm_castream.inference.predictor import Predictor
@@ -113,7 +115,44 @@ def test_shapley_cam_reads_tokens(make_model: Callable[..., nn.Module], x: Tenso
         atol=1e-4,
         rtol=0,
     )
-    assert attribute(make_model('test_vit'), x, 'grad-cam:ShapleyCAM', TARGET, 'gap').amax() == 1
+
+
+class GridOfTokens(nn.Module):
+    """A ViT whose patch tokens pass `layer` as a map before the last block, for a library that does not reshape them."""
+
+    def __init__(self, vit: Any) -> None:
+        super().__init__()
+        self.vit = vit
+        self.layer = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        vit, last = self.vit, self.vit.blocks[-1]
+        tokens = vit.blocks[:-1](vit.norm_pre(vit._pos_embed(vit.patch_embed(x))))
+        grid = self.layer(tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 4)))
+        tokens = torch.cat([tokens[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+        return vit.forward_head(vit.norm(last(tokens)))
+
+
+def test_shapley_cam_of_tokens_is_that_of_the_library_on_a_grid(
+    make_model: Callable[..., nn.Module], x: Tensor
+) -> None:
+    model = make_model('test_vit')
+    with pooling(model, 'gap'), sdpa_kernel(SDPBackend.MATH):  # it takes second derivatives of the attention
+        network = GridOfTokens(model)
+        torch.testing.assert_close(network(x), model(x))
+        scores = [pytorch_grad_cam.utils.model_targets.ClassifierOutputTarget(int(c)) for c in TARGET]
+        method = pytorch_grad_cam.ShapleyCAM(network, [network.layer])
+        expected = unit_range(method(x.clone(), scores))
+        method.activations_and_grads.activations, method.activations_and_grads.gradients = (
+            [],
+            [],
+        )  # the library's own clean-up fails on views
+    maps = attribute(model, x, 'grad-cam:ShapleyCAM', TARGET, 'gap')
+    torch.testing.assert_close(maps, expected, atol=1e-5, rtol=0)
+    assert maps.amax() == 1
+    # The tokens are normalised next, so the scores do not depend on their length: the second derivative times the tokens
+    # is minus the gradient (Euler), and the weights are those of Grad-CAM times 1.5.
+    torch.testing.assert_close(maps, attribute(model, x, 'grad-cam:GradCAM', TARGET, 'gap'), atol=1e-5, rtol=0)
 
 
 def test_products_with_tokens_are_refused_before_a_normalisation_and_run_behind_it(
