@@ -304,23 +304,36 @@ def _accelerated(
 
 def _announce(predictor: Predictor, plan: Plan, source: ImageSource, num_processes: int) -> None:
     """Says how long a long evaluation will take, and what costs it, from the time of one batch."""
+    height, width = source.input_size[-2:]
+    size = height * width / 224**2
     per_image = plan.num_forwards(predictor, source.input_size)
-    if per_image * len(source.indices) < _MANY_FORWARDS:
+    of_libraries = size * plan.num_forwards_of_libraries(predictor)
+    if (per_image + of_libraries) * len(source.indices) < _MANY_FORWARDS:
         return
     blank = torch.zeros(1, *source.input_size, device=predictor.device)
     batch = blank.repeat(predictor.batch_size(blank), 1, 1, 1)
-    with predictor.evaluating():
-        predictor.logits(batch)
-        start = time.perf_counter()
-        predictor.logits(batch)[plan.poolings[0]].sum().item()  # waits for a GPU
-    height, width = source.input_size[-2:]
-    seconds = (time.perf_counter() - start) / len(batch) * 224**2 / (height * width)
-    minutes = seconds * per_image * len(source.indices) / num_processes / 60
+
+    def seconds(forward: Callable[[Tensor], dict[str, Tensor]]) -> float:
+        """Of a forward of one image of 224 x 224 pixels."""
+        with predictor.evaluating():
+            forward(batch)
+            start = time.perf_counter()
+            forward(batch)[plan.poolings[0]].sum().item()  # waits for a GPU
+        return (time.perf_counter() - start) / len(batch) / size
+
+    of_score_cam = size * plan.num_score_cam_forwards(predictor)
+    second = seconds(predictor.logits)
+    parts = {
+        'Score-CAM': of_score_cam * second,
+        # Other libraries know no engine.
+        'methods of other libraries': of_libraries * seconds(predictor.torch_logits) if of_libraries else 0,
+    }
+    whole = per_image * second + parts['methods of other libraries']
+    minutes = whole * len(source.indices) / num_processes / 60
     if minutes < _MANY_MINUTES:
         return
-    of_score_cam = plan.num_score_cam_forwards(predictor) * height * width / 224**2 / per_image
-    cost = f', {of_score_cam:.0%} of it for Score-CAM' if of_score_cam else ''
-    _logger.info('The evaluation will take about %.0f minutes%s.', minutes, cost)
+    costs = [f'{part / whole:.0%} of it for {name}' for name, part in parts.items() if part]
+    _logger.info('The evaluation will take about %.0f minutes%s.', minutes, ''.join(f', {cost}' for cost in costs))
 
 
 def _find_boxes(source: ImageSource, indices: list[int]) -> Callable[[Tensor, Tensor], Tensor]:

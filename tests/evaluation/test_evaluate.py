@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,8 +27,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 import timm_castream
 from timm_castream import datasets, forward_both
 from timm_castream.attribution import attribute
+from timm_castream.attribution.user_methods import resolve_methods
 from timm_castream.evaluate import evaluate
+from timm_castream.evaluation.plan import Plan
 from timm_castream.evaluation.report import Report
+from timm_castream.inference.predictor import Predictor
 
 METHODS = ('grad_cam', 'score_cam')
 
@@ -644,6 +648,20 @@ def test_a_long_evaluation_says_first_how_long_it_takes_and_what_costs_it(model,
     caplog.clear()
     evaluate(model, loader, ('grad_cam',))
     assert 'minutes.' in caplog.text and 'Score-CAM' not in caplog.text
+
+
+def test_the_time_of_methods_of_other_libraries_is_foretold_too(model, caplog, monkeypatch):
+    module = importlib.import_module('timm_castream.evaluate')
+    caplog.set_level('INFO', logger='timm_castream')
+    names = ('grad_cam', 'captum:IntegratedGradients', 'grad-cam:AblationCAM')
+    plan = Plan(resolve_methods(names), ('gap', 'ca'), ('average_drop',))
+    # Under each pooling, the steps of the integral and an ablation a channel.
+    assert plan.num_forwards_of_libraries(Predictor(model)) == 2 * (80 + model.num_features)
+    monkeypatch.setattr(module, '_MANY_FORWARDS', 0)
+    monkeypatch.setattr(module, '_MANY_MINUTES', 0)
+    evaluate(model, DataLoader(Scenes(2), 2), names, metrics=('average_drop',))
+    share = int(re.search(r'minutes, (\d+)% of it for methods of other libraries\.', caplog.text)[1])
+    assert share > 80  # of two poolings three masked images
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ class Method:
         saliency: Maps of a batch under a pooling, (B, K, h, w) in [0, 1].
         needs: Of `'stream'`, `'feature maps'`, `'grid'`, `'gradients'`, `'masked forwards'`, `'seed'`, `'saved maps'`.
         in_paper: Whether the paper shows the method.
+        forwards: Forwards in torch that one map takes by itself, roughly, or each of its channels.
+        forward_a_channel: Whether the forwards are those of each channel.
         source: Name, callable or arrays behind a method of the user.
         check: Function that raises ValueError if the method cannot run on a network, before long work.
     """
@@ -44,6 +46,8 @@ class Method:
     saliency: SaliencyFunction
     needs: frozenset[str] = frozenset()
     in_paper: bool = False
+    forwards: int = 0
+    forward_a_channel: bool = False
     source: Any = field(default=None, repr=False, compare=False)
     check: Callable[[Predictor], None] = field(default=lambda predictor: None, repr=False, compare=False)
 

@@ -70,7 +70,9 @@ def _user_method(label: str, value: Any) -> Method:
         check_library(value)
         check_names('method', (value,), tuple(METHODS), peer_names())
         row = METHODS[value]
-        return Method(label, row.title if label == value else label, row.saliency, row.needs, row.in_paper, value)
+        return Method(
+            label, row.title if label == value else label, row.saliency, row.needs, row.in_paper, source=value
+        )
     if callable(value):
         _check_signature(label, value)
         return Method(label, label, _UserFunction(label, value), source=value)

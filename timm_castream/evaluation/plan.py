@@ -113,8 +113,12 @@ class Plan:
 
     def num_score_cam_forwards(self, predictor: Predictor) -> int:
         """Masks of Score-CAM that an image needs at most: the channels of the last feature map."""
-        masked = any('masked forwards' in method.needs for method in self.methods)
-        return getattr(predictor.backbone, 'num_features', 0) if masked else 0
+        return _channels(predictor) if any('masked forwards' in method.needs for method in self.methods) else 0
+
+    def num_forwards_of_libraries(self, predictor: Predictor) -> int:
+        """Forwards in torch that methods of other libraries need for an image, roughly."""
+        each = (m.forwards * (_channels(predictor) if m.forward_a_channel else 1) for m in self.methods)
+        return len(self.poolings) * sum(each)
 
     def settings(self) -> dict[str, Any]:
         """What a folder of an unfinished evaluation must agree on, plain data: exactly what changes values."""
@@ -142,6 +146,10 @@ class Plan:
             'amp_dtype': str(self.amp_dtype).removeprefix('torch.') if self.amp_dtype else None,
             'temperature': temperature,
         }
+
+
+def _channels(predictor: Predictor) -> int:
+    return getattr(predictor.backbone, 'num_features', 0)
 
 
 def _check_temperature(temperature: Any, poolings: Sequence[str]) -> None:

@@ -69,23 +69,27 @@ class Captum(Library):
         for row in (
             PeerMethod('Saliency', layer=False),
             PeerMethod('InputXGradient', layer=False),
-            PeerMethod('IntegratedGradients', layer=False),
+            PeerMethod('IntegratedGradients', layer=False, forwards=80),
             # Its rule for softmax takes a mean over the whole batch.
             PeerMethod('DeepLift', layer=False, alone=True, unfit=_without_rescaled),
             PeerMethod('GuidedBackprop', layer=False, unfit=_without_relu),
             PeerMethod('Deconvolution', layer=False, unfit=_without_relu),
             PeerMethod('LRP', layer=False),
-            PeerMethod('Occlusion', layer=False, defaults=_window),
+            PeerMethod('Occlusion', layer=False, forwards=40, defaults=_window),
             PeerMethod(
-                'NoiseTunnel', layer=False, random=True, defaults=lambda shape: {'attribution_method': 'Saliency'}
+                'NoiseTunnel',
+                layer=False,
+                random=True,
+                forwards=10,
+                defaults=lambda shape: {'attribution_method': 'Saliency'},
             ),
             PeerMethod('GuidedGradCam', unfit=_without_relu),
             PeerMethod('LayerGradCam'),
             PeerMethod('LayerActivation'),
             PeerMethod('LayerGradientXActivation', unfit=zero_before_norm),
-            PeerMethod('LayerIntegratedGradients'),
-            PeerMethod('LayerConductance'),
-            PeerMethod('InternalInfluence', unfit=zero_before_norm),
+            PeerMethod('LayerIntegratedGradients', forwards=40),
+            PeerMethod('LayerConductance', forwards=40),
+            PeerMethod('InternalInfluence', forwards=40, unfit=zero_before_norm),
             PeerMethod('LayerDeepLift', alone=True),
             PeerMethod('LayerLRP'),
             *(

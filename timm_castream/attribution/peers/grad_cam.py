@@ -62,12 +62,14 @@ class GradCam(Library):
             PeerMethod('FEM'),
             PeerMethod('ShapleyCAM'),
             PeerMethod('FinerCAM'),
-            PeerMethod('FullGrad', layer=False, unfit=_without_biases),
+            PeerMethod('FullGrad', layer=False, forwards=12, unfit=_without_biases),
             PeerMethod('RandomCAM', random=True),
-            PeerMethod('AblationCAM', forward_a_channel=True),
-            PeerMethod('ScoreCAM', alone=True, forward_a_channel=True),
+            PeerMethod('AblationCAM', forward_a_channel=True, forwards=1),
+            PeerMethod('ScoreCAM', alone=True, forward_a_channel=True, forwards=1),
             PeerMethod(
-                'SESS', costly='its default twelve scales take more than a hundred forwards and backwards an image'
+                'SESS',
+                forwards=400,
+                costly='its default twelve scales take more than a hundred forwards and backwards an image',
             ),
             PeerMethod('RefineCAM', refused=_LAYERS),
             PeerMethod(

@@ -28,7 +28,8 @@ class PeerMethod:
         layer: Whether it reads the feature maps of a layer.
         alone: Whether it gets one image at a time: its maps depend on the batch, or its memory grows with it.
         random: Whether it draws random numbers. It then gets one image at a time too, with a seed of its own.
-        forward_a_channel: Whether it takes a forward for each channel of the layer.
+        forward_a_channel: Whether it takes forwards for each channel of the layer.
+        forwards: Forwards of one map, or of each channel, roughly; a backward counts as two.
         costly: Why `all` leaves it out, or ''.
         refused: Why it cannot run here, or ''.
         unfit: Function from a network to the reason why the method says nothing about it, or ''.
@@ -40,6 +41,7 @@ class PeerMethod:
     alone: bool = False
     random: bool = False
     forward_a_channel: bool = False
+    forwards: int = 4
     costly: str = ''
     refused: str = ''
     unfit: Callable[[Predictor], str] = field(default=lambda predictor: '', repr=False)

@@ -93,7 +93,16 @@ def peer_method(source: str, label: str | None = None) -> Method:
     saliency = PeerMaps(label, library, row, arguments)
     needs = frozenset({'seed'}) if row.random else frozenset()
     version = f'{library.package} {library.version}'
-    return Method(label, label, saliency, needs, source=f'{source} of {version}', check=saliency.check)
+    return Method(
+        label,
+        label,
+        saliency,
+        needs,
+        forwards=row.forwards,
+        forward_a_channel=row.forward_a_channel,
+        source=f'{source} of {version}',
+        check=saliency.check,
+    )
 
 
 def peers_that_fit(predictor: Predictor) -> list[str]:

@@ -44,13 +44,15 @@ class TorchCam(Library):
             PeerMethod('CAM', unfit=_without_pooling),
             PeerMethod('GradCAM'),
             PeerMethod('GradCAMpp'),
-            PeerMethod('SmoothGradCAMpp', random=True),
+            PeerMethod('SmoothGradCAMpp', random=True, forwards=10),
             PeerMethod('XGradCAM'),
             PeerMethod('LayerCAM'),
             PeerMethod('FinerCAM'),
-            PeerMethod('ScoreCAM', forward_a_channel=True),
-            PeerMethod('SSCAM', random=True, costly='it takes 35 forwards a channel'),
-            PeerMethod('ISCAM', costly='it takes 10 forwards a channel'),
+            PeerMethod('ScoreCAM', forward_a_channel=True, forwards=1),
+            PeerMethod(
+                'SSCAM', random=True, forward_a_channel=True, forwards=35, costly='it takes 35 forwards a channel'
+            ),
+            PeerMethod('ISCAM', forward_a_channel=True, forwards=10, costly='it takes 10 forwards a channel'),
             PeerMethod('RefineCAM', refused='it multiplies the maps of several layers, and an evaluation has one'),
             PeerMethod(
                 'LeGrad', refused='it reads blocks of nn.MultiheadAttention, which the networks of timm do not have'
