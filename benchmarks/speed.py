@@ -200,8 +200,36 @@ def agreement(weights: str, images: dict[int, str]) -> list[str]:
     return lines
 
 
-def start(old: Path, rounds: int) -> list[str]:
+# What explaining a photograph cannot do without: imports, weights, a forward, and one with a gradient a pooling.
+BARE_EXPLAIN = """-c
+import timm, torch
+from safetensors.torch import load_file
+model = timm.create_model({name!r}).eval()
+model.load_state_dict(load_file({weights!r}), strict=False)
+x = torch.rand(1, 3, 224, 224)
+model(x)
+for _ in range(2):
+    model(x).max().backward()
+"""
+
+
+def start(old: Path, rounds: int, weights: str, folder: Path) -> list[str]:
     """Seconds of imports and of the command line, the older side first."""
+    from sklearn.datasets import load_sample_image
+
+    photograph = str(folder / 'photo.jpg')
+    Image.fromarray(load_sample_image('china.jpg')).save(photograph)
+    explain = [
+        'explain',
+        photograph,
+        '--model',
+        f'{LITE0}_castream',
+        '--checkpoint',
+        weights,
+        '--output',
+        str(folder / 'out'),
+    ]
+    bare, whole = 'import timm, load the weights, three forwards, two with a gradient', 'castream explain photo.jpg'
     timed = {
         'import timm, then timm_castream: beyond timm': '-c\nimport timm, time; t = time.perf_counter(); import '
         'timm_castream; print(time.perf_counter() - t)',
@@ -210,6 +238,8 @@ def start(old: Path, rounds: int) -> list[str]:
         'castream evaluate --nope': '-m\ntimm_castream.cli\nevaluate\n--nope',
         'castream list': '-m\ntimm_castream.cli\nlist',
         'import timm': '-c\nimport timm',
+        bare: BARE_EXPLAIN.format(name=LITE0, weights=weights),
+        whole: '\n'.join(['-m', 'timm_castream.cli', *explain]),
     }
     seconds: dict[tuple[str, int], list[float]] = {(title, side): [] for title in timed for side in (0, 1)}
     for _ in range(rounds):
@@ -217,15 +247,14 @@ def start(old: Path, rounds: int) -> list[str]:
             for side, tree in enumerate((old, HERE.parent)):
                 begin = time.perf_counter()
                 done = subprocess.run(
-                    [sys.executable, *words.split('\n')],
+                    [sys.executable, *(words.split('\n', 1) if words.startswith('-c') else words.split('\n'))],
                     capture_output=True, text=True, cwd=tree, env={**os.environ, 'PYTHONPATH': str(tree)},
                 )  # fmt: skip
                 took = time.perf_counter() - begin
                 seconds[title, side].append(float(done.stdout) if 'perf_counter' in words else took)
-    return [
-        f'| {title} | {statistics.median(seconds[title, 0]):.2f} | {statistics.median(seconds[title, 1]):.2f} |'
-        for title in timed
-    ]
+    medians = {title: [statistics.median(seconds[title, side]) for side in (0, 1)] for title in timed}
+    medians[f'{whole}: beyond that'] = [a - b for a, b in zip(medians[whole], medians[bare], strict=True)]
+    return [f'| {title} | {before:.2f} | {now:.2f} |' for title, (before, now) in medians.items()]
 
 
 def write_weights(name: str, file: str | None, folder: Path, seed: int) -> tuple[str, str]:
@@ -281,7 +310,7 @@ def main() -> None:
         rows = [row for row in ROWS if row.group in args.rows and row.architecture in args.networks]
         if args.quick:
             rows = [replace(row, architecture=SMALL, rounds=1, count=1) for row in rows]
-        names = {row.architecture for row in rows} | ({LITE0} if 'agreement' in args.rows else set())
+        names = {row.architecture for row in rows} | ({LITE0} if {'agreement', 'start'} & set(args.rows) else set())
         weights = {name: write_weights(name, given.get(name), folder, args.seed) for name in sorted(names)}
         images = {}
         for size, count in ((224, 200), (64, 200)):
@@ -297,7 +326,7 @@ def main() -> None:
             print('\nWeights: ' + ', '.join(f'{name} {kind}' for name, (_, kind) in weights.items()) + '.', flush=True)
         if 'start' in args.rows:
             print('\n| start, seconds | before | now |\n| --- | --- | --- |')
-            print('\n'.join(start(old, args.start_rounds)), flush=True)
+            print('\n'.join(start(old, args.start_rounds, weights[LITE0][0], folder)), flush=True)
         if 'agreement' in args.rows:
             print('\n' + '\n'.join(agreement(weights[LITE0][0], images)), flush=True)
 

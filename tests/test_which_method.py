@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from itertools import product
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from benchmarks.which_method.page import render
 from benchmarks.which_method.values import Result
 
 ROOT = Path(__file__).parent.parent
-METRICS = {'average_drop': False, 'insertion': True, 'deletion': False}
+METRICS = {'average_drop': False, 'insertion': True, 'deletion': False, 'pointing_game': True}
 
 
 def committed(folder: Path, values: dict[str, list[float]], slow: tuple[str, ...] = ()) -> Result:
@@ -92,13 +93,13 @@ def test_equal_values_are_not_told_apart():
 
 def test_a_method_is_better_in_the_direction_of_the_metric(tmp_path):
     rng = np.random.default_rng(0)
-    base = rng.uniform(20, 60, (3, 30))
+    base = rng.uniform(20, 60, (4, 30))
     result = committed(
         tmp_path,
         {f'grad_cam/{name}': base[i].tolist() for i, name in enumerate(METRICS)}
         | {f'hires_cam/{name}': (base[i] + rng.uniform(1, 3, 30)).tolist() for i, name in enumerate(METRICS)},
     )
-    assert Comparisons(result).verdicts('gap', 'hires_cam', list(METRICS)) == [-2, 2, -2]
+    assert Comparisons(result).verdicts('gap', 'hires_cam', list(METRICS)) == [-2, 2, -2, 2]
 
 
 def test_methods_with_equal_values_are_one_and_take_their_names_along(tmp_path):
@@ -150,27 +151,59 @@ def test_the_first_sentence_follows_the_values(tmp_path, change, taken):
     assert 'Grad-CAM is better than both baselines in 1 of 1 questions on Net' in text
 
 
-def test_collected_are_the_finished_batches_of_all_runs_and_the_commands_that_measure_them(tmp_path, monkeypatch):
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """The folder of unfinished runs; what is collected lies beside it."""
     monkeypatch.setattr(program, 'RESULTS', tmp_path / 'results')
-    work = tmp_path / 'work' / 'lite0'
+    folder = tmp_path / 'work' / 'lite0'
+    folder.mkdir(parents=True)
     facts = {'poolings': ['gap'], 'methods': ['grad_cam'], 'equal': {}, 'seconds': {'grad_cam': 0.1}}
-    facts |= {'forward_seconds': 0.1}
-    runs = {
-        'first': (0, 'masked', {'gap/grad_cam/average_drop': [10.004, 20.0]}),
-        'second': (1, 'curves', {'gap/grad_cam/insertion': [float('nan'), 40.0]}),
+    (folder / 'facts.json').write_text(json.dumps({**facts, 'forward_seconds': 0.1}))
+    return folder.parent
+
+
+def finished(work: Path, name: str, start: int, metrics: str, values: dict[str, list[float]]) -> None:
+    """A run of two photographs that is finished."""
+    folder = work / 'lite0' / name
+    folder.mkdir()
+    command = f'run lite0 --images {start} STOP --metrics {metrics}'
+    (folder / 'run.json').write_text(json.dumps({'command': command, 'start': start}))
+    record = {
+        'images': {'image': [0, 1], 'gap/accuracy': [100.0, 0.0], 'gap/prob': [0.5, 0.25]},
+        'pairs': {'image': [0, 1], **values},
     }
-    for folder, (start, metrics, values) in runs.items():
-        (work / folder).mkdir(parents=True)
-        command = f'run lite0 --images {start} STOP --metrics {metrics}'
-        (work / folder / 'run.json').write_text(json.dumps({'command': command, 'start': start}))
-        record = {
-            'images': {'image': [0, 1], 'gap/accuracy': [100.0, 0.0], 'gap/prob': [0.5, 0.25]},
-            'pairs': {'image': [0, 1], **values},
-        }
-        (work / folder / 'finished.0.jsonl').write_text(json.dumps(record) + '\n')
-    (work / 'facts.json').write_text(json.dumps(facts))
-    program.main(['collect', 'lite0', '--work', str(tmp_path / 'work')])
-    result = Result(tmp_path / 'results', 'lite0')
+    (folder / 'finished.0.jsonl').write_text(json.dumps(record) + '\n')
+
+
+def collected(work: Path, *arguments: str) -> Result:
+    program.main(['collect', 'lite0', '--work', str(work), *arguments])
+    return Result(work.parent / 'results', 'lite0')
+
+
+def test_a_method_that_beats_the_baselines_and_loses_to_grad_cam_elsewhere_is_no_advice(tmp_path):
+    rng = np.random.default_rng(0)
+    base = rng.uniform(40, 60, 30)
+    columns = {}
+    for metric, sign in (('average_drop', -1), ('insertion', 1), ('deletion', -1)):
+        gains = {'grad_cam': 0, 'hires_cam': 5, 'random': 0, 'centre': 0}
+        if metric == 'deletion':
+            gains = {'grad_cam': 0, 'hires_cam': -5, 'random': -9, 'centre': -9}
+        for method, gain in gains.items():
+            columns[f'{method}/{metric}'] = (base + sign * gain + rng.normal(0, 0.1, 30)).tolist()
+    # Grad-CAM: above the baselines in deletion alone, and below one in both others
+    for metric, sign in (('average_drop', -1), ('insertion', 1)):
+        columns[f'centre/{metric}'] = (np.array(columns[f'grad_cam/{metric}']) + sign * 1).tolist()
+    result = committed(tmp_path, columns)
+    text = ' '.join(answer([Place(result, Comparisons(result), 'gap')]))
+    assert text.startswith(
+        '**On Net take none on trust: Grad-CAM does not beat the baselines, and what does, `hires_cam`,'
+    )
+
+
+def test_collected_are_the_finished_batches_of_all_runs_and_the_commands_that_measure_them(work):
+    finished(work, 'first', 0, 'masked', {'gap/grad_cam/average_drop': [10.004, 20.0]})
+    finished(work, 'second', 1, 'curves', {'gap/grad_cam/insertion': [float('nan'), 40.0]})
+    result = collected(work)
     assert result.values('gap', 'grad_cam', 'average_drop').tolist()[:2] == [10, 20]
     assert np.isnan(result.values('gap', 'grad_cam', 'average_drop')[2])
     assert result.values('gap', 'grad_cam', 'insertion')[2] == 40
@@ -178,6 +211,23 @@ def test_collected_are_the_finished_batches_of_all_runs_and_the_commands_that_me
         '--images 0 2 --metrics masked',
         '--images 1 3 --metrics curves',
     ]
+
+
+def test_collected_are_added_to_the_committed_values(work, capsys):
+    finished(work, 'first', 0, 'masked', {'gap/grad_cam/average_drop': [10.0, 20.0]})
+    collected(work)
+    shutil.rmtree(work / 'lite0' / 'first')
+    finished(work, 'second', 1, 'masked', {'gap/grad_cam/average_drop': [21.5, 30.0]})
+    finished(work, 'third', 4, 'masked', {'gap/grad_cam/average_drop': [50.0, 60.0]})
+    result = collected(work)
+    assert result.images == [0, 1, 2, 4, 5]
+    assert result.values('gap', 'grad_cam', 'average_drop').tolist() == [10, 21.5, 30, 50, 60]
+    assert 'gap/grad_cam/average_drop of photograph 1 differs most, by 1.500' in capsys.readouterr().out
+    assert [command.split('lite0 ')[1] for command in result.facts['commands']] == [
+        '--images 0 3 --metrics masked',
+        '--images 4 6 --metrics masked',
+    ]
+    assert collected(work, '--afresh').images == [1, 2, 4, 5]
 
 
 def test_a_training_that_is_interrupted_ends_with_the_weights_of_one_that_is_not(tmp_path, monkeypatch):
@@ -214,6 +264,28 @@ def test_a_training_that_is_interrupted_ends_with_the_weights_of_one_that_is_not
 def test_the_page_is_that_of_the_committed_values():
     page = (ROOT / 'docs' / 'which-method.md').read_text(encoding='utf-8')
     assert page == '\n'.join(render(program.committed())).rstrip() + '\n'
+
+
+def test_boxes_are_a_section_and_ask_no_question(tmp_path):
+    rng = np.random.default_rng(0)
+    drops = rng.uniform(40, 60, 30)
+    (tmp_path / 'asked').mkdir()
+    (tmp_path / 'boxed').mkdir()
+    methods = ('grad_cam', 'layer_cam', 'random', 'centre')
+    asked = committed(tmp_path / 'asked', {f'{m}/average_drop': (drops + i).tolist() for i, m in enumerate(methods)})
+    hits = {
+        'grad_cam': [100.0] * 12 + [0.0] * 8,
+        'layer_cam': [100.0] * 20,
+        'random': [0.0] * 20,
+        'centre': [100.0] * 20,
+    }
+    boxed = committed(tmp_path / 'boxed', {f'{m}/pointing_game': values for m, values in hits.items()})
+    places = [Place(r, Comparisons(r), 'gap') for r in (asked, boxed)]
+    assert [place.asked for place in places] == [['average_drop'], []]
+    text = list(answer(places[:1], places[1:]))[-1]
+    assert 'on 60 % of 20 photographs, that of `random` on 0 %, the middle of the image on 100 %' in text
+    assert 'Better than Grad-CAM with all tests taken together: `layer_cam`.' in text
+    assert 'Better than the middle by a test of their own: none.' in text
 
 
 def test_every_network_has_its_baselines_and_its_accuracy():

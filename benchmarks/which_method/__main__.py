@@ -1,14 +1,15 @@
 """Which saliency method? Every method that runs, every metric, on real photographs; and the page docs/which-method.md.
 
     python -m benchmarks.which_method run lite0 --data DIR --images 0 100 --metrics masked
+    python -m benchmarks.which_method run boxes --data DIR --images 0 200 --metrics boxes
     python -m benchmarks.which_method time lite0 --data DIR
     python -m benchmarks.which_method collect lite0
     python -m benchmarks.which_method page
 
 `run` measures some metrics of one network on a range of the photographs, and resumes after an interruption. `time` times
-the methods anew, for a machine without other work. `collect` writes the values of every photograph to
-benchmarks/which_method_results, from all runs of a network, finished or not. `page` reads these alone: every number of the
-page is computed from them. What DIR holds is in networks.py.
+the methods anew, for a machine without other work. `collect` adds the values of all runs of a network, finished or not, to
+those in benchmarks/which_method_results. `page` reads these alone: every number of the page is computed from them. What DIR
+holds is in networks.py.
 
 Methods whose maps are equal on the network are measured once. `--methods slow` takes those of more than 20 forwards.
 """
@@ -22,6 +23,7 @@ import io
 import json
 import math
 import platform
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +44,7 @@ from timm_castream.metrics.table import METRICS
 
 from .networks import NETWORKS, SEED, drawn
 from .page import write
-from .values import SLOW, Result
+from .values import BOXES, SLOW, Result
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / 'benchmarks' / 'which_method_results'
@@ -52,7 +54,7 @@ EQUAL = 0.01
 PROBED = 3  # photographs on which maps are compared and timed
 BATCH = 2
 
-# Names of sets of metrics. The photographs have no boxes, which those of localisation need.
+# Names of sets of metrics. Boxes are those of the network `boxes` alone.
 SETS = {
     'masked': (
         *('average_drop', 'average_gain', 'average_increase'),
@@ -62,6 +64,7 @@ SETS = {
     'road': ('road_morf', 'road_lerf'),
     'again': ('coherency', 'adcc', 'randomisation', 'randomisation_ssim', 'stability'),
     'ends': ('insertion_black', 'insertion_mean', 'deletion_black', 'deletion_blur'),
+    'boxes': BOXES,
 }
 
 
@@ -72,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
     folder = args.work / args.network
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / 'facts.json').is_file():  # all runs of a network keep the first timings
-        facts = probe(model, loader_of(args, model, (0, PROBED)), args)
+        known = RESULTS / f'{network.facts or args.network}.json'
+        facts = read_json(known) if known.is_file() else probe(model, loader_of(args, model, (0, PROBED)), args)
         write_json(folder / 'facts.json', facts)
     facts = read_json(folder / 'facts.json')
     slow = [name for name in facts['methods'] if facts['seconds'][name] > SLOW * facts['forward_seconds']]
@@ -221,25 +225,26 @@ def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def collect(args: argparse.Namespace) -> None:
-    """Writes the values of all runs of a network, of the batches that are finished."""
+    """Adds the values of all runs of a network, of the batches that are finished, to the committed ones.
+
+    What was measured again takes the place of the committed value. The largest difference is printed: it tells whether
+    the network is still the same.
+    """
     folder = args.work / args.network
     facts = read_json(folder / 'facts.json') | described(args)
-    facts['commands'] = []
-    rows: dict[int, dict[str, float]] = {}
-    for path in sorted(folder.glob('*/run.json')):
-        about = read_json(path)
-        done = set()
-        for file in sorted(path.parent.glob('finished.*.jsonl')):
-            for line in filter(None, file.read_text(encoding='utf-8').splitlines()):
-                record = json.loads(line)
-                # Every image is explained for one class, so that images and pairs are the same rows.
-                columns = {**record['images'], **record['pairs']}
-                done |= set(columns['image'])
-                for position, image in enumerate(columns['image']):
-                    row = rows.setdefault(about['start'] + image, {})
-                    row |= {name: values[position] for name, values in columns.items() if name != 'image'}
-        if done:  # the command that measures what is finished
-            facts['commands'].append(about['command'].replace('STOP', str(about['start'] + len(done))))
+    rows, facts['commands'] = values_of_runs(folder)
+    averaged = [f'{p}/{column}' for p in facts['poolings'] for column in ('accuracy', 'prob')]
+    means = {name: mean([row[name] for row in rows.values() if name in row]) for name in averaged}
+    if not args.afresh and (RESULTS / f'{args.network}.json').is_file():
+        before = Result(RESULTS, args.network)
+        facts['commands'] = joined_commands([*before.facts['commands'], *facts['commands']])
+        if len(rows) < before.num_images:  # the committed means are of more photographs
+            for p in facts['poolings']:
+                means |= {
+                    f'{p}/accuracy': before.facts['accuracy'][p],
+                    f'{p}/prob': before.facts['confidence'][p] / 100,
+                }
+        rows = added_to(before, rows)
     names = list(dict.fromkeys(name for _, row in sorted(rows.items()) for name in row))
     measured = {name.split('/')[2] for name in names if name.count('/') == 2}
     facts['metrics'] = {
@@ -247,14 +252,8 @@ def collect(args: argparse.Namespace) -> None:
         for name, row in METRICS.items()
         if name in measured
     }
-    for fact, column in (('accuracy', 'accuracy'), ('confidence', 'prob')):
-        scale = 100 if column == 'prob' else 1
-        facts[fact] = {
-            p: round(
-                scale * float(np.mean([row[f'{p}/{column}'] for row in rows.values() if f'{p}/{column}' in row])), 2
-            )
-            for p in facts['poolings']
-        }
+    facts['accuracy'] = {p: round(means[f'{p}/accuracy'], 2) for p in facts['poolings']}
+    facts['confidence'] = {p: round(100 * means[f'{p}/prob'], 2) for p in facts['poolings']}
     kept = [
         name
         for name in names
@@ -269,6 +268,71 @@ def collect(args: argparse.Namespace) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f'{args.network}.csv.gz').write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
     write_json(RESULTS / f'{args.network}.json', facts)
+
+
+def values_of_runs(folder: Path) -> tuple[dict[int, dict[str, float]], list[str]]:
+    """{photograph: {column: value}} of the finished batches, and the commands that measure them."""
+    commands = []
+    rows: dict[int, dict[str, float]] = {}
+    for path in sorted(folder.glob('*/run.json')):
+        about = read_json(path)
+        done = set()
+        for file in sorted(path.parent.glob('finished.*.jsonl')):
+            for line in filter(None, file.read_text(encoding='utf-8').splitlines()):
+                record = json.loads(line)
+                # Every image is explained for one class, so that images and pairs are the same rows.
+                columns = {**record['images'], **record['pairs']}
+                done |= set(columns['image'])
+                for position, image in enumerate(columns['image']):
+                    row = rows.setdefault(about['start'] + image, {})
+                    row |= {name: values[position] for name, values in columns.items() if name != 'image'}
+        if done:  # the command that measures what is finished
+            commands.append(about['command'].replace('STOP', str(about['start'] + len(done))))
+    return rows, commands
+
+
+def added_to(before: Result, rows: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
+    """The committed values with those of new runs in their place."""
+    merged = {
+        image: {name: column[i] for name, column in before.columns.items() if not math.isnan(column[i])}
+        for i, image in enumerate(before.images)
+    }
+    again = [
+        (abs(merged[image][name] - value), image, name)
+        for image, row in rows.items()
+        for name, value in row.items()
+        if name in merged.get(image, {})
+    ]
+    if again:
+        difference, image, name = max(again)
+        print(
+            f'{len(again)} values are measured again. {name} of photograph {image} differs most, by {difference:.3f}.'
+        )
+    for image, row in rows.items():
+        merged.setdefault(image, {}).update(row)
+    return merged
+
+
+def joined_commands(commands: Sequence[str]) -> list[str]:
+    """One command for those that differ in the photographs alone, if these follow each other."""
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for text in commands:
+        start, stop = map(int, re.findall(r'--images (\d+) (\d+)', text)[0])
+        ranges.setdefault(text.replace(f'--images {start} {stop}', '--images {} {}'), []).append((start, stop))
+    found = []
+    for text, pairs in ranges.items():
+        kept: list[tuple[int, int]] = []
+        for start, stop in sorted(pairs):
+            if kept and start <= kept[-1][1]:
+                kept[-1] = kept[-1][0], max(stop, kept[-1][1])
+            else:
+                kept.append((start, stop))
+        found += [text.format(*pair) for pair in kept]
+    return found
+
+
+def mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else math.nan
 
 
 def committed() -> list[Result]:
@@ -308,6 +372,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measure.add_argument('--engine', default='onnxruntime')
     gather = commands.add_parser('collect', help='write the results of the batches that are finished')
     gather.add_argument('network', choices=NETWORKS)
+    gather.add_argument('--afresh', action='store_true', help='without the committed values')
     for command_parser in (measure, again, gather):
         command_parser.add_argument('--work', type=Path, default=Path('which_method_work'), help='unfinished runs')
     commands.add_parser('page')

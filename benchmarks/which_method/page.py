@@ -12,12 +12,13 @@ from timm_castream.metrics.table import METRICS
 
 from .answer import Place, answer, joined, listed, name_of
 from .comparisons import FLIPS, HALVES, Comparisons
-from .values import BASELINES, CLASS_FREE, MAP_CHECKS, QUESTIONS, REFERENCE, SAME_VALUES, Result
+from .values import BASELINES, BOXES, CLASS_FREE, MAP_CHECKS, QUESTIONS, REFERENCE, SAME_VALUES, Result
 
 TABLES = {
     'Masks': QUESTIONS['Masked image'] + QUESTIONS['Top half'],
     'Curves and ROAD': tuple(name for names in list(QUESTIONS.values())[2:] for name in names),
     'The map itself': MAP_CHECKS,
+    'Boxes': BOXES,
 }
 
 
@@ -34,19 +35,22 @@ def render(results: Sequence[Result]) -> Iterable[str]:
         for comparisons in [Comparisons(result)]
         for p in result.poolings
     ]
+    boxed = [place for place in places if not place.asked]
+    places = [place for place in places if place.asked]
+    questioned = list({id(place.result): place.result for place in places}.values())
     yield '# Which method?'
     yield ''
     yield '<!-- Written by python -m benchmarks.which_method page from benchmarks/which_method_results. Do not edit. -->'
     yield ''
     for part in (
-        answer(places),
+        answer(places, boxed),
         _overview(places),
         _measured(results),
         _reading(),
-        *(_section(place) for place in places),
+        *(_section(place) for place in [*places, *boxed]),
         _agreement(places),
         _one_map(places),
-        _costs(results),
+        _costs(questioned),
         _limits(results),
     ):
         yield from part
@@ -100,7 +104,7 @@ def _measured(results: Sequence[Result]) -> Iterable[str]:
         accuracy = joined([f'{facts["accuracy"][p]:.1f} % ({p.upper()})' for p in result.poolings])
         sure = joined([f'{facts["confidence"][p]:.1f} % ({p.upper()})' for p in result.poolings])
         yield (
-            f'- **{result.heading}**: {facts["network"]}. {result.num_images} {facts["photographs"]}, {facts["side"]} x '
+            f'- **{result.heading}**: {facts["network"]}. {result.num_images} {facts["photographs"]} {facts["side"]} x '
             f'{facts["side"]} pixels, drawn with seed {facts["seed"]}. The network names the class of {accuracy} of them; the mean '
             f'probability of the class is {sure}. ' + ', '.join(f'`{command}`' for command in facts['commands']) + '.'
         )
@@ -110,7 +114,8 @@ def _measured(results: Sequence[Result]) -> Iterable[str]:
         'Imagewoof. The ResNet and the classifier of the ViT know the folders `train` alone. The backbone of '
         'EfficientNet-Lite0 was trained by its authors on training photographs of ImageNet; the fit of its stream left out '
         'copies of the folders `val` ([Networks with a stream](pretrained.md)). What the other weights have seen is known '
-        'from their authors alone.'
+        'from their authors alone. Boxes are known of other photographs, those of Tiny ImageNet; on them only the metrics of boxes '
+        'are measured.'
     )
     yield ''
     left = sorted({name for result in results for name in result.facts['left_out']})
@@ -127,15 +132,12 @@ def _measured(results: Sequence[Result]) -> Iterable[str]:
         yield ''
         yield (
             f'Not measured: {joined(missing)}.'
-            + (
-                ' The metrics of localisation need boxes, which these photographs do not have.'
-                if 'Pointing Game' in missing
-                else ''
-            )
+            + (' MaxBoxAccV2 has no value of a single photograph.' if 'MaxBoxAccV2' in missing else '')
         )
     partly = {
-        result.heading: [METRICS[n].title for n in METRICS if n in known and n not in result.facts['metrics']]
+        result.heading: [METRICS[n].title for n in METRICS if n in known - {*BOXES, *result.facts['metrics']}]
         for result in results
+        if result.asked(result.poolings[0])
     }
     for heading, titles in partly.items():
         if titles:
@@ -170,6 +172,8 @@ def _reading() -> Iterable[str]:
         + '. The first speaks for the question wherever questions are counted.\n'
         '- The metrics of the map itself ask the network nothing, or mix what it says with the shape of the map. A map that is '
         'the same for all images, as the centre, is coherent and stable without merit. They are compared and not counted.\n'
+        '- The metrics of boxes ask whether the map lies on the object that people marked, not whether the network uses it. '
+        'They are compared and not counted.\n'
         '- Order of the rows: the mean place over the questions, the best on top; baselines stand last. Neighbours need not '
         'differ.\n'
         '- *Blank*: share of the maps that are constant, which say nothing.\n'

@@ -20,8 +20,12 @@ SAME_VALUES = 0.05  # percent: two methods, or two metrics, with no larger diffe
 QUESTIONS = {
     'Masked image': ('average_drop', 'average_gain', 'average_increase'),
     'Top half': ('average_drop_top50', 'average_gain_top50', 'average_increase_top50'),
-    'Insertion': ('insertion', 'insertion_share', 'insertion_black', 'insertion_mean'),
-    'Deletion': ('deletion', 'deletion_share', 'deletion_black', 'deletion_blur'),
+    'Insertion': ('insertion', 'insertion_share'),
+    'Insertion into black': ('insertion_black',),
+    'Insertion into the mean colour': ('insertion_mean',),
+    'Deletion': ('deletion', 'deletion_share'),
+    'Deletion to black': ('deletion_black',),
+    'Deletion to the blurred image': ('deletion_blur',),
     'ROAD, most relevant first': ('road_morf',),
     'ROAD, least relevant first': ('road_lerf',),
 }
@@ -29,6 +33,9 @@ QUESTIONS = {
 they agree by construction: the first speaks for the question wherever something is counted."""
 MAP_CHECKS = ('complexity', 'coherency', 'adcc', 'randomisation', 'randomisation_ssim', 'stability')
 """Metrics of the map alone, or with such a part: a map that is the same for all images is coherent and stable."""
+
+BOXES = ('pointing_game', 'energy_pointing_game', 'localization_error')
+"""Metrics of boxes with a value of each photograph. MaxBoxAccV2 has none: it is the best of thresholds for a data set."""
 
 CLASS_FREE = (
     *(
@@ -50,6 +57,7 @@ class Result:
     Attributes:
         facts: What is known about the network, the photographs and the run.
         columns: {'pooling/method/metric': (N,) values of the photographs in percent, NaN where there is none}.
+        images: Position of each photograph in the order that is drawn.
         poolings: Those that were measured.
     """
 
@@ -59,6 +67,7 @@ class Result:
         rows = list(csv.DictReader(io.StringIO(text)))
         self.columns = {key: np.array([float(row[key] or 'nan') for row in rows]) for key in rows[0] if key != 'image'}
         self.poolings = [p for p in self.facts['poolings'] if self.methods(p)]
+        self.images = [int(row['image']) for row in rows]
         self.num_images = len(rows)
         self._same_methods: dict[str, dict[str, str]] = {}
 
@@ -150,7 +159,7 @@ class Result:
 
     def metrics_of(self, pooling: str, method: str = REFERENCE) -> list[str]:
         """The metrics that a method has values of, in the order of the page."""
-        order = [name for names in QUESTIONS.values() for name in names] + list(MAP_CHECKS)
+        order = [name for names in QUESTIONS.values() for name in names] + [*MAP_CHECKS, *BOXES]
         return [name for name in order if name in self.metrics and self.count(pooling, method, name)]
 
     def asked(self, pooling: str) -> list[str]:
