@@ -175,6 +175,22 @@ def test_methods_whose_hits_agree_are_not_called_equal(report):
     assert 'have the same values' not in str(other)
 
 
+def test_methods_that_differ_more_than_images_do_are_not_called_equal(report):
+    """Of a network that was not trained, all values are nearly the same: the best was marked and called equal too."""
+    pairs = {name: 49.3 + value / 3000 if '/average' in name else value for name, value in report.values.pairs.items()}
+    values = ImageValues(report.values.images, pairs)
+    other = str(Report.from_values('t', report.poolings, report.methods, METRICS, values, 0, {}))
+    assert other.count('have the same values') == 2 and 'a and b have the same values under GAP' in other
+
+
+def test_a_function_that_is_explained_is_called_by_its_name(report):
+    report.settings['target'] = 'package.module.outer.<locals>.similarity 402ffdcc0518b922'
+    text = ' '.join(str(report).split())
+    assert '200 images, function: similarity; in percent' in text and 'probability: mean of its values' in text
+    report.settings['target'] = 'predicted'
+    assert '200 images, class: predicted; in percent' in str(report)
+
+
 @pytest.mark.parametrize(
     ('value', 'text'),
     [(35.44, '35.4'), (5.544, '5.54'), (99.96, '100'), (9.996, '10.0'), (-0.001, '0.00'), (1027.2, '1027')],

@@ -122,11 +122,13 @@ def _short_titles(report: Report) -> dict[str, str]:
 def notes(report: Report) -> Iterator[str]:
     """What a reader of the table must know: images, intervals, baselines, equal methods, maps that say nothing."""
     by_network = report.settings.get('labels') == 'predicted'  # of castream fit
-    explained = "GAP's prediction" if by_network else report.settings.get('target')
+    explained = "GAP's prediction" if by_network else str(report.settings.get('target'))
+    kind, mean = 'class', 'the class explained'
+    if not by_network and ' ' in explained:  # the path and the hash of a function
+        kind, mean, explained = 'function', 'its values', explained.partition(' ')[0].rpartition('.')[2]
     intervals = f'95 % intervals from {RESAMPLES} bootstrap resamples' if report.num_images > 1 else 'no intervals'
     yield (
-        f'{_images(report.num_images)}, class: {explained}; in percent, with {intervals}; probability: mean of the '
-        'class explained'
+        f'{_images(report.num_images)}, {kind}: {explained}; in percent, with {intervals}; probability: mean of {mean}'
     )
     if report.num_images == 1:
         yield 'One image says nothing about others, so no difference has a verdict'
