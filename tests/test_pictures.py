@@ -17,6 +17,7 @@ from timm_castream.pictures import (
     COLOURS,
     Box,
     Panel,
+    _folded,
     draw_grid,
     draw_row,
     heat_map,
@@ -106,6 +107,21 @@ def test_many_panels_go_on_in_further_lines() -> None:
     assert np.array_equal(row[: len(few)], few)
     for i in range(30):  # each is there once, whole
         assert (row == i).all(-1).sum() >= 224 * 224
+
+
+@pytest.mark.parametrize('side', [40, 320])
+def test_a_title_that_is_wider_than_its_panel_is_folded(side: int) -> None:
+    """The titles of neighbours lay over each other."""
+    black, title = np.zeros((side, side, 3), np.uint8), 'captum:IntegratedGradients,n_steps=50,method=riemann_trapezoid'
+    for text in (title, 'x' * 80, 'Grad-CAM\n' + title):
+        row = draw_row([Panel('', black), Panel(text, black), Panel('', black)])
+        width = row.shape[1] // 3
+        head = row[: -max(side, 200) - 8] < 128
+        assert (
+            head[:, width : 2 * width].any() and not head[:, : width - 4].any() and not head[:, 2 * width + 4 :].any()
+        )
+    lines = _folded(title, 200, 12)
+    assert ''.join(lines) == title and len(lines) > 1 and all(line.endswith(',') for line in lines[:-1])
 
 
 def test_a_caption_stands_below_the_rows() -> None:

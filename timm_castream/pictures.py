@@ -226,19 +226,33 @@ def _draw_line(panels: Sequence[Panel]) -> np.ndarray:
     enlarged = -(-_LEAST_WIDTH // width)
     height, width = height * enlarged, width * enlarged
     letters = _letters(width)
-    lines = max(panel.title.count('\n') + 1 for panel in panels)
-    title_height = lines * round(_LINES * letters) + _GAP
+    titles = [_folded(panel.title, width, letters) for panel in panels]
+    title_height = max(map(len, titles)) * round(_LINES * letters) + _GAP
     canvas = Image.new('RGB', (len(panels) * (width + _GAP) + _GAP, title_height + height + _GAP), 'white')
     draw = ImageDraw.Draw(canvas)
-    for column, (title, pixels) in enumerate(panels):
+    for column, (title, panel) in enumerate(zip(titles, panels, strict=True)):
         left = _GAP + column * (width + _GAP)
-        picture = Image.fromarray(pixels)
+        picture = Image.fromarray(panel.pixels)
         canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, title_height))
         baseline = title_height - _GAP // 2
-        for line in reversed(title.split('\n')):
+        for line in reversed(title):
             draw.text((left + width / 2, baseline), line, 'black', _font(letters), anchor='ms')
             baseline -= round(_LINES * letters)
     return np.asarray(canvas)
+
+
+def _folded(title: str, width: int, letters: int) -> list[str]:
+    """The lines of a title, folded where they are wider than a panel: behind a space or a comma, or else anywhere."""
+    font = _font(letters)
+    lines = []
+    for text in title.split('\n'):
+        while font.getlength(text) > width and len(text) > 1:
+            fits = next(n for n in range(len(text) - 1, 0, -1) if n == 1 or font.getlength(text[:n]) <= width)
+            after = max(text.rfind(mark, 0, fits) + 1 for mark in ' ,')
+            lines.append(text[: after or fits].rstrip())
+            text = text[after or fits :]
+        lines.append(text)
+    return lines
 
 
 def stack_rows(rows: Sequence[np.ndarray], caption: str = '') -> Image.Image:

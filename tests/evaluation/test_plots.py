@@ -54,6 +54,14 @@ def test_each_interval_is_that_of_the_difference(report: Report) -> None:
             assert list(interval) == [*report.difference(method, metric)[1:]]
 
 
+def test_dollars_in_a_label_are_no_formula(make_model, tmp_path: Path) -> None:
+    loader = DataLoader(TensorDataset(torch.zeros(2, 3, 64, 64), torch.arange(2)), 2)
+    methods = {r'$\nope$': 'centre', '$1 or 2$': 'random'}
+    report = evaluate(make_model('test_resnet'), loader, methods, metrics=('insertion',), keep_curves=True)
+    for figure in (draw_curves(report), draw_differences(report)):
+        save(figure, tmp_path / 'plot.svg')  # text that matplotlib reads as a formula is drawn or fails here
+
+
 def test_text_of_the_plots_lies_inside_the_width_of_a_column_whatever_the_labels(make_model) -> None:
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     loader = DataLoader(TensorDataset(images, torch.arange(2)), 2)

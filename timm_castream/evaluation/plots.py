@@ -98,6 +98,5 @@ def _title(report: Report, method: str) -> str:
     """The title of a method in short lines, and how many of its maps say nothing."""
     counts = {p: report.constant_maps.get((p, method), 0) for p in report.poolings}
     each = ', '.join(f'{report.pooling_name(p)} {count}' for p, count in counts.items())
-    return textwrap.fill(
-        f'{method_title(method)} (constant: {each})' if any(counts.values()) else method_title(method), 28
-    )
+    title = f'{method_title(method)} (constant: {each})' if any(counts.values()) else method_title(method)
+    return textwrap.fill(title, 28).replace('$', r'\$')  # matplotlib reads formulas between dollars
