@@ -38,3 +38,10 @@ def test_an_unknown_name_is_refused_with_a_near_one_that_need_not_be_among_those
 def test_a_beginning_stands_for_the_whole_name() -> None:
     assert did_you_mean('onnx', ['torch', 'onnxruntime']) == " (did you mean 'onnxruntime'?)"
     assert did_you_mean('on', ['torch', 'onnxruntime']) == ''
+
+
+def test_initials_stand_for_a_name_as_the_headings_of_a_table_do():
+    names = ('average_drop', 'adcc', 'average_gain', 'insertion')
+    assert did_you_mean('AD', names) == " (did you mean 'average_drop'?)"
+    assert did_you_mean('ag', names) == " (did you mean 'average_gain'?)"
+    assert did_you_mean('adc', names) == " (did you mean 'adcc'?)" and not did_you_mean('i', names)

@@ -9,10 +9,11 @@ _BEGINNING = 3  # letters from which a name may be cut short
 
 
 def nearest(name: object, valid: Iterable[str]) -> str | None:
-    """The valid name that a mistyped one may stand for, or None where none is near."""
+    """The valid name that a mistyped one or its initials may stand for, as AD for average_drop, or None."""
     spelt = {text.casefold(): text for text in valid}
     given = str(name).casefold()
-    near = difflib.get_close_matches(given, spelt, 1)
+    initials = {''.join(word[:1] for word in text.split('_')): text for text in reversed(spelt) if '_' in text}
+    near = [initials[given]] if given in initials else difflib.get_close_matches(given, spelt, 1)
     if not near and len(given) >= _BEGINNING:
         near = [text for text in spelt if text.startswith(given)]
     return spelt[near[0]] if near else None
