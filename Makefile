@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# One thread a process: pytest-xdist runs as many processes as there are cores.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+# One thread a process: pytest-xdist runs as many processes as there are cores. Tests start many processes of the package,
+# so that its bytecode is kept even where the environment asks for none.
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto
 
 .PHONY: demo app evidence test test-slow test-timm-main lint docs build clean
 
