@@ -297,6 +297,15 @@ def test_the_stream_helps_where_accuracy_stays_and_the_gain_is_beyond_that_of_ra
     assert all(problem in sentence for problem in problems)
 
 
+def test_one_image_shows_neither_help_nor_a_lower_accuracy() -> None:
+    many = report_of(0, 5, 1, 3)
+    images, pairs = ({k: v[:1] for k, v in values.items()} for values in (many.values.images, many.values.pairs))
+    report = Report.from_values('net', ('gap', 'ca'), METHODS, MEASURED, ImageValues(images, pairs), 0, many.settings)
+    helps, sentence = answer(report, True)
+    assert not helps and 'AG of Grad-CAM is not better' in sentence
+    assert 'the accuracy is lower' not in sentence and 'nan' not in sentence
+
+
 def test_the_gain_beyond_random_maps_is_a_mean_over_images_with_its_interval() -> None:
     report = report_of(0, 5, 1, 3)
     pairs = report.values.pairs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +48,7 @@ def answer(report: Report, has_labels: bool) -> Answer:
         for metric in ('average_gain', 'average_increase')
         if report.verdict('grad_cam', metric) != 'better'
     ]
-    if beyond.low <= 0:
+    if not beyond.low > 0:
         problems.append('AG of Grad-CAM gains no more than that of random maps')
     first = f'accuracy {_signed(accuracy)}' if has_labels else f"CA predicts GAP's class on {agreement:.1f} %"
     drop, gain, increase = (report.difference('grad_cam', metric) for metric in MEASURED)
@@ -71,6 +72,8 @@ def gain_beyond_random(report: Report) -> Estimate:
     )
     difference = (ca - gap) - (random_ca - random_gap)
     known = ~np.isnan(difference)
+    if len(np.unique(pairs['image'][known])) < 2:  # as of all values of one image
+        return Estimate(float(difference[known].mean()), math.nan, math.nan)
     ends = mean_curve(difference[known][:, None], pairs['image'][known], report.settings['seed'])
     return Estimate(*(float(end[0]) for end in ends))
 
@@ -158,4 +161,5 @@ def _score(value: float | None) -> str:
 
 
 def _signed(estimate: Estimate) -> str:
-    return '{:+.1f} [{:+.1f}, {:+.1f}]'.format(*estimate)
+    value, low, high = (f'{number:+.1f}' for number in estimate)
+    return value if math.isnan(estimate.low) else f'{value} [{low}, {high}]'
