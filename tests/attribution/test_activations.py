@@ -419,3 +419,18 @@ def test_a_traced_network_has_the_scores_of_the_network_and_no_layers(freeze: bo
 def test_a_function_in_place_of_a_network_is_one_sentence(pixels: Tensor) -> None:
     with pytest.raises(ValueError, match=r'must be a torch\.nn\.Module, got function'):
         attribute(lambda x: x, pixels, 'random')  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_convnext', 'test_vit'])
+def test_a_batch_in_two_halves_has_the_maps_of_its_images_one_by_one(
+    name: str, make_model: Callable[..., nn.Module]
+) -> None:
+    model = make_model(name).double()
+    x = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(1)).double()
+    target = torch.tensor([1, 7, 3, 0, 2])
+    methods = ('attention', 'grad_cam', 'grad_cam_pp')
+    given = attribute_all(model, x, methods, target, batch_size=4)
+    single = [attribute_all(model, x[i : i + 1], methods, target[i : i + 1]) for i in range(5)]
+    for key, maps in given.items():
+        torch.testing.assert_close(maps, torch.cat([one[key] for one in single]), atol=1e-9, rtol=0)
+    assert all(maps.any() for maps in given.values())

@@ -8,7 +8,7 @@ Letters: B images, K targets an image, C classes, D channels and h x w locations
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,9 +68,12 @@ class Activations:
         hooked = None if predictor.cam_layer is None else self._stage
         stream = attention or 'ca' in predictor.poolings
         leaves: list[Tensor] = []
+        # In halves, which win back the memory of an engine. Where the graph is cut inside, the batch stays whole.
+        size = max(1, predictor.batch_size(images) // 2) if hooked is None else len(images)
         with torch.no_grad(), _leaf_at(backbone, hooked, leaves, predictor.has_graph):
-            features = _features(backbone, images, stream)
-        query = query_of(features) if stream else None
+            parts = [_features(backbone, part, stream) for part in images.split(size)]
+        features = _joined(parts)
+        query = _joined([query_of(part) for part in parts]) if stream else None
         if attention and query is not None:
             self.attention = _attention(backbone, features.detach(), query, self._image_size)
         if hooked is None:
@@ -210,6 +213,11 @@ def _leaf_before_head(model: Any, leaves: list[Tensor], record: bool) -> Iterato
         yield
     finally:
         del model.forward_head
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts of a batch as one. A single one keeps its graph, in every gradient mode."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def _features(model: Any, x: Tensor, stream: bool) -> Tensor:
