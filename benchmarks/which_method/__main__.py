@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / 'facts.json').is_file():  # all runs of a network keep the first timings
         known = RESULTS / f'{network.facts or args.network}.json'
-        facts = read_json(known) if known.is_file() else probe(model, loader_of(args, model, (0, PROBED)), args)
+        committed_before = known.is_file() and not args.probe
+        facts = read_json(known) if committed_before else probe(model, loader_of(args, model, (0, PROBED)), args)
         write_json(folder / 'facts.json', facts)
     facts = read_json(folder / 'facts.json')
     slow = [name for name in facts['methods'] if facts['seconds'][name] > SLOW * facts['forward_seconds']]
@@ -370,6 +371,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measure.add_argument('--poolings', nargs='+', choices=('gap', 'ca'))
     measure.add_argument('--leave-out', nargs='+', default=[], metavar='METHOD', help='in the first run of a network')
     measure.add_argument('--engine', default='onnxruntime')
+    measure.add_argument('--probe', action='store_true', help='in the first run of a network: find its methods anew')
     gather = commands.add_parser('collect', help='write the results of the batches that are finished')
     gather.add_argument('network', choices=NETWORKS)
     gather.add_argument('--afresh', action='store_true', help='without the committed values')
