@@ -215,7 +215,7 @@ def _try(predictor: Predictor, images: Tensor, size: int) -> tuple[Engine, float
             text = _first_line(error)
             _logger.warning('The forwards run in torch: the network does not export to ONNX (%s).', text)
             return None
-        difference = _difference(predictor, engine, images)
+        difference = _difference(predictor, engine, torch.cat([images, 0.3 * images, torch.zeros_like(images[:1])]))
         if not difference <= TOLERANCE:  # NaN is no agreement
             _logger.warning(
                 'The forwards run in torch: the probabilities of %s differ by %.1e.', engine.name, difference
@@ -279,10 +279,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _difference(predictor: Predictor, engine: Engine, images: Tensor) -> float:
-    """The greatest difference of a probability, on images, darkened ones and the mean colour."""
-    tried = torch.cat([images, 0.3 * images, torch.zeros_like(images[:1])])
-    ours = engine.logits(tried, engine.poolings)
-    expected = [predictor.torch_logits(part) for part in tried.split(engine.shape[0])]
+    """The greatest difference of a probability."""
+    ours = engine.logits(images, engine.poolings)
+    expected = [predictor.torch_logits(part) for part in images.split(engine.shape[0])]
     return max(
         (predictor.probabilities(ours[name]) - predictor.probabilities(torch.cat([part[name] for part in expected])))
         .abs()

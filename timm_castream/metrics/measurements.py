@@ -148,8 +148,11 @@ class References:
         return torch.from_numpy(np.stack(rows)).to(self.x)
 
     def _predict(self, images: Tensor) -> dict[str, Tensor]:
-        logits = self.predictor.all_logits(images)
-        return {pooling: self.predictor.probabilities(value, pooling) for pooling, value in logits.items()}
+        parts = self.predictor.batches(images)(self.predictor.logits, images)
+        return {
+            pooling: self.predictor.probabilities(torch.cat([part[pooling] for part in parts]), pooling)
+            for pooling in parts[0]
+        }
 
 
 @dataclass(frozen=True)
