@@ -11,7 +11,8 @@ the methods anew, for a machine without other work. `collect` adds the values of
 those in benchmarks/which_method_results. `page` reads these alone: every number of the page is computed from them. What DIR
 holds is in networks.py.
 
-Methods whose maps are equal on the network are measured once. `--methods slow` takes those of more than 20 forwards.
+Methods whose maps are equal on the network are measured once. `--methods slow` takes those of more than 20 forwards, and
+`--methods NAME` single ones.
 """
 
 from __future__ import annotations
@@ -81,10 +82,10 @@ def run(args: argparse.Namespace) -> None:
         write_json(folder / 'facts.json', facts)
     facts = read_json(folder / 'facts.json')
     slow = [name for name in facts['methods'] if facts['seconds'][name] > SLOW * facts['forward_seconds']]
-    methods = slow if args.methods == 'slow' else [name for name in facts['methods'] if name not in slow]
-    methods = methods if args.methods != 'slow' or 'grad_cam' in methods else ['grad_cam', *methods]
+    sets = {'quick': [name for name in facts['methods'] if name not in slow], 'slow': ['grad_cam', *slow]}
+    methods = [name for word in args.methods for name in sets.get(word, [word])]
     poolings = args.poolings or facts['poolings']
-    words = [args.methods, *args.metrics, *poolings, *map(str, args.images)]
+    words = [*(name.replace(':', '-') for name in args.methods), *args.metrics, *poolings, *map(str, args.images)]
     place = folder / '_'.join(words)
     place.mkdir(exist_ok=True)
     write_json(place / 'run.json', {'command': command(args), 'start': args.images[0]})
@@ -123,7 +124,7 @@ def command(args: argparse.Namespace) -> str:
     words = ['python -m benchmarks.which_method run', args.network, '--images', str(args.images[0]), 'STOP']
     words += ['--metrics', *args.metrics]
     words += ['--leave-out', *args.leave_out] if args.leave_out else []
-    words += ['--methods slow'] if args.methods == 'slow' else []
+    words += ['--methods', *args.methods] if args.methods != ['quick'] else []
     return ' '.join([*words, *(['--poolings', *args.poolings] if args.poolings else [])])
 
 
@@ -367,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command_parser.add_argument('--threads', type=int, default=1)
     measure.add_argument('--images', type=int, nargs=2, metavar=('START', 'STOP'), default=(0, 100))
     measure.add_argument('--metrics', nargs='+', choices=SETS, default=['masked'])
-    measure.add_argument('--methods', choices=('quick', 'slow'), default='quick')
+    measure.add_argument('--methods', nargs='+', default=['quick'], metavar='NAME', help='quick, slow or names')
     measure.add_argument('--poolings', nargs='+', choices=('gap', 'ca'))
     measure.add_argument('--leave-out', nargs='+', default=[], metavar='METHOD', help='in the first run of a network')
     measure.add_argument('--engine', default='onnxruntime')
