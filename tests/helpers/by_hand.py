@@ -74,6 +74,9 @@ def grad_cam_maps(
         method = getattr(module, name)(
             model=model, target_layers=[layer(model)], reshape_transform=reshape, **arguments
         )
+        if name == 'FinerCAM':  # it chooses the classes that it compares where it is given no targets
+            images = [method(input_tensor=x[i : i + 1].clone(), target_idx=int(c)) for i, c in enumerate(target)]
+            return unit_range(np.concatenate(images))
         return unit_range(method(input_tensor=x.clone(), targets=[score(int(c)) for c in target]))
 
 

@@ -12,6 +12,7 @@ import torch
 from by_hand import grad_cam_maps, seed, unit_range
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import interpolate
 
 from timm_castream import pooling
 from timm_castream.attribution import attribute
@@ -92,6 +93,30 @@ def test_arguments_of_the_call_and_of_the_base_method_reach_the_library(
     assert (plain - smooth).abs().max() > 0.05
     finer = attribute(model, x, 'grad-cam:FinerCAM,alpha=0.5,comparison_categories=[1,2],base_method=LayerCAM', TARGET)
     assert (finer - attribute(model, x, 'grad-cam:FinerCAM', TARGET)).abs().max() > 0.05
+
+
+def test_finer_cam_compares_the_class_with_others(make_model: Callable[..., nn.Module], x: Tensor) -> None:
+    model = make_model('test_resnet')
+    maps = attribute(model, x, 'grad-cam:FinerCAM', TARGET, 'gap')
+    assert (maps - attribute(model, x, 'grad-cam:GradCAM', TARGET, 'gap')).abs().max() > 0.05
+    # The score by its formula: differences to the three nearest classes, weighted by their probabilities.
+    feature_maps = model.forward_features(x).detach().requires_grad_()
+    logits = model.forward_gap_head(feature_maps)
+    scores = []
+    for row, c in zip(logits, TARGET.tolist(), strict=True):
+        nearest = (row - row[c]).abs().argsort()[1:4]
+        weights = row.softmax(0)[nearest]
+        scores.append((weights * (row[c] - row[nearest])).sum() / weights.sum())
+    (gradient,) = torch.autograd.grad(torch.stack(scores).sum(), feature_maps)
+    by_hand = (gradient.mean((2, 3), keepdim=True) * feature_maps).sum(1).detach()
+    resized = interpolate(unit_range(by_hand)[:, None], (64, 64), mode='bilinear')[:, 0]  # as the library does
+    torch.testing.assert_close(maps, unit_range(resized), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('name', ['grad-cam:FinerCAM', 'torchcam:FinerCAM'])
+def test_finer_cam_takes_no_function(name: str, make_model: Callable[..., nn.Module], x: Tensor) -> None:
+    with pytest.raises(ValueError, match='it compares the class with others, and target is a function'):
+        attribute(make_model('test_resnet'), x, name, lambda output: output.sum())
 
 
 def test_random_weights_are_those_of_the_image_and_the_seed(make_model: Callable[..., nn.Module], x: Tensor) -> None:

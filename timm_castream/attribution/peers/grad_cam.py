@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...inference.predictor import Predictor
 from .hookable import HookableNetwork
-from .library import Library, PeerMethod, zero_before_norm
+from .library import Library, PeerMethod, without_other_classes, zero_before_norm
 
 _LAYERS = 'it multiplies the maps of several layers, and an evaluation has one'
 
@@ -61,7 +61,7 @@ class GradCam(Library):
             PeerMethod('KPCA_CAM'),
             PeerMethod('FEM'),
             PeerMethod('ShapleyCAM'),
-            PeerMethod('FinerCAM'),
+            PeerMethod('FinerCAM', alone=True, unfit=without_other_classes),
             PeerMethod('FullGrad', layer=False, forwards=12, unfit=_without_biases),
             PeerMethod('RandomCAM', random=True),
             PeerMethod('AblationCAM', forward_a_channel=True, forwards=1),
@@ -95,11 +95,14 @@ class GradCam(Library):
     ) -> np.ndarray:
         target = import_module('pytorch_grad_cam.utils.model_targets').ClassifierOutputTarget
         init, call, forward = self.split(row, arguments)
+        targets: list[Any] | None = [target(index) for index in classes]
+        if row.name == 'FinerCAM':  # with targets it compares no classes, and is its base method
+            targets, forward['target_idx'] = None, classes[0]
         method = self.method_class(row.name)(network, [network.layer] if row.layer else [], **init)
         try:
             # The second derivative that ShapleyCAM takes is written for plain attention alone.
             with sdpa_kernel(SDPBackend.MATH) if row.name == 'ShapleyCAM' else nullcontext():
-                return method(x, [target(index) for index in classes], **call, **forward)
+                return method(x, targets, **call, **forward)
         finally:
             # Its own clean-up detaches them in place, which fails on views with a message at some later time.
             kept = getattr(method, 'base_cam', method).activations_and_grads

@@ -151,6 +151,11 @@ def zero_before_norm(predictor: Predictor) -> str:
     )
 
 
+def without_other_classes(predictor: Predictor) -> str:
+    """Why a method that compares a class with others does not fit a network, or ''."""
+    return '' if predictor.score is None else 'it compares the class with others, and target is a function'
+
+
 def _kind(default: Any, value: Any) -> str:
     """What a parameter with this default takes where the value is of another kind, or ''.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...inference.predictor import Predictor
 from .hookable import HookableNetwork
-from .library import Library, PeerMethod
+from .library import Library, PeerMethod, without_other_classes
 
 
 def _without_pooling(predictor: Predictor) -> str:
@@ -47,7 +47,7 @@ class TorchCam(Library):
             PeerMethod('SmoothGradCAMpp', random=True, forwards=10),
             PeerMethod('XGradCAM'),
             PeerMethod('LayerCAM'),
-            PeerMethod('FinerCAM'),
+            PeerMethod('FinerCAM', unfit=without_other_classes),
             PeerMethod('ScoreCAM', forward_a_channel=True, forwards=1),
             PeerMethod(
                 'SSCAM', random=True, forward_a_channel=True, forwards=35, costly='it takes 35 forwards a channel'
