@@ -19,7 +19,7 @@ from scipy import stats
 from benchmarks.which_method import __main__ as program
 from benchmarks.which_method import networks
 from benchmarks.which_method.answer import Place, answer
-from benchmarks.which_method.comparisons import Comparisons, sign_flip_tests
+from benchmarks.which_method.comparisons import Comparisons, p_values, sign_flip_tests, taus
 from benchmarks.which_method.page import render
 from benchmarks.which_method.values import Result
 
@@ -41,8 +41,9 @@ def committed(folder: Path, values: dict[str, list[float]], slow: tuple[str, ...
         'methods': methods,
         'equal': {'captum:LayerGradCam': 'grad_cam'},
         'metrics': {name: {'higher': higher} for name, higher in METRICS.items()},
-        'seconds': {name: 5.0 if name in slow else 0.1 for name in methods},
+        'seconds': dict.fromkeys(methods, 0.1),
         'forward_seconds': 0.1,
+        'slow': list(slow),
     }
     (folder / 'net.json').write_text(json.dumps(facts))
     return Result(folder, 'net')
@@ -62,6 +63,31 @@ def test_a_test_is_that_of_all_flips_of_the_signs():
     together = (np.max(flipped, 1)[:, None] >= found - 1e-9).mean(0)
     clear = np.abs(together - 0.05) > 0.01
     assert ((np.abs(verdicts) == 2) == (together < 0.05))[clear].all()
+
+
+@pytest.mark.parametrize('count', [1, 2, 7, 9, 12])
+def test_p_is_the_share_of_all_flips(count):
+    rng = np.random.default_rng(count)
+    differences = rng.normal(0.5, 1, (count, 20))
+    differences[:, 0] = rng.integers(-1, 2, count)  # ties
+    differences[:, 1] = 0
+    flips = np.array(list(product((-1, 1), repeat=count)))
+    sums = np.abs(flips @ differences)
+    expected = (sums >= np.abs(differences.sum(0)) - 1e-9).mean(0)
+    np.testing.assert_allclose(p_values(differences), expected)
+
+
+def test_p_of_many_photographs_is_that_of_drawn_flips():
+    rng = np.random.default_rng(0)
+    differences = np.full((60, 3), np.nan)
+    differences[:, 0] = rng.normal(0.25, 1, 60)
+    differences[:40, 1] = rng.normal(0.3, 1, 40)
+    differences[:, 2] = rng.normal(0, 1, 60)
+    found = p_values(differences)
+    for k, values in enumerate(differences.T):
+        values = values[~np.isnan(values)]
+        expected = 2 * stats.norm.sf(np.abs(values.sum()) / np.sqrt((values**2).sum()))  # for many photographs
+        assert found[k] == pytest.approx(expected, abs=0.01)
 
 
 def test_among_equal_methods_all_tests_together_decide_one_in_twenty_times():
@@ -123,9 +149,26 @@ def test_tau_is_of_the_photographs_that_all_methods_have(tmp_path):
         tmp_path,
         {f'{m}/average_drop': v for m, v in drops.items()} | {f'{m}/insertion': v for m, v in insertions.items()},
     )
-    expected = stats.kendalltau([-1.5, -3.5, -5.5, -8], [9, 5, 7, 3]).statistic
+    expected = stats.kendalltau([-1.5, -3.5, -5.5, -8], [9, 5, 7, 3]).statistic  # either photograph is a half
     assert Comparisons(result).tau('gap', 'average_drop', 'insertion') == pytest.approx(expected)
     assert Comparisons(result).tau('gap', 'insertion', 'insertion') == pytest.approx(1)
+
+
+def test_taus_are_those_of_scipy_with_ties():
+    rng = np.random.default_rng(0)
+    one, other = rng.integers(0, 5, (2, 30, 8))
+    expected = [stats.kendalltau(a, b).statistic for a, b in zip(one, other, strict=True)]
+    np.testing.assert_allclose(taus(one.astype(float), other.astype(float)), expected)
+
+
+def test_tau_is_between_two_halves_of_the_photographs(tmp_path):
+    # The order of the methods is turned round in the second photograph, so that two halves never agree.
+    drops = {'grad_cam': [1, 4], 'layer_cam': [2, 3], 'hires_cam': [3, 2], 'attention': [4, 1]}
+    result = committed(
+        tmp_path, {f'{m}/average_drop': v for m, v in drops.items()} | {f'{m}/deletion': v for m, v in drops.items()}
+    )
+    assert Comparisons(result).tau('gap', 'average_drop', 'average_drop') == pytest.approx(-1)
+    assert Comparisons(result).tau('gap', 'average_drop', 'deletion') == pytest.approx(-1)
 
 
 def test_slow_methods_are_tested_apart_and_are_not_among_the_ordered(tmp_path):
@@ -139,7 +182,9 @@ def test_slow_methods_are_tested_apart_and_are_not_among_the_ordered(tmp_path):
     assert result.photographs('gap', ['score_cam'], 'average_drop').sum() == 10
 
 
-@pytest.mark.parametrize(('change', 'taken'), [(-5.0, '`hires_cam`'), (5.0, 'Grad-CAM')])
+@pytest.mark.parametrize(
+    ('change', 'taken'), [(-5.0, '**Take `hires_cam`.**'), (5.0, '**Start with Grad-CAM on Net.**')]
+)
 def test_the_first_sentence_follows_the_values(tmp_path, change, taken):
     rng = np.random.default_rng(0)
     base = rng.uniform(40, 60, 30)
@@ -147,8 +192,8 @@ def test_the_first_sentence_follows_the_values(tmp_path, change, taken):
     columns = {'grad_cam': base, 'hires_cam': near + change, 'random': near + 20, 'centre': near + 30}
     result = committed(tmp_path, {f'{name}/average_drop': column.tolist() for name, column in columns.items()})
     text = ' '.join(answer([Place(result, Comparisons(result), 'gap')]))
-    assert text.startswith(f'**Take {taken}. ')
-    assert 'Grad-CAM is better than both baselines in 1 of 1 questions on Net' in text
+    assert text.startswith(taken)
+    assert 'Grad-CAM is better than both baselines, each by its own test, in 1 of 1 questions on Net' in text
 
 
 @pytest.fixture
@@ -157,19 +202,19 @@ def work(tmp_path, monkeypatch):
     monkeypatch.setattr(program, 'RESULTS', tmp_path / 'results')
     folder = tmp_path / 'work' / 'lite0'
     folder.mkdir(parents=True)
-    facts = {'poolings': ['gap'], 'methods': ['grad_cam'], 'equal': {}, 'seconds': {'grad_cam': 0.1}}
+    facts = {'poolings': ['gap'], 'methods': ['grad_cam'], 'slow': [], 'equal': {}, 'seconds': {'grad_cam': 0.1}}
     (folder / 'facts.json').write_text(json.dumps({**facts, 'forward_seconds': 0.1}))
     return folder.parent
 
 
 def finished(work: Path, name: str, start: int, metrics: str, values: dict[str, list[float]]) -> None:
-    """A run of two photographs that is finished."""
+    """A run of two photographs that is finished. The network is right on every second photograph."""
     folder = work / 'lite0' / name
     folder.mkdir()
     command = f'run lite0 --images {start} STOP --metrics {metrics}'
     (folder / 'run.json').write_text(json.dumps({'command': command, 'start': start}))
     record = {
-        'images': {'image': [0, 1], 'gap/accuracy': [100.0, 0.0], 'gap/prob': [0.5, 0.25]},
+        'images': {'image': [0, 1], 'gap/accuracy': [100.0 * (start % 2 == i) for i in (0, 1)], 'gap/prob': [0.5, 0.5]},
         'pairs': {'image': [0, 1], **values},
     }
     (folder / 'finished.0.jsonl').write_text(json.dumps(record) + '\n')
@@ -196,8 +241,22 @@ def test_a_method_that_beats_the_baselines_and_loses_to_grad_cam_elsewhere_is_no
     result = committed(tmp_path, columns)
     text = ' '.join(answer([Place(result, Comparisons(result), 'gap')]))
     assert text.startswith(
-        '**On Net take none on trust: Grad-CAM does not beat the baselines, and what does, `hires_cam`,'
+        '**On Net no method is recommended.** Grad-CAM beats both baselines there in 1 of 3 questions.'
     )
+    assert 'Methods that win there more often than they lose: `hires_cam`.' in text
+
+
+def test_a_method_that_does_not_read_the_class_is_no_advice(tmp_path):
+    rng = np.random.default_rng(0)
+    base = rng.uniform(40, 60, 30)
+    drops = {'grad_cam': base, 'grad-cam:EigenCAM': base - 9, 'random': base, 'centre': base - 1}
+    drops = {name: column + rng.normal(0, 0.1, 30) for name, column in drops.items()}
+    result = committed(tmp_path, {f'{name}/average_drop': column.tolist() for name, column in drops.items()})
+    text = next(iter(answer([Place(result, Comparisons(result), 'gap')])))
+    assert text.startswith(
+        '**On Net no method is recommended.** Grad-CAM beats both baselines there in 0 of 1 questions.'
+    )
+    assert '`grad-cam:EigenCAM` does in 1 of 1, but its map is the same for every class.' in text
 
 
 def test_collected_are_the_finished_batches_of_all_runs_and_the_commands_that_measure_them(work):
@@ -217,17 +276,35 @@ def test_collected_are_added_to_the_committed_values(work, capsys):
     finished(work, 'first', 0, 'masked', {'gap/grad_cam/average_drop': [10.0, 20.0]})
     collected(work)
     shutil.rmtree(work / 'lite0' / 'first')
-    finished(work, 'second', 1, 'masked', {'gap/grad_cam/average_drop': [21.5, 30.0]})
+    finished(work, 'second', 1, 'masked', {'gap/grad_cam/average_drop': [20.5, 30.0]})
     finished(work, 'third', 4, 'masked', {'gap/grad_cam/average_drop': [50.0, 60.0]})
     result = collected(work)
     assert result.images == [0, 1, 2, 4, 5]
-    assert result.values('gap', 'grad_cam', 'average_drop').tolist() == [10, 21.5, 30, 50, 60]
-    assert 'gap/grad_cam/average_drop of photograph 1 differs most, by 1.500' in capsys.readouterr().out
+    assert result.values('gap', 'grad_cam', 'average_drop').tolist() == [10, 20.5, 30, 50, 60]
+    assert result.facts['accuracy'] == {'gap': 60.0}
+    assert 'gap/grad_cam/average_drop of photograph 1 differs most, by 0.500' in capsys.readouterr().out
     assert [command.split('lite0 ')[1] for command in result.facts['commands']] == [
         '--images 0 3 --metrics masked',
         '--images 4 6 --metrics masked',
     ]
     assert collected(work, '--afresh').images == [1, 2, 4, 5]
+
+
+def test_the_commands_are_those_that_measure_all_methods():
+    run = 'run vit --images {} {} --metrics masked{}'.format
+    commands = [run(0, 4, ' --leave-out score_cam captum:Occlusion'), run(4, 9, ''), run(0, 9, ' --methods layer_cam')]
+    commands += [run(0, 3, ' --methods slow'), run(20, 30, '')]
+    assert program.joined_commands(commands) == [run(0, 9, ''), run(20, 30, ''), run(0, 3, ' --methods slow')]
+
+
+def test_values_of_another_network_are_not_added(work):
+    finished(work, 'first', 0, 'masked', {'gap/grad_cam/average_drop': [10.0, 20.0]})
+    before = collected(work)
+    shutil.rmtree(work / 'lite0' / 'first')
+    finished(work, 'second', 0, 'masked', {'gap/grad_cam/average_drop': [15.0, 20.0]})
+    with pytest.raises(ValueError, match='the network is another one'):
+        collected(work)
+    assert Result(work.parent / 'results', 'lite0').facts == before.facts
 
 
 def test_a_training_that_is_interrupted_ends_with_the_weights_of_one_that_is_not(tmp_path, monkeypatch):
@@ -282,10 +359,11 @@ def test_boxes_are_a_section_and_ask_no_question(tmp_path):
     boxed = committed(tmp_path / 'boxed', {f'{m}/pointing_game': values for m, values in hits.items()})
     places = [Place(r, Comparisons(r), 'gap') for r in (asked, boxed)]
     assert [place.asked for place in places] == [['average_drop'], []]
-    text = list(answer(places[:1], places[1:]))[-1]
-    assert 'on 60 % of 20 photographs, that of `random` on 0 %, the middle of the image on 100 %' in text
-    assert 'Better than Grad-CAM with all tests taken together: `layer_cam`.' in text
-    assert 'Better than the middle by a test of their own: none.' in text
+    first, *_, last = answer(places[:1], places[1:])
+    assert 'in the box of the object on 60 % of the photographs; the middle of the image does on 100 %' in first
+    assert 'hits the box on 60 % of 20 photographs, `random` on 0 %, the middle of the image on 100 %' in last
+    assert 'Better than Grad-CAM, each by its own test: `layer_cam` in Pointing Game' in last
+    assert 'Better than the middle: none, and none.' in last
 
 
 def test_every_network_has_its_baselines_and_its_accuracy():

@@ -10,10 +10,11 @@ import numpy as np
 from timm_castream.metrics.table import METRICS
 
 from .comparisons import Comparisons
-from .values import BASELINES, CLASS_FREE, REFERENCE, Result
+from .values import BASELINES, BOXES, CLASS_FREE, REFERENCE, Result
 
 PLAIN = {'grad_cam': 'Grad-CAM', 'random': 'Random', 'centre': 'Centre'}
-FEW = 4  # names in a sentence; more are counted
+FEW = 5  # names in a sentence; more are counted
+POINTING, ENERGY = BOXES[:2]
 
 
 class Place(NamedTuple):
@@ -32,15 +33,26 @@ class Place(NamedTuple):
         return self.result.asked(self.pooling)
 
     def others(self) -> list[str]:
-        """Methods with a map of their own, without the baselines and Grad-CAM."""
-        return [m for m in self.result.own_maps(self.pooling) if m not in (REFERENCE, *BASELINES)]
+        """Methods with a map of their own, without the baselines, Grad-CAM and those whose maps are all constant."""
+        result, pooling = self.result, self.pooling
+        return [
+            m
+            for m in result.own_maps(pooling)
+            if m not in (REFERENCE, *BASELINES) and not (result.values(pooling, m, 'constant') == 100).all()
+        ]
 
     def verdicts(self, method: str, other: str = REFERENCE) -> list[int]:
         """Of a method, one a question."""
         return self.comparisons.verdicts(self.pooling, method, self.asked, other)
 
+    def verdicts_by_metric(self, method: str) -> dict[str, int]:
+        """{first metric of a question: verdict against Grad-CAM}."""
+        table = self.comparisons.against_reference
+        keys = {name: (self.pooling, method, name) for name in self.asked}
+        return {name: table[key][0] for name, key in keys.items() if key in table}
+
     def is_better(self, method: str) -> bool:
-        """Whether a method is better than Grad-CAM in a question by all tests at once, and worse in none by itself."""
+        """Whether a method is better than Grad-CAM in a question with all tests together, and worse in none by itself."""
         verdicts = self.verdicts(method)
         return bool(verdicts) and max(verdicts) == 2 and min(verdicts) >= 0
 
@@ -60,21 +72,13 @@ def answer(places: Sequence[Place], boxed: Sequence[Place] = ()) -> Iterable[str
         places: Where questions were asked.
         boxed: Where the metrics of boxes alone were measured.
     """
-    winners = [name for name in _names_everywhere(places) if _is_better_everywhere(places, name)]
-    costs = [p.result.facts['seconds'][REFERENCE] / p.result.facts['forward_seconds'] for p in places]
-    yield ' '.join(
-        [
-            f'**{_advice(places, winners)} Publish `random` and `centre` beside your method, and claim no small difference to '
-            'another one.**',
-            f'A map of Grad-CAM costs at most as much as {max(costs):.1f} forward passes of one image.',
-            *_equal_names(places),
-        ]
-    )
+    winners = [m for m in _names_everywhere(places) if m not in CLASS_FREE and _is_better_everywhere(places, m)]
+    yield ' '.join([*_advice(places, winners), *_beside_the_middle(boxed), _one_name(places)])
     yield ''
     weak = [p for p in places if not p.is_above_baselines(REFERENCE)]
-    sentences = [*(_weakness(p) for p in weak), *_rivals(places, winners), *_untold(places), *_disagreement(places)]
-    sentences += [*_counts(places), *_beaten_by_centre(places), *map(_on_boxes, boxed)]
-    yield from (f'- {sentence}' for sentence in sentences)
+    sentences = [*map(_weakness, weak), *_rivals(places, winners), *_untold(places), *_other_names(places)]
+    sentences += [*_random_weights(places), *_disagreement(places), *_counts(places), *_beaten_by_centre(places)]
+    yield from (f'- {sentence}' for sentence in [*sentences, *map(_on_boxes, boxed)])
 
 
 def _names_everywhere(places: Sequence[Place]) -> list[str]:
@@ -92,57 +96,100 @@ def _is_better_everywhere(places: Sequence[Place], name: str) -> bool:
     return all(m != REFERENCE and p.is_better(m) for p, m in zip(places, methods, strict=True))
 
 
-def _advice(places: Sequence[Place], winners: Sequence[str]) -> str:
+def _advice(places: Sequence[Place], winners: Sequence[str]) -> Iterable[str]:
     weak = [p for p in places if not p.is_above_baselines(REFERENCE)]
-    if winners or not weak:
-        return f'Take {listed(winners or [REFERENCE])}.'
     strong = list(dict.fromkeys(p.result.heading for p in places if p not in weak))
-    words = [f'Take Grad-CAM on networks such as {joined(strong)}.'] if strong else []
-    for place in weak:
-        above = [m for m in place.others() if place.is_above_baselines(m)]
-        better = [m for m in above if place.is_better(m)]
-        if better:
-            words.append(f'On {place.name} take {listed(better)} before it.')
-        elif above:
-            words.append(
-                f'On {place.name} take none on trust: Grad-CAM does not beat the baselines, and what does, {listed(above)}, is '
-                'not shown to be better than Grad-CAM without being worse in another question.'
+    if winners:
+        yield f'**Take {listed(winners)}.**'
+    elif strong:
+        yield f'**Start with Grad-CAM on {joined(strong)}.** No other method is better on every network.'
+    for place in [] if winners else weak:
+        yield from _no_advice(place)
+    yield '**Show `random` and `centre` beside your method.**'
+    counts = [p.result.count(p.pooling, m, n) for p in places for m in p.others() for n in p.asked]
+    counts = [count for count in counts if count]
+    if counts:
+        yield f'Small differences mean nothing here: a value stands on {min(counts)} to {max(counts)} photographs.'
+
+
+def _no_advice(place: Place) -> Iterable[str]:
+    """Where Grad-CAM does not beat the baselines: a method that is better than both, if it reads the class."""
+    better = [m for m in place.others() if place.is_better(m) and place.is_above_baselines(m)]
+    reading = [m for m in better if m not in CLASS_FREE]
+    count = len(place.asked)
+    if reading:
+        yield f'**On {place.name} take {listed(reading)}.**'
+    else:
+        yield f'**On {place.name} no method is recommended.**'
+    yield f'Grad-CAM beats both baselines there in {place.beside_baselines(REFERENCE)[0]} of {count} questions.'
+    for method in [] if reading else better:
+        won = place.beside_baselines(method)[0]
+        yield f'{name_of(method)} does in {won} of {count}, but its map is the same for every class.'
+
+
+def _beside_the_middle(boxed: Sequence[Place]) -> Iterable[str]:
+    """Whether Grad-CAM finds the object better than the middle of the image, by Pointing Game."""
+    for heading in dict.fromkeys(p.result.heading for p in boxed):
+        of_heading = [p for p in boxed if p.result.heading == heading]
+        hits = [_hits(p, REFERENCE) for p in of_heading]
+        if all(max(p.comparisons.verdicts(p.pooling, REFERENCE, [POINTING], 'centre')) <= 0 for p in of_heading):
+            yield (
+                f'The highest point of a map of Grad-CAM lies in the box of the object on {joined([f"{hit:.0f} %" for hit in dict.fromkeys(hits)])} '
+                f'of the photographs; the middle of the image does on {_hits(of_heading[0], "centre"):.0f} %.'
             )
-        else:
-            words.append(f'On {place.name} no map is shown to be better than a Gaussian in the middle.')
-    return ' '.join(words)
+
+
+def _hits(place: Place, method: str) -> float:
+    return float(np.nanmean(place.result.values(place.pooling, method, POINTING)))
 
 
 def _weakness(place: Place) -> str:
     won, lost = place.beside_baselines(REFERENCE)
     above = [m for m in place.others() if place.is_above_baselines(m)]
-    free = [m for m in above if m in CLASS_FREE]
+    undecided = [m for m in ('grad-cam:RandomCAM',) if m in place.others() and not any(place.verdicts(m))]
     return (
-        f'On {place.name} Grad-CAM is better than both baselines in {won} of {len(place.asked)} questions and worse than one '
-        f'in {lost}. More often better than both than worse than one there: {listed_or_counted(above)}.'
-        + (f' The class is not read by {listed(free)}.' if free else '')
+        f'On {place.name} Grad-CAM is better than both baselines in {won} of {len(place.asked)} questions, and worse than one '
+        f'of them in {lost}, each by its own test. Methods that win there more often than they lose: '
+        f'{listed_or_counted(above)}.'
+        + (
+            f' Random weights of the channels, {listed(undecided)}, are not told apart from Grad-CAM.'
+            if undecided
+            else ''
+        )
     )
 
 
 def _rivals(places: Sequence[Place], winners: Sequence[str]) -> Iterable[str]:
+    rule = 'better than Grad-CAM in a question with all tests together, and worse in none by its own test'
     if not winners:
-        yield 'No other method is better than Grad-CAM in a question and worse in none on every network.'
-    found = {p.name: [m for m in p.others() if p.is_better(m)] for p in places}
+        yield f'No other method is {rule}, on every network.'
+    found = {p.name: [m for m in p.others() if p.is_better(m) and p.is_above_baselines(m)] for p in places}
     single = [f'{listed_or_counted(methods)} on {name}' for name, methods in found.items() if methods]
     if single:
-        yield f'On single networks some are, see [the table](#against-grad-cam): {"; ".join(single)}.'
+        yield (
+            f'On single networks some are, and beat the baselines more often than they lose to one: {"; ".join(single)}. See '
+            '[the table](#against-grad-cam). That a difference is decided does not say that it is large.'
+        )
 
 
-def _equal_names(places: Sequence[Place]) -> Iterable[str]:
+def _everywhere(places: Sequence[Place]) -> tuple[set[str], dict[str, set[str]]]:
+    """Names of Grad-CAM's map on every network, and all of them by network."""
     groups = {p.name: set(p.result.names_of_one_map(p.pooling).get(REFERENCE, [])) for p in places}
-    everywhere = set.intersection(*groups.values())
-    yield f'No metric can tell {listed(sorted(everywhere))} apart from Grad-CAM: their maps are equal on all networks, see [names of one map](#names-of-one-map).'
+    return set.intersection(*groups.values()), groups
+
+
+def _one_name(places: Sequence[Place]) -> str:
+    return f'These names have the map of Grad-CAM on all networks: {listed(sorted(_everywhere(places)[0]))}.'
+
+
+def _other_names(places: Sequence[Place]) -> Iterable[str]:
+    everywhere, groups = _everywhere(places)
     extras: dict[tuple[str, ...], list[str]] = {}
     for name, group in groups.items():
         if group - everywhere:
             extras.setdefault(tuple(sorted(group - everywhere)), []).append(name)
     for names, where in extras.items():
-        yield f'On {joined(where)} the same holds of {listed(names)}.'
+        yield f'On {joined(where)} these have its map too: {listed(names)}. See [names of one map](#names-of-one-map).'
 
 
 def _untold(places: Sequence[Place]) -> Iterable[str]:
@@ -150,8 +197,28 @@ def _untold(places: Sequence[Place]) -> Iterable[str]:
     parts = [f'{listed_or_counted(methods)} on {name}' for name, methods in found.items() if methods]
     if parts:
         yield (
-            f'No question tells these apart from Grad-CAM, though their maps differ: {"; ".join(parts)}. That is no proof that '
-            'they are equal: so many photographs do not decide.'
+            f'By the first metric of each question these are not told apart from Grad-CAM, though their maps differ: '
+            f'{"; ".join(parts)}. That is no proof that they are equal: so many photographs do not decide.'
+        )
+
+
+def _random_weights(places: Sequence[Place]) -> Iterable[str]:
+    """Methods whose maps hardly change where the weights of the network are drawn at random."""
+    metric = 'randomisation'
+    parts = []
+    for place in places:
+        means = {
+            m: np.nanmean(values)
+            for m in place.result.own_maps(place.pooling, slow=False)
+            if m not in BASELINES and (values := place.result.values(place.pooling, m, metric))[~np.isnan(values)].size
+        }
+        blind = [m for m, value in means.items() if value > 50]
+        if blind and REFERENCE in means:
+            parts.append(f'{listed(blind)} on {place.name} (Grad-CAM: {means[REFERENCE]:.0f} %)')
+    if parts:
+        yield (
+            'With random weights a map should change. The rank correlation with the map of the trained network stays above '
+            f'50 % for these: {"; ".join(parts)}.'
         )
 
 
@@ -166,34 +233,49 @@ def _disagreement(places: Sequence[Place]) -> Iterable[str]:
         return
     own = [p.comparisons.tau(p.pooling, name, name) for p in places for name in p.asked]
     yield (
-        f"Metrics disagree: Kendall's tau between the orders that two questions give is {min(taus):.2f} to {max(taus):.2f}, in "
-        f'the median {np.median(taus):.2f}; in the median a question agrees with itself, between two halves of its photographs, '
-        f'by {np.median(own):.2f}, see [how far metrics agree](#how-far-metrics-agree).'
+        f"Metrics disagree: Kendall's tau between the orders of two questions is {min(taus):.2f} to {max(taus):.2f}, in the "
+        f'median {np.median(taus):.2f}; that of a question with itself is {np.median(own):.2f} in the median. All are between '
+        'two halves of the photographs, see [how far metrics agree](#how-far-metrics-agree).'
     )
 
 
 def _counts(places: Sequence[Place]) -> Iterable[str]:
-    verdicts = [v for p in places for m in p.others() for v in p.verdicts(m)]
+    verdicts = [(METRICS[n].symbol, v) for p in places for m in p.others() for n, v in p.verdicts_by_metric(m).items()]
+    better = [symbol for symbol, v in verdicts if v == 2]
+    split = joined([f'{better.count(symbol)} in {symbol}' for symbol in dict.fromkeys(better)])
     yield (
-        f'Of {len(verdicts)} comparisons of another method with Grad-CAM in one question, {sum(v != 0 for v in verdicts)} '
-        f'are decided by their own test at 5 %, where chance would decide at most about {0.05 * len(verdicts):.0f} if all were equal. '
-        f'{sum(abs(v) == 2 for v in verdicts)} hold with all tests of a network taken together: '
-        f'{sum(v == -2 for v in verdicts)} times the other method is worse, {sum(v == 2 for v in verdicts)} times better.'
+        f'Of {len(verdicts)} comparisons of another method with Grad-CAM in one question, {sum(v != 0 for _, v in verdicts)} '
+        f'are decided by their own test at 5 %; chance would decide about {0.05 * len(verdicts):.0f} if all methods were equal. '
+        f'{sum(abs(v) == 2 for _, v in verdicts)} hold with all tests together: '
+        f'{sum(v == -2 for _, v in verdicts)} times the other method is worse, {len(better)} times better'
+        + (f' ({split}).' if better else '.')
+        + ' Poolings are counted apart.'
     )
     beside = {p.name: (*p.beside_baselines(REFERENCE), len(p.asked)) for p in places}
     yield (
-        'Grad-CAM is better than both baselines in '
+        'Grad-CAM is better than both baselines, each by its own test, in '
         + joined([f'{won} of {count} questions on {name}' for name, (won, _, count) in beside.items()])
         + '; worse than one of them in '
         + joined([f'{lost} on {name}' for name, (_, lost, _) in beside.items() if lost])
         + '.'
     )
-    counts = {METRICS[n].symbol: [] for p in places for n in p.asked}
+    counts: dict[str, list[int]] = {}
+    slow = []
     for p in places:
         for n in p.asked:
-            counts[METRICS[n].symbol].append(p.result.count(p.pooling, 'random', n))
-    ranges = [f'{name} on {min(c)}' + (f' to {max(c)}' if max(c) > min(c) else '') for name, c in counts.items()]
-    yield f'How many photographs a question was asked on: {joined(ranges)}. Fewer than 6 decide nothing.'
+            counts.setdefault(METRICS[n].symbol, []).append(p.result.count(p.pooling, 'random', n))
+            slow += [p.result.count(p.pooling, m, n) for m in p.others() if p.result.is_slow(m)]
+    ranges = [f'{name} on {_range(count)}' for name, count in counts.items()]
+    slow = [count for count in slow if count]
+    yield (
+        f'How many photographs a question was asked on: {joined(ranges)}.'
+        + (f' Methods of many forward passes were asked on {_range(slow)}.' if slow else '')
+        + ' Fewer than 6 would decide nothing.'
+    )
+
+
+def _range(counts: Sequence[int]) -> str:
+    return f'{min(counts)}' + (f' to {max(counts)}' if max(counts) > min(counts) else '')
 
 
 def _beaten_by_centre(places: Sequence[Place]) -> Iterable[str]:
@@ -210,17 +292,20 @@ def _beaten_by_centre(places: Sequence[Place]) -> Iterable[str]:
 
 
 def _on_boxes(place: Place) -> str:
-    """What Pointing Game says of Grad-CAM and the baselines, and which methods are better."""
-    metric = 'pointing_game'
-    shares = {m: np.nanmean(place.result.values(place.pooling, m, metric)) for m in (REFERENCE, *BASELINES)}
+    """What the metrics of boxes say of Grad-CAM and the baselines, and which methods are better by their own tests."""
     others = [m for m in place.others() if not place.result.is_slow(m)]
-    better = [m for m in others if max(place.comparisons.verdicts(place.pooling, m, [metric]), default=0) == 2]
-    above = [m for m in others if max(place.comparisons.verdicts(place.pooling, m, [metric], 'centre'), default=0) > 0]
+
+    def better(metric: str, other: str) -> str:
+        verdicts = {m: place.comparisons.verdicts(place.pooling, m, [metric], other) for m in others}
+        return listed_or_counted([m for m, v in verdicts.items() if v and v[0] > 0])
+
+    hits = {m: _hits(place, m) for m in (REFERENCE, *BASELINES)}
     return (
-        f'{place.name}: the highest point of the map of Grad-CAM lies in the box of the object on {shares[REFERENCE]:.0f} % of '
-        f'{place.result.count(place.pooling, REFERENCE, metric)} photographs, that of `random` on {shares["random"]:.0f} %, the '
-        f'middle of the image on {shares["centre"]:.0f} %. Better than Grad-CAM with all tests taken together: '
-        f'{listed_or_counted(better)}. Better than the middle by a test of their own: {listed_or_counted(above)}.'
+        f'{place.name}: in Pointing Game Grad-CAM hits the box on {hits[REFERENCE]:.0f} % of '
+        f'{place.result.count(place.pooling, REFERENCE, POINTING)} photographs, `random` on {hits["random"]:.0f} %, the middle '
+        f'of the image on {hits["centre"]:.0f} %. Better than Grad-CAM, each by its own test: {better(POINTING, REFERENCE)} in '
+        f'Pointing Game, {better(ENERGY, REFERENCE)} in Energy Pointing Game. Better than the middle: '
+        f'{better(POINTING, "centre")}, and {better(ENERGY, "centre")}.'
     )
 
 

@@ -7,12 +7,14 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import kendalltau, t
+from scipy.stats import t
 
-from .values import BASELINES, QUESTIONS, REFERENCE, Result
+from .values import BASELINES, REFERENCE, Result
 
-FLIPS = 10_000
-HALVES = 100
+FLIPS = 20_000  # of all tests taken together
+FLIPS_ALONE = 200_000  # of one test, where there are more photographs than EXACT
+EXACT = 24  # photographs, whose flips are all counted
+HALVES = 1000
 LEVEL = 0.95
 SEED = 0
 
@@ -54,12 +56,68 @@ def sign_flip_tests(differences: np.ndarray) -> Tests:
         return np.sqrt(-free * np.log1p(-share)) * (8 * free + 1) / (8 * free + 3)
 
     found = scores(values.sum(0)) + 1e-9
-    flipped = scores(signs @ values)
-    alone = ((flipped >= found - 2e-9).sum(0) + 1) / (FLIPS + 1) <= 1 - LEVEL
-    together = found > np.quantile(flipped.max(1), LEVEL) + 2e-9
+    alone = p_values(differences) <= 1 - LEVEL
+    together = found > np.quantile(scores(signs @ values).max(1), LEVEL) + 2e-9
     spread = np.sqrt(np.maximum(squares - values.sum(0) ** 2 / count, 0) / np.maximum(count - 1, 1) / count)
     verdicts = np.sign(values.sum(0)).astype(int) * (alone.astype(int) + (alone & together))
     return Tests(verdicts, t.ppf((1 + LEVEL) / 2, np.maximum(count - 1, 1)) * spread)
+
+
+def p_values(differences: np.ndarray) -> np.ndarray:
+    """(K,) two-sided p of the test of each column by itself: the share of the flips that are at least as clear.
+
+    All flips of up to EXACT photographs are counted, the others are drawn.
+
+    Args:
+        differences: (N, K) differences of N photographs, NaN where there is none.
+    """
+    found = np.ones(differences.shape[1])
+    groups: dict[bytes, list[int]] = {}  # columns with the same photographs share the drawn flips
+    for k, known in enumerate((~np.isnan(differences)).T):
+        if known.sum() > EXACT:
+            groups.setdefault(known.tobytes(), []).append(k)
+        elif known.any():
+            found[k] = _exact_p(differences[known, k])
+    for columns in groups.values():
+        values = differences[:, columns]
+        values = values[~np.isnan(values[:, 0])]
+        rng, count, bound = np.random.default_rng(SEED), 0, _bound(values)
+        for _ in range(FLIPS_ALONE // FLIPS):
+            signs = rng.choice([-1.0, 1.0], size=(FLIPS, len(values)))
+            count += (np.abs(signs @ values) >= bound).sum(0)
+        found[columns] = (count + 1) / (FLIPS_ALONE + 1)
+    return found
+
+
+def _exact_p(values: np.ndarray) -> float:
+    """Of one column, (n,), from the sums of its two halves under all flips of each."""
+    half = len(values) // 2
+    first, second = (_all_sums(part) for part in (values[:half], values[half:]))
+    second.sort()
+    above = len(second) - np.searchsorted(second, _bound(values) - first)  # a sum and its opposite are as clear
+    return min(1.0, 2 * above.sum() / 2 ** len(values))
+
+
+def _all_sums(values: np.ndarray) -> np.ndarray:
+    """(2**n,) the sums of n values under all flips of their signs."""
+    sums = np.zeros(1)
+    for value in values:
+        sums = np.concatenate([sums - value, sums + value])
+    return sums
+
+
+def _bound(values: np.ndarray) -> np.ndarray:
+    """The size of the sum, and a little less, since sums are rounded."""
+    return np.abs(values.sum(0)) - 1e-9 * np.abs(values).sum(0) - 1e-12
+
+
+def taus(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(H,) Kendall's tau-b of the rows of two arrays, (H, M)."""
+    first, second = np.triu_indices(one.shape[1], 1)
+    signs = [np.sign(np.round(array[:, first] - array[:, second], 9)) for array in (one, other)]
+    sizes = [np.abs(sign).sum(1) for sign in signs]
+    with np.errstate(invalid='ignore'):
+        return (signs[0] * signs[1]).sum(1) / np.sqrt(sizes[0] * sizes[1])
 
 
 class Comparisons:
@@ -116,45 +174,39 @@ class Comparisons:
     def mean_places(self, pooling: str, methods: Sequence[str]) -> dict[str, float]:
         """{method: its mean place among the methods, from 0, the best, to 1}, on the photographs that all of them have.
 
-        The mean is over the questions, and in a question over its metrics. Without a question every metric is one.
+        The mean is over the questions, of which the first metric speaks. Without a question every metric is one.
         """
-        measured = self.result.metrics_of(pooling)
-        questions = []
-        for names in QUESTIONS.values() if self.result.asked(pooling) else [(name,) for name in measured]:
-            orders = [self.means(pooling, methods, name) for name in names if name in measured]
-            shares = [(order[:, None] < order).mean(1) for order in orders if not np.isnan(order).any()]
-            questions += [np.mean(shares, 0)] if shares else []
-        places = np.mean(questions, 0) if questions else np.zeros(len(methods))
+        asked = self.result.asked(pooling) or self.result.metrics_of(pooling)
+        orders = [order for name in asked if not np.isnan(order := self.means(pooling, methods, name)).any()]
+        shares = [(order[:, None] < order).mean(1) for order in orders]
+        places = np.mean(shares, 0) if shares else np.zeros(len(methods))
         return dict(zip(methods, places.tolist(), strict=True))
 
-    def means(self, pooling: str, methods: Sequence[str], metric: str, part: np.ndarray | None = None) -> np.ndarray:
-        """(M,) means over the photographs that all methods have, or over a part of them; higher is better."""
+    def means(self, pooling: str, methods: Sequence[str], metric: str) -> np.ndarray:
+        """(M,) means over the photographs that all methods have; higher is better."""
         values = np.stack([self.result.values(pooling, method, metric) for method in methods])
-        if part is not None:
-            values = values[:, part]
         shared = ~np.isnan(values).any(0)
         if not shared.any():
             return np.full(len(methods), np.nan)
         return self.result.sign(metric) * values[:, shared].mean(1)
 
     def tau(self, pooling: str, one: str, other: str) -> float:
-        """Kendall's tau between the orders in which two metrics put the methods.
+        """Kendall's tau between the orders in which two metrics put the methods, or a metric and itself.
 
-        For one metric twice it is the mean over random halves of the photographs: of the order of one half and that of
-        the other.
+        It is the mean over random halves of the photographs that both have: of the order that one metric gives on one
+        half and the other one on the other half. So two metrics agree on no photograph's noise, as a metric does not
+        with itself.
         """
         methods = self.ordered_methods(pooling)
-        if one != other:
-            return float(kendalltau(self.means(pooling, methods, one), self.means(pooling, methods, other)).statistic)
+        values = [np.stack([self.result.values(pooling, m, name) for m in methods], 1) for name in (one, other)]
+        photographs = np.flatnonzero(~np.isnan(values[0] + values[1]).any(1))
         rng = np.random.default_rng(SEED)
-        has_value = ~np.isnan([self.result.values(pooling, m, one) for m in methods]).any(0)
-        photographs = np.flatnonzero(has_value)
-        taus = []
-        for _ in range(HALVES):
-            order = rng.permutation(photographs)
-            halves = order[: len(order) // 2], order[len(order) // 2 :]
-            taus.append(kendalltau(*(self.means(pooling, methods, one, half) for half in halves)).statistic)
-        return float(np.mean(taus))
+        first = rng.permuted(np.tile(np.arange(len(photographs)), (HALVES, 1)), axis=1) < len(photographs) // 2
+        means = [
+            self.result.sign(name) * (half @ value[photographs]) / half.sum(1, keepdims=True)
+            for name, value, half in zip((one, other), values, (first, ~first), strict=True)
+        ]
+        return float(np.nanmean(taus(*means)))
 
     def ordered_methods(self, pooling: str) -> list[str]:
         """Methods that are not slow and have all metrics of the pooling, without the baselines."""

@@ -11,8 +11,8 @@ import numpy as np
 from timm_castream.metrics.table import METRICS
 
 from .answer import Place, answer, joined, listed, name_of
-from .comparisons import FLIPS, HALVES, Comparisons
-from .values import BASELINES, BOXES, CLASS_FREE, MAP_CHECKS, QUESTIONS, REFERENCE, SAME_VALUES, Result
+from .comparisons import EXACT, FLIPS, FLIPS_ALONE, HALVES, Comparisons
+from .values import BASELINES, BOXES, CLASS_FREE, EQUAL, MAP_CHECKS, QUESTIONS, REFERENCE, REPEATS, SAME_VALUES, Result
 
 TABLES = {
     'Masks': QUESTIONS['Masked image'] + QUESTIONS['Top half'],
@@ -62,15 +62,17 @@ def _overview(places: Sequence[Place]) -> Iterable[str]:
     yield ''
     yield (
         'In how many questions a method is better (+) and worse (-) than Grad-CAM, each test by itself at 5 %; in brackets, '
-        'where the same holds with all tests of the network taken together. The questions are '
+        'where the same holds with all tests together. The first metric of a question speaks for it. The questions are '
         + joined([f'*{title}*' for title in QUESTIONS])
-        + '. Where a method has fewer than all of them, their number follows. *=*: the map is that of Grad-CAM.'
+        + '. Where a method has fewer than all of them, their number follows. *=*: the map is that of Grad-CAM. Methods that '
+        'every network has stand above those that some lack; among them the order is that of the share of questions won less '
+        'the share lost, the mean over the networks.'
     )
     yield ''
     yield '| method | ' + ' | '.join(f'{p.name} ({len(p.asked)})' for p in places) + ' |'
     yield '| --- |' + ' --- |' * len(places)
     names = list(dict.fromkeys(m for p in places for m in p.others()))
-    for name in [*sorted(names, key=lambda m: (-_balance(places, m), m)), *BASELINES]:
+    for name in [*sorted(names, key=lambda m: (_lacks(places, m), -_balance(places, m), m)), *BASELINES]:
         yield f'| {name_of(name)} | ' + ' | '.join(_score(p, name) for p in places) + ' |'
 
 
@@ -78,6 +80,10 @@ def _method_of(place: Place, name: str) -> str:
     """The method whose map a name has at a place."""
     groups = place.result.names_of_one_map(place.pooling)
     return next((method for method, others in groups.items() if name in others), name)
+
+
+def _lacks(places: Sequence[Place], name: str) -> bool:
+    return any(m != REFERENCE and not p.verdicts(m) for p in places for m in [_method_of(p, name)])
 
 
 def _balance(places: Sequence[Place], name: str) -> float:
@@ -120,7 +126,8 @@ def _measured(results: Sequence[Result]) -> Iterable[str]:
     yield ''
     left = sorted({name for result in results for name in result.facts['left_out']})
     yield (
-        'The class explained is the label, also where the network predicts another one. Every method has the settings that its '
+        'The class explained is the label, also where the network predicts another one; right predictions are not shown apart. '
+        'Photographs were added after earlier values had been seen, and the advice for a network can change with them. Every method has the settings that its '
         'name has in `castream evaluate`; others may do better. *n* in a table is the number of photographs. '
         f'Left out on some networks, because they take many forward passes: {listed(left)}. Measured nowhere: '
         '`grad-cam:SESS`, `torchcam:SSCAM` and `torchcam:ISCAM`, which take more; methods that [do not run](methods.md) on a '
@@ -155,11 +162,13 @@ def _reading() -> Iterable[str]:
         '- Values are means over the photographs in percent; arrows point to better values, and the [protocol](protocol.md) '
         'defines them.\n'
         '- **Bold**: better than Grad-CAM, *italic*: worse, by a test of the paired differences at 5 % that flips the signs of '
-        f'whole photographs ({FLIPS:,} flips). It holds for any number of photographs if the differences of two equal methods '
-        'are symmetric about 0. Many tests are made: among 100 pairs of equal methods about 5 are decided by chance. An '
-        'asterisk marks what holds with all tests of the network taken together; the largest score of each flip is their '
-        'bound. Methods of many forward passes have tables and a bound of their own.\n'
-        '- A cell without a mark says that so many photographs do not decide, not that two methods are equal. Fewer than 6 never '
+        f'whole photographs: all flips of up to {EXACT} photographs, {FLIPS_ALONE:,} of more. It holds for any number of '
+        'photographs if the differences of two equal methods are symmetric about 0. Many tests are made: among 100 pairs of '
+        'equal methods about 5 are decided by chance. An asterisk marks what holds *with all tests together*: those of the '
+        'quick methods of a network in all metrics and under both poolings, or those of its methods of many forward passes. '
+        f'The largest score of each of {FLIPS:,} flips is their bound.\n'
+        '- Complexity is not tested, nor are the baselines in the tables of methods of many forward passes.\n'
+        '- Any other cell without a mark says that so many photographs do not decide, not that two methods are equal. Fewer than 6 never '
         'decide: one in 16 of the flips of 5 signs is as clear as any result. *Seen from*: half '
         'of the width of the 95 % interval of a difference (Student), the median over the methods. A smaller difference is '
         'mostly not seen.\n'
@@ -174,8 +183,8 @@ def _reading() -> Iterable[str]:
         'the same for all images, as the centre, is coherent and stable without merit. They are compared and not counted.\n'
         '- The metrics of boxes ask whether the map lies on the object that people marked, not whether the network uses it. '
         'They are compared and not counted.\n'
-        '- Order of the rows: the mean place over the questions, the best on top; baselines stand last. Neighbours need not '
-        'differ.\n'
+        '- Order of the rows in every table of a network: the mean place over the first metrics of all questions, the best on '
+        'top; baselines stand last. Neighbours need not differ.\n'
         '- *Blank*: share of the maps that are constant, which say nothing.\n'
         '- A method whose map is that of an earlier one stands in [names of one map](#names-of-one-map) and not in a table.'
     )
@@ -228,7 +237,7 @@ def _cell(place: Place, method: str, metric: str, photographs: np.ndarray, marke
 def _seen_from(place: Place, metric: str, methods: Sequence[str]) -> str:
     table = place.comparisons.against_reference
     widths = [table[place.pooling, m, metric][1] for m in methods if (place.pooling, m, metric) in table]
-    return f'{np.median(widths):.1f}' if widths else ''
+    return f'{np.median(widths):.1f}' if widths and np.median(widths) else ''  # 0: most maps have equal values
 
 
 def _agreement(places: Sequence[Place]) -> Iterable[str]:
@@ -236,9 +245,9 @@ def _agreement(places: Sequence[Place]) -> Iterable[str]:
     yield ''
     yield (
         "Kendall's tau between the orders in which two metrics put the methods: 1 is the same order, 0 is none, -1 is the "
-        'reverse. Baselines and methods of many forward passes are not among the methods. In *italics*: a metric with itself, '
-        f'between two halves of its photographs (mean of {HALVES} random halves). Where that is low, the photographs are too few '
-        'to say how far the metric agrees with another one; tau of two metrics is lowered by the same noise.'
+        'reverse. One order is of one half of the photographs that both metrics have, the other one of the other half: the mean '
+        f'over {HALVES:,} random halves. Baselines and methods of many forward passes are not among the methods. In *italics*: a '
+        'metric with itself. Where that is low, the photographs are too few to say how far the metric agrees with another one.'
     )
     for place in places:
         yield from _taus(place)
@@ -271,7 +280,7 @@ def _one_map(places: Sequence[Place]) -> Iterable[str]:
     yield '## Names of one map'
     yield ''
     yield (
-        f'Maps that differ by less than 0.01 at every pixel, under every pooling, on the {places[0].result.facts["probed"]} '
+        f'Maps that differ by less than {EQUAL} at every pixel, under every pooling, on the {places[0].result.facts["probed"]} '
         f'photographs that were compared, were measured once. Methods whose values differ by less than {SAME_VALUES} on every '
         'photograph and in every metric are joined under that pooling. On a network that averages its last map before a linear '
         'classifier the gradient of a class is the same at every location: Grad-CAM, HiResCAM and XGrad-CAM are '
@@ -297,9 +306,10 @@ def _costs(results: Sequence[Result]) -> Iterable[str]:
     yield ''
     forwards = joined([f'{1000 * r.facts["forward_seconds"]:.0f} ms on {r.heading}' for r in results])
     yield (
-        f'Seconds of CPU time an image, and in brackets in forward passes of one image, which take {forwards} '
-        f'({results[0].facts["machine"]}, `python -m benchmarks.which_method time`). Methods of this package explain several '
-        'images at once, in a faster memory format, so that some take less than one pass.'
+        f'Seconds of CPU time an image, and in brackets in forward passes of an image, which take {forwards} '
+        f'({results[0].facts["machine"]}, `python -m benchmarks.which_method time`). Both are of {results[0].facts["probed"]} '
+        f'images at once where the library allows it; the median of {REPEATS} calls after one that is not counted, of methods of '
+        'many forward passes one call.'
     )
     yield ''
     yield '| method | ' + ' | '.join(r.heading for r in results) + ' |'
@@ -322,8 +332,8 @@ def _limits(results: Sequence[Result]) -> Iterable[str]:
         'that no camera takes.\n'
         '- Average Drop, Gain and Increase reward any map that covers the image: a masked image is more probable when more of '
         'it is left. Complexity rewards the opposite, and a map of one pixel has the best value.\n'
-        '- The centre is strong wherever objects are in the middle. A method that does not beat it tells nothing about '
-        'this network.\n'
+        '- The centre is strong wherever objects are in the middle. A method that does not beat it is not shown to tell '
+        'anything about this network.\n'
         f'- Why this class. {listed([m for m in CLASS_FREE if m not in BASELINES])} do not read the class: they show what '
         'stands out.\n'
         '- Random weights of the channels (`grad-cam:RandomCAM`) still follow the feature maps. Beating `random` is no '
