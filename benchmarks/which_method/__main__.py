@@ -51,6 +51,7 @@ from .values import BOXES, EQUAL, REPEATS, SLOW, Result
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / 'benchmarks' / 'which_method_results'
 PAGE = ROOT / 'docs' / 'which-method.md'
+SCORE_CAM_AGAIN = ('grad-cam:ScoreCAM', 'torchcam:ScoreCAM')
 PROBED = 3  # photographs on which maps are compared and timed
 BATCH = 2
 
@@ -134,7 +135,7 @@ def probe(model: nn.Module, loader: Any, args: argparse.Namespace) -> dict[str, 
     poolings = list(predictor.poolings)
     methods = [name for name in METHODS if predictor.has_stream or 'stream' not in METHODS[name].needs]
     methods += peers_that_work(predictor, x[:1])
-    left_out = [name for name in methods if (':' in name and a_forward_a_channel(name)) or name in args.leave_out]
+    left_out = [name for name in methods if name in (*SCORE_CAM_AGAIN, *args.leave_out)]
     with torch.no_grad():
         target = model(x).argmax(1)
     forward = forward_seconds(predictor, x)

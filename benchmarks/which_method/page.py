@@ -127,11 +127,11 @@ def _measured(results: Sequence[Result]) -> Iterable[str]:
     left = sorted({name for result in results for name in result.facts['left_out']})
     yield (
         'The class explained is the label, also where the network predicts another one; right predictions are not shown apart. '
-        'Photographs were added after earlier values had been seen, and the advice for a network can change with them. Every method has the settings that its '
-        'name has in `castream evaluate`; others may do better. *n* in a table is the number of photographs. '
-        f'Left out on some networks, because they take many forward passes: {listed(left)}. Measured nowhere: '
-        '`grad-cam:SESS`, `torchcam:SSCAM` and `torchcam:ISCAM`, which take more; methods that [do not run](methods.md) on a '
-        'network.'
+        'Photographs were added after earlier values had been seen, and the advice for a network can change with them. Every '
+        'method has the settings that its name has in `castream evaluate`; others may do better. *n* in a table is the number '
+        f'of photographs. Left out: {listed(left)}, which are Score-CAM again; `grad-cam:SESS`, `torchcam:SSCAM` and '
+        '`torchcam:ISCAM`, which take more than ten forward passes for each channel or a hundred for a map; and methods that '
+        '[do not run](methods.md) on a network.'
     )
     known = {name for result in results for name in result.facts['metrics']}
     missing = [row.title for name, row in METRICS.items() if name not in known]
