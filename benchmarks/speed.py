@@ -201,7 +201,7 @@ def agreement(weights: str, images: dict[int, str]) -> list[str]:
 
 
 # What explaining a photograph cannot do without: imports, weights, a forward, and one with a gradient a pooling.
-BARE_EXPLAIN = """-c
+BARE_EXPLAIN = """
 import timm, torch
 from safetensors.torch import load_file
 model = timm.create_model({name!r}).eval()
@@ -219,27 +219,21 @@ def start(old: Path, rounds: int, weights: str, folder: Path) -> list[str]:
 
     photograph = str(folder / 'photo.jpg')
     Image.fromarray(load_sample_image('china.jpg')).save(photograph)
-    explain = [
-        'explain',
-        photograph,
-        '--model',
-        f'{LITE0}_castream',
-        '--checkpoint',
-        weights,
-        '--output',
-        str(folder / 'out'),
-    ]
+    options = ['--model', f'{LITE0}_castream', '--checkpoint', weights, '--output', str(folder / 'out')]
+    command = ['-m', 'timm_castream.cli']
     bare, whole = 'import timm, load the weights, three forwards, two with a gradient', 'castream explain photo.jpg'
     timed = {
-        'import timm, then timm_castream: beyond timm': '-c\nimport timm, time; t = time.perf_counter(); import '
-        'timm_castream; print(time.perf_counter() - t)',
-        'castream --help': '-m\ntimm_castream.cli\n--help',
-        'castream evaluate --help': '-m\ntimm_castream.cli\nevaluate\n--help',
-        'castream evaluate --nope': '-m\ntimm_castream.cli\nevaluate\n--nope',
-        'castream list': '-m\ntimm_castream.cli\nlist',
-        'import timm': '-c\nimport timm',
-        bare: BARE_EXPLAIN.format(name=LITE0, weights=weights),
-        whole: '\n'.join(['-m', 'timm_castream.cli', *explain]),
+        'import timm, then timm_castream: beyond timm': [
+            '-c',
+            'import timm, time; t = time.perf_counter(); import timm_castream; print(time.perf_counter() - t)',
+        ],
+        'castream --help': [*command, '--help'],
+        'castream evaluate --help': [*command, 'evaluate', '--help'],
+        'castream evaluate --nope': [*command, 'evaluate', '--nope'],
+        'castream list': [*command, 'list'],
+        'import timm': ['-c', 'import timm'],
+        bare: ['-c', BARE_EXPLAIN.format(name=LITE0, weights=weights)],
+        whole: [*command, 'explain', photograph, *options],
     }
     seconds: dict[tuple[str, int], list[float]] = {(title, side): [] for title in timed for side in (0, 1)}
     for _ in range(rounds):
@@ -247,11 +241,13 @@ def start(old: Path, rounds: int, weights: str, folder: Path) -> list[str]:
             for side, tree in enumerate((old, HERE.parent)):
                 begin = time.perf_counter()
                 done = subprocess.run(
-                    [sys.executable, *(words.split('\n', 1) if words.startswith('-c') else words.split('\n'))],
+                    [sys.executable, *words],
                     capture_output=True, text=True, cwd=tree, env={**os.environ, 'PYTHONPATH': str(tree)},
                 )  # fmt: skip
                 took = time.perf_counter() - begin
-                seconds[title, side].append(float(done.stdout) if 'perf_counter' in words else took)
+                if done.returncode and '--nope' not in words:
+                    raise RuntimeError(f'{title} failed: {done.stderr[-2000:]}')
+                seconds[title, side].append(float(done.stdout) if 'perf_counter' in words[1] else took)
     medians = {title: [statistics.median(seconds[title, side]) for side in (0, 1)] for title in timed}
     medians[f'{whole}: beyond that'] = [a - b for a, b in zip(medians[whole], medians[bare], strict=True)]
     return [f'| {title} | {before:.2f} | {now:.2f} |' for title, (before, now) in medians.items()]

@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / 'facts.json').is_file():  # all runs of a network keep the first timings
         known = RESULTS / f'{network.facts or args.network}.json'
-        committed_before = known.is_file() and not args.probe
-        facts = read_json(known) if committed_before else probe(model, loader_of(args, model, (0, PROBED)), args)
+        is_known = known.is_file() and not args.probe
+        facts = read_json(known) if is_known else probe(model, loader_of(args, model, (0, PROBED)), args)
         write_json(folder / 'facts.json', facts)
     facts = read_json(folder / 'facts.json')
     sets = {'slow': ['grad_cam', *facts['slow']]}

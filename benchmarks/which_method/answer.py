@@ -47,9 +47,8 @@ class Place(NamedTuple):
 
     def verdicts_by_metric(self, method: str) -> dict[str, int]:
         """{first metric of a question: verdict against Grad-CAM}."""
-        table = self.comparisons.against_reference
-        keys = {name: (self.pooling, method, name) for name in self.asked}
-        return {name: table[key][0] for name, key in keys.items() if key in table}
+        found = {name: self.comparisons.verdicts(self.pooling, method, [name]) for name in self.asked}
+        return {name: verdicts[0] for name, verdicts in found.items() if verdicts}
 
     def is_better(self, method: str) -> bool:
         """Whether a method is better than Grad-CAM in a question with all tests together, and worse in none by itself."""
@@ -63,6 +62,10 @@ class Place(NamedTuple):
     def is_above_baselines(self, method: str) -> bool:
         won, lost = self.beside_baselines(method)
         return won > lost
+
+    def rivals(self) -> list[str]:
+        """Methods that are better than Grad-CAM and beat the baselines more often than they lose to one."""
+        return [m for m in self.others() if self.is_better(m) and self.is_above_baselines(m)]
 
 
 def answer(places: Sequence[Place], boxed: Sequence[Place] = ()) -> Iterable[str]:
@@ -114,7 +117,7 @@ def _advice(places: Sequence[Place], winners: Sequence[str]) -> Iterable[str]:
 
 def _no_advice(place: Place) -> Iterable[str]:
     """Where Grad-CAM does not beat the baselines: a method that is better than both, if it reads the class."""
-    better = [m for m in place.others() if place.is_better(m) and place.is_above_baselines(m)]
+    better = place.rivals()
     reading = [m for m in better if m not in CLASS_FREE]
     count = len(place.asked)
     if reading:
@@ -163,7 +166,7 @@ def _rivals(places: Sequence[Place], winners: Sequence[str]) -> Iterable[str]:
     rule = 'better than Grad-CAM in a question with all tests together, and worse in none by its own test'
     if not winners:
         yield f'No other method is {rule}, on every network.'
-    found = {p.name: [m for m in p.others() if p.is_better(m) and p.is_above_baselines(m)] for p in places}
+    found = {p.name: p.rivals() for p in places}
     single = [f'{listed_or_counted(methods)} on {name}' for name, methods in found.items() if methods]
     if single:
         yield (

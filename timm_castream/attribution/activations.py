@@ -68,7 +68,7 @@ class Activations:
         hooked = None if predictor.cam_layer is None else self._stage
         stream = attention or 'ca' in predictor.poolings
         leaves: list[Tensor] = []
-        # In halves, which win back the memory of an engine. Where the graph is cut inside, the batch stays whole.
+        # Half a batch needs less memory, by about what ONNX Runtime takes. A graph that is cut inside needs the whole batch.
         size = max(1, predictor.batch_size(images) // 2) if hooked is None else len(images)
         with torch.no_grad(), _leaf_at(backbone, hooked, leaves, predictor.has_graph):
             parts = [_features(backbone, part, stream) for part in images.split(size)]
