@@ -363,7 +363,7 @@ def test_boxes_are_a_section_and_ask_no_question(tmp_path):
     assert 'in the box of the object on 60 % of the photographs; the middle of the image does on 100 %' in first
     assert 'hits the box on 60 % of 20 photographs, `random` on 0 %, the middle of the image on 100 %' in last
     assert 'Better than Grad-CAM, each by its own test: `layer_cam` in Pointing Game' in last
-    assert 'Better than the middle: none, and none.' in last
+    assert 'Better than the middle: none in Pointing Game, none in Energy Pointing Game.' in last
 
 
 def test_every_network_has_its_baselines_and_its_accuracy():

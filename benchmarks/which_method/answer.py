@@ -308,7 +308,7 @@ def _on_boxes(place: Place) -> str:
         f'{place.result.count(place.pooling, REFERENCE, POINTING)} photographs, `random` on {hits["random"]:.0f} %, the middle '
         f'of the image on {hits["centre"]:.0f} %. Better than Grad-CAM, each by its own test: {better(POINTING, REFERENCE)} in '
         f'Pointing Game, {better(ENERGY, REFERENCE)} in Energy Pointing Game. Better than the middle: '
-        f'{better(POINTING, "centre")}, and {better(ENERGY, "centre")}.'
+        f'{better(POINTING, "centre")} in Pointing Game, {better(ENERGY, "centre")} in Energy Pointing Game.'
     )
 
 
